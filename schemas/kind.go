@@ -1,0 +1,75 @@
+package schemas
+
+// Kind names what happened. A call is a short history:
+//
+//	requested → authorized → (started) → (progressed)* → completed | failed | cancelled
+//	          ↘ denied
+//	          ↘ held → authorized | denied
+//	          ↘ failed                       (expired before it was decided)
+//
+// Every accepted call ends in exactly one of completed, failed, denied,
+// cancelled. Beside the calls stand the events of a session, what an upstream
+// asks of the agent, and what comes after an ending.
+type Kind string
+
+const (
+	KindRequested  Kind = "requested"
+	KindAuthorized Kind = "authorized"
+	KindDenied     Kind = "denied"
+	KindHeld       Kind = "held"
+	KindStarted    Kind = "started"
+	KindProgressed Kind = "progressed"
+	KindCompleted  Kind = "completed"
+	KindFailed     Kind = "failed"
+	KindCancelled  Kind = "cancelled"
+	KindCancel     Kind = "cancel"   // a wish; the call's owner ends it
+	KindLate       Kind = "late"     // an answer that came after the ending
+	KindOpened     Kind = "opened"   // session
+	KindClosed     Kind = "closed"   // session
+	KindAsked      Kind = "asked"    // the upstream asks the agent
+	KindAnswered   Kind = "answered" // the agent's answer to that
+	KindNotified   Kind = "notified" // outside any call, either way
+)
+
+// kinds is the closed set, with the empty payload of each for decoding.
+var kinds = map[Kind]func() Payload{
+	KindRequested:  func() Payload { return &Requested{} },
+	KindAuthorized: func() Payload { return &Authorized{} },
+	KindDenied:     func() Payload { return &Denied{} },
+	KindHeld:       func() Payload { return &Held{} },
+	KindStarted:    func() Payload { return &Started{} },
+	KindProgressed: func() Payload { return &Progressed{} },
+	KindCompleted:  func() Payload { return &Completed{} },
+	KindFailed:     func() Payload { return &Failed{} },
+	KindCancelled:  func() Payload { return &Cancelled{} },
+	KindCancel:     func() Payload { return &Cancel{} },
+	KindLate:       func() Payload { return &Late{} },
+	KindOpened:     func() Payload { return &Opened{} },
+	KindClosed:     func() Payload { return &Closed{} },
+	KindAsked:      func() Payload { return &Asked{} },
+	KindAnswered:   func() Payload { return &Answered{} },
+	KindNotified:   func() Payload { return &Notified{} },
+}
+
+// Known tells whether k is one of the closed set.
+func (k Kind) Known() bool { _, ok := kinds[k]; return ok }
+
+// Ends tells whether an event of this kind ends its call.
+func (k Kind) Ends() bool {
+	return k == KindCompleted || k == KindFailed || k == KindDenied || k == KindCancelled
+}
+
+// OfCall tells whether an event of this kind belongs to a call; the others
+// belong to their session, or may (notified).
+func (k Kind) OfCall() bool {
+	return k != KindOpened && k != KindClosed && k != KindNotified
+}
+
+// ToEdge tells whether the edge that waits for the call wants to see it.
+func (k Kind) ToEdge() bool {
+	switch k {
+	case KindDenied, KindHeld, KindProgressed, KindCompleted, KindFailed, KindCancelled, KindAsked, KindNotified, KindClosed:
+		return true
+	}
+	return false
+}

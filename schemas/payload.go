@@ -1,0 +1,204 @@
+package schemas
+
+import (
+	"strconv"
+	"time"
+)
+
+// Payload is what an event says beyond its envelope: one type per kind, always
+// used as a pointer. The set is closed.
+type Payload interface {
+	Kind() Kind
+	id(Event) EventID
+}
+
+// Target is what a call is for.
+type Target struct {
+	Protocol Protocol `json:"protocol"`
+	Server   string   `json:"server"`         // as the operator's config names it
+	Method   string   `json:"method"`         // as the protocol names it: tools/call
+	Name     string   `json:"name,omitempty"` // the tool, prompt or resource, where the method has one
+}
+
+// Requested: an agent asks for something. Body: the request, verbatim.
+type Requested struct {
+	Target
+	Revision string            `json:"revision,omitempty"` // of the protocol: 2026-07-28
+	Headers  map[string]string `json:"headers,omitempty"`  // HTTP headers that belong to the message, canonical names: Mcp-Param-*
+	Deadline time.Time         `json:"deadline,omitzero"`  // after it the call is not carried out; zero for a stream
+	OneWay   bool              `json:"one_way,omitempty"`  // a notification: no answer is expected
+	Stream   bool              `json:"stream,omitempty"`   // lives until either side closes it, and no longer than the connection it answers
+}
+
+// Authorized: policy lets the call go on. It says all that dispatch needs.
+// Body: the request again when it has at most [InlineBody] bytes; else it is
+// read at RequestedSeq and must have the digest.
+type Authorized struct {
+	Requested
+	Decision
+	RequestedSeq uint64    `json:"requested_seq"`
+	RequestedAt  time.Time `json:"requested_at"`          // when the log had it
+	BodySize     int       `json:"body_size,omitempty"`   // set when the body stayed behind
+	BodySHA256   string    `json:"body_sha256,omitempty"` // hex; set when the body stayed behind
+	Only         []string  `json:"only,omitempty"`        // patterns ([Match]) of what a list may show the caller; nil: all of it
+}
+
+// InlineBody is the size in bytes up to which a request's body travels with
+// its authorization. Every stored copy of a byte costs about 2 ns of CPU.
+const InlineBody = 4096
+
+// Decision is how policy came to its word.
+type Decision struct {
+	N      int    `json:"n"`                // 1; the next after held
+	Rule   string `json:"rule,omitempty"`   // what decided; "" for default deny
+	Reason string `json:"reason,omitempty"` // for operators, not for the caller
+}
+
+// Denied ends a call that policy refused. Body: none.
+type Denied struct {
+	Summary
+	Decision
+}
+
+// Held: a person has to approve the call first.
+type Held struct {
+	Decision
+	Expires time.Time `json:"expires,omitzero"`
+}
+
+// Started is the claim on a call that must not happen twice, stored before the
+// upstream hears of it. Who stored it first owns the call.
+type Started struct {
+	Attempt int    `json:"attempt"`
+	By      string `json:"by"` // the claimant, unique for each run of a handler
+}
+
+// Progressed is something the upstream said before its answer. Body: that
+// message, verbatim.
+type Progressed struct {
+	Index int    `json:"index"` // 0, 1, 2 … within the call
+	By    string `json:"by"`    // the claimant that saw it
+}
+
+// Summary is what every ending repeats of its call, so that one event is
+// enough to account for it.
+type Summary struct {
+	Target
+	RequestedAt  time.Time `json:"requested_at,omitzero"` // stored times of the log
+	AuthorizedAt time.Time `json:"authorized_at,omitzero"`
+	UpstreamAt   time.Time `json:"upstream_at,omitzero"` // when the upstream was first called; zero: never
+	Attempts     int       `json:"attempts,omitempty"`   // calls made to the upstream
+	Chunks       int       `json:"chunks,omitempty"`     // progressed events before this ending
+	ChunksSHA256 string    `json:"chunks_sha256,omitempty"`
+	By           string    `json:"by,omitempty"` // the claimant
+}
+
+// Completed: the upstream answered, be it with an error of its own.
+// Body: the answer, verbatim; none for a one-way call.
+type Completed struct {
+	Summary
+	Status    int    `json:"status,omitempty"`     // the upstream's HTTP status
+	ErrorCode int    `json:"error_code,omitempty"` // of the protocol, when the answer is an error
+	Result    string `json:"result,omitempty"`     // its result type, when it is not "complete"
+
+	// Removed names what Authorized.Only took out of a list; the body is then
+	// the answer without these and otherwise verbatim.
+	Removed []string `json:"removed,omitempty"`
+}
+
+// Failed: the gateway could not get an answer.
+type Failed struct {
+	Summary
+	Code   Failure `json:"code"`
+	Detail string  `json:"detail,omitempty"` // for operators; never shown to the caller
+}
+
+// Cancelled: the caller took the call back, or what it answered is gone.
+type Cancelled struct {
+	Summary
+	Reason string `json:"reason,omitempty"`
+}
+
+// Cancel is the wish that a call end.
+type Cancel struct {
+	Reason string `json:"reason,omitempty"`
+}
+
+// Late keeps an answer that came after the call's ending. Body: the answer.
+type Late struct {
+	Target
+	By string `json:"by"`
+}
+
+// Opened: the first event of a session.
+type Opened struct {
+	Protocol Protocol `json:"protocol"`
+	Name     string   `json:"name"`             // what the key was made from
+	Client   string   `json:"client,omitempty"` // what the client calls itself; not to be trusted
+}
+
+// Closed: the session ended.
+type Closed struct {
+	Reason string `json:"reason,omitempty"`
+}
+
+// Asked: the upstream wants something of the agent. Body: its request.
+type Asked struct {
+	Index  int    `json:"index"`
+	Method string `json:"method"`
+}
+
+// Answered is the agent's answer to Asked of the same index. Body: the answer.
+type Answered struct {
+	Index int `json:"index"`
+}
+
+// Notified is a message outside any call. Body: the message.
+type Notified struct {
+	Target
+	ID       string `json:"id"` // unique within the session, by whoever saw it
+	ToServer bool   `json:"to_server,omitempty"`
+}
+
+func (*Requested) Kind() Kind  { return KindRequested }
+func (*Authorized) Kind() Kind { return KindAuthorized }
+func (*Denied) Kind() Kind     { return KindDenied }
+func (*Held) Kind() Kind       { return KindHeld }
+func (*Started) Kind() Kind    { return KindStarted }
+func (*Progressed) Kind() Kind { return KindProgressed }
+func (*Completed) Kind() Kind  { return KindCompleted }
+func (*Failed) Kind() Kind     { return KindFailed }
+func (*Cancelled) Kind() Kind  { return KindCancelled }
+func (*Cancel) Kind() Kind     { return KindCancel }
+func (*Late) Kind() Kind       { return KindLate }
+func (*Opened) Kind() Kind     { return KindOpened }
+func (*Closed) Kind() Kind     { return KindClosed }
+func (*Asked) Kind() Kind      { return KindAsked }
+func (*Answered) Kind() Kind   { return KindAnswered }
+func (*Notified) Kind() Kind   { return KindNotified }
+
+// All endings share one ID: that is what makes a second one vanish. Denied is
+// a decision before it is an ending and shares its ID with authorized; a call
+// that is denied never gets as far as the other.
+const end = "/end"
+
+func (c CallID) event(what string, n int) EventID {
+	return EventID(string(c) + what + strconv.Itoa(n))
+}
+
+func (p *Requested) id(e Event) EventID  { return EventID(e.Call) + "/requested" }
+func (p *Authorized) id(e Event) EventID { return e.Call.event("/decision/", p.N) }
+func (p *Denied) id(e Event) EventID     { return e.Call.event("/decision/", p.N) }
+func (p *Held) id(e Event) EventID       { return e.Call.event("/decision/", p.N) }
+func (p *Started) id(e Event) EventID    { return e.Call.event("/started/", p.Attempt) }
+func (p *Progressed) id(e Event) EventID { return e.Call.event("/progressed/", p.Index) }
+func (p *Completed) id(e Event) EventID  { return EventID(e.Call) + end }
+func (p *Failed) id(e Event) EventID     { return EventID(e.Call) + end }
+func (p *Cancelled) id(e Event) EventID  { return EventID(e.Call) + end }
+func (p *Cancel) id(e Event) EventID     { return EventID(e.Call) + "/cancel" }
+func (p *Late) id(e Event) EventID       { return EventID(e.Call) + EventID("/late/"+p.By) }
+func (p *Opened) id(e Event) EventID     { return EventID(e.Session) + "/opened" }
+func (p *Closed) id(e Event) EventID     { return EventID(e.Session) + "/closed" }
+func (p *Asked) id(e Event) EventID      { return e.Call.event("/asked/", p.Index) }
+func (p *Answered) id(e Event) EventID   { return e.Call.event("/answered/", p.Index) }
+func (p *Notified) id(e Event) EventID   { return EventID(e.Session) + EventID("/notified/"+p.ID) }
