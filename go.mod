@@ -47,3 +47,10 @@ require (
 	honnef.co/go/tools v0.8.2
 	pgregory.net/rapid v1.3.0
 )
+
+require (
+	github.com/segmentio/asm v1.1.3 // indirect
+	github.com/segmentio/encoding v0.5.4 // indirect
+	github.com/yosida95/uritemplate/v3 v3.0.2 // indirect
+	golang.org/x/oauth2 v0.37.0 // indirect
+)
