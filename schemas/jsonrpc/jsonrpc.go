@@ -201,8 +201,8 @@ func (m *Message) IsNotification() bool {
 // has both.
 //
 // A result always has an id. The id of an error may be null (JSON-RPC 2.0 §5:
-// the request's id could not be read) or absent, as the MCP schemas since
-// 2025-11-25 allow, in both cases answering nothing in particular.
+// the request's id could not be read) or absent, as the MCP schema 2026-07-28
+// allows (JSONRPCErrorResponse); neither answers a request in particular.
 func (m *Message) IsResponse() bool { return !m.members[memberMethod].exists() }
 
 // ID returns the id as it came ("1.5", "9007199254740993" and "\"7\"" stay

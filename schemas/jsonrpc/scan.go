@@ -7,6 +7,7 @@ import (
 	"math/bits"
 	"strconv"
 	"strings"
+	"sync"
 	"unicode"
 	"unicode/utf8"
 
@@ -15,14 +16,13 @@ import (
 
 // scanner checks one JSON text in one pass, without recursion.
 //
-// It is written by hand where jsontext.Decoder would do the lexing, because
-// three things are needed that the decoder does not give: which rule was broken
-// (its errors for bad UTF-8, lone surrogates and grammar are private), names
-// compared without case (each name would be unquoted and hashed twice, once by
-// us and once by it), and the offsets of the envelope's members. It also takes
-// well under half the time (BenchmarkDecode against BenchmarkJsontextTokens).
-// FuzzDecode holds it to jsontext: whatever one accepts the other must accept,
-// but for the rules that only we have.
+// It is written by hand, although jsontext.Decoder could do the lexing, for what
+// the decoder does not give: which rule was broken (it does not tell bad UTF-8
+// and lone surrogates from bad grammar), and names compared without case, for
+// which each would have to be taken out, unquoted and hashed again beside it.
+// All of this together costs about what that lexing alone does (BenchmarkDecode,
+// BenchmarkJsontextTokens). FuzzDecode holds it to jsontext: whatever one
+// accepts the other must accept, but for the rules that only we have.
 type scanner struct {
 	raw []byte
 	pos int
@@ -66,6 +66,20 @@ const fewNames = 16
 
 var seed = maphash.MakeSeed()
 
+var scanners = sync.Pool{New: func() any { return new(scanner) }}
+
+// release keeps the scanner's memory for the next text, unless a large text
+// made it large: one hostile message must not be paid for by every worker.
+func (s *scanner) release() {
+	const manyNames, longName = 1 << 10, 1 << 12
+	if cap(s.names) > 2*manyNames || cap(s.frames) > manyNames || cap(s.key1)+cap(s.key2) > 2*longName || len(s.many) > manyNames {
+		return
+	}
+	clear(s.many)
+	*s = scanner{frames: s.frames[:0], names: s.names[:0], key1: s.key1[:0], key2: s.key2[:0], many: s.many}
+	scanners.Put(s)
+}
+
 // check fills the document, or says what is wrong. With members it also wants
 // an object at the top and notes the members of the envelope.
 func (d *document) check(raw []byte, lim Limits, members *[memberCount]span) error {
@@ -73,12 +87,10 @@ func (d *document) check(raw []byte, lim Limits, members *[memberCount]span) err
 	if len(raw) > lim.Bytes {
 		return &Error{Err: ErrTooLarge, Detail: strconv.Itoa(len(raw)) + " bytes, limit " + strconv.Itoa(lim.Bytes), Offset: lim.Bytes}
 	}
-	var frames [8]frame
-	var names [24]name
-	s := scanner{
-		raw: raw, maxDepth: lim.Depth, fold: !lim.AllowCaseVariants, members: members,
-		frames: frames[:0], names: names[:0],
-	}
+	s := scanners.Get().(*scanner)
+	defer s.release()
+	s.raw, s.members = raw, members
+	s.maxDepth, s.fold = lim.Depth, !lim.AllowCaseVariants
 	root, err := s.text()
 	if err != nil {
 		return err
@@ -325,33 +337,37 @@ func (s *scanner) hash(n span, escaped bool) uint64 {
 		q = s.unquote(&s.key1, n)
 	}
 	if s.fold {
-		s.key2 = appendFold(s.key2[:0], q)
-		q = s.key2
+		q = fold(&s.key2, q)
 	}
 	return maphash.Bytes(seed, q)
 }
 
-// appendFold appends the smallest spelling of s under Unicode simple case
-// folding, so that two strings have the same one exactly if bytes.EqualFold
-// says that they are equal.
-func appendFold(dst, s []byte) []byte {
-	for i := 0; i < len(s); {
-		c := s[i]
-		if c < utf8.RuneSelf {
-			if 'a' <= c && c <= 'z' {
-				c -= 'a' - 'A'
-			}
-			dst = append(dst, c)
-			i++
-			continue
+// fold returns, in scratch, the smallest spelling of s under Unicode simple case
+// folding. Two strings have the same one exactly if bytes.EqualFold says that
+// they are equal; in particular 'K' (U+212A) is "K" and 'ſ' (U+017F) is "S".
+func fold(scratch *[]byte, s []byte) []byte {
+	dst := append((*scratch)[:0], s...)
+	for i, c := range dst {
+		if 'a' <= c && c <= 'z' {
+			dst[i] = c - ('a' - 'A')
+		} else if c >= utf8.RuneSelf {
+			dst = foldRunes(dst[:i], s[i:])
+			break
 		}
-		r, n := utf8.DecodeRune(s[i:])
+	}
+	*scratch = dst
+	return dst
+}
+
+func foldRunes(dst, s []byte) []byte {
+	for len(s) > 0 {
+		r, n := utf8.DecodeRune(s)
 		least := r
 		for f := unicode.SimpleFold(r); f != r; f = unicode.SimpleFold(f) {
 			least = min(least, f)
 		}
 		dst = utf8.AppendRune(dst, least)
-		i += n
+		s = s[n:]
 	}
 	return dst
 }
