@@ -40,7 +40,7 @@ type Authorized struct {
 	RequestedAt  time.Time `json:"requested_at"`          // when the log had it
 	BodySize     int       `json:"body_size,omitempty"`   // set when the body stayed behind
 	BodySHA256   string    `json:"body_sha256,omitempty"` // hex; set when the body stayed behind
-	Only         []string  `json:"only,omitempty"`        // patterns ([Match]) of what a list may show the caller; nil: all of it
+	Only         []string  `json:"only,omitzero"`         // patterns ([Match]) of what a list may show the caller; nil: all of it; empty: nothing
 }
 
 // InlineBody is the size in bytes up to which a request's body travels with

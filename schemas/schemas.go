@@ -73,22 +73,28 @@ func (e Event) Check() error {
 	if e.Data == nil {
 		return fmt.Errorf("%w: no payload", ErrInvalid)
 	}
-	for _, f := range []struct{ name, value string }{
-		{"tenant", string(e.Tenant)}, {"session", string(e.Session)}, {"agent", string(e.Agent)},
+	for _, f := range []struct {
+		name, value string
+		needed      bool
+	}{
+		{"tenant", string(e.Tenant), true},
+		{"session", string(e.Session), true},
+		{"agent", string(e.Agent), true},
+		{"call", string(e.Call), e.Kind().OfCall()},
+		{"parent", string(e.Parent), false},
+		{"root", string(e.Root), false},
+		{"edge", string(e.Edge), false},
 	} {
+		if f.value == "" && !f.needed {
+			continue
+		}
 		if err := CheckToken(f.value); err != nil {
 			return fmt.Errorf("%w: %s: %w", ErrInvalid, f.name, err)
 		}
 	}
-	if e.Edge != "" {
-		if err := CheckToken(string(e.Edge)); err != nil {
-			return fmt.Errorf("%w: edge: %w", ErrInvalid, err)
-		}
-	}
-	if e.Kind().OfCall() {
-		if err := CheckToken(string(e.Call)); err != nil {
-			return fmt.Errorf("%w: call: %w", ErrInvalid, err)
-		}
+	// The log compares IDs as header values, which have no room for the rest.
+	if id := e.ID(); len(id) > 256 || strings.ContainsFunc(string(id), func(r rune) bool { return r <= ' ' || r > '~' }) {
+		return fmt.Errorf("%w: id %q is not short printable ASCII", ErrInvalid, id[:min(len(id), 256)])
 	}
 	return nil
 }
@@ -156,10 +162,10 @@ func CheckToken(s string) error {
 	if s == "" || len(s) > 64 {
 		return fmt.Errorf("must have 1 to 64 characters, has %d", len(s))
 	}
-	if i := strings.IndexFunc(s, func(r rune) bool {
-		return (r < 'a' || r > 'z') && (r < '0' || r > '9') && r != '_' && r != '-'
-	}); i >= 0 {
-		return fmt.Errorf("character %q at %d is not one of a-z, 0-9, _ and -", s[i:i+1], i)
+	for i, r := range s {
+		if (r < 'a' || r > 'z') && (r < '0' || r > '9') && r != '_' && r != '-' {
+			return fmt.Errorf("character %q at %d is not one of a-z, 0-9, _ and -", r, i)
+		}
 	}
 	return nil
 }
