@@ -1,0 +1,638 @@
+// Package dispatch carries authorized calls to their upstreams and ends every
+// one of them with exactly one event, whoever crashes.
+//
+// What it guarantees, for a call that is not known to be idempotent: its
+// upstream hears of it at most once; a failure that means "never carried out"
+// is only said while holding the call's claim, so that it is true; and where
+// the outcome cannot be known the call ends as unknown and is never repeated.
+//
+// Begin with [Dispatcher.Handle]. The order of things is in run.carry; the
+// claim and what the log knows of a call are in claim.go, limits and breakers
+// in limit.go. A way of calling an upstream is one file (mcp.go) and one line
+// in [kinds].
+package dispatch
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"strconv"
+	"sync/atomic"
+	"time"
+
+	"github.com/cenkalti/backoff/v4"
+
+	"waybill.dev/schemas"
+)
+
+// kinds lists the ways of calling an upstream, by the protocol it speaks.
+var kinds = map[schemas.Protocol]kind{
+	"mcp": {open: openMCP, reads: mcpReads, named: "tools/call"},
+}
+
+// kind is what dispatch has to know of a protocol.
+type kind struct {
+	open  func(Server, Options) (Upstream, func(), error)
+	reads map[string]string // methods without an effect, and why they have none
+	named string            // the method to which Server.Idempotent applies
+}
+
+// Server is one upstream.
+type Server struct {
+	Name     string           // as the operator's config calls it: schemas.Target.Server
+	Protocol schemas.Protocol // "" means mcp
+	URL      string           // MCP: the streamable HTTP endpoint
+
+	// Header is sent with every request: the operator's own credentials for
+	// this upstream. Headers that the gateway makes itself are refused.
+	Header http.Header
+
+	// Idempotent are patterns ([schemas.Match]) of the tools that may be
+	// called again when an answer did not come.
+	Idempotent []string
+
+	Concurrency int // calls at once; default 64
+	Queue       int // calls that wait for one of these to end; beyond, overloaded; default 256, negative: none
+	Streams     int // streams at once, apart from calls, since they may live for an hour; default 256
+}
+
+// Options are what a [Dispatcher] works with. Servers, Load and Past are
+// required.
+type Options struct {
+	Servers []Server
+
+	// Load reads an event of the log by its sequence.
+	Load func(ctx context.Context, seq uint64) (schemas.Event, error)
+
+	// Past reads the history of a call.
+	Past schemas.Past
+
+	// Lost tells whether an event was stored before an unclean boot, after
+	// which later events of its call may be gone. nil: never.
+	Lost func(schemas.Event) bool
+
+	Instance   string        // names this process in claims; only for people
+	Duplicates time.Duration // how long the log recognises a repeated ID; default 2 min
+
+	MaxAnswer int64         // the largest answer, and message before it; default 4 MiB
+	MaxStream time.Duration // the longest life of a stream, which then ends as cancelled; default 1 h
+
+	Attempts int           // how often a call is tried at most, where it may be; default 3
+	Pause    time.Duration // before the second try; doubles, with jitter; default 100 ms
+
+	Breaker Breaker
+
+	Now func() time.Time // default time.Now
+	Log *slog.Logger     // default slog.Default
+}
+
+const (
+	// endTime bounds the storing of an event that has to be stored although
+	// the call's own time is over, or the process is being stopped.
+	endTime = 10 * time.Second
+
+	// maxChunks bounds what an upstream may say before its answer, except on
+	// a stream: each message is an event of the log.
+	maxChunks = 10_000
+)
+
+// Dispatcher is the worker. Its methods may be called concurrently.
+type Dispatcher struct {
+	opt       Options
+	upstreams map[string]*upstream
+	order     []*upstream // as configured, for Stats
+	name      string      // of this process in claims, unique for each Dispatcher
+	runs      atomic.Uint64
+	calls     calls
+}
+
+// New makes a Dispatcher. The caller runs Close when no Handle runs any more.
+func New(opt Options) (*Dispatcher, error) {
+	if opt.Load == nil || opt.Past == nil {
+		return nil, errors.New("dispatch: Load and Past are required")
+	}
+	if opt.Lost == nil {
+		opt.Lost = func(schemas.Event) bool { return false }
+	}
+	if opt.Now == nil {
+		opt.Now = time.Now
+	}
+	if opt.Log == nil {
+		opt.Log = slog.Default()
+	}
+	opt.Duplicates = positive(opt.Duplicates, 2*time.Minute)
+	opt.MaxAnswer = positive(opt.MaxAnswer, 4<<20)
+	opt.MaxStream = positive(opt.MaxStream, time.Hour)
+	opt.Attempts = positive(opt.Attempts, 3)
+	opt.Pause = positive(opt.Pause, 100*time.Millisecond)
+	opt.Breaker = opt.Breaker.withDefaults()
+
+	d := &Dispatcher{opt: opt, upstreams: make(map[string]*upstream)}
+	// The random part tells two processes of one name apart, and a process
+	// from what it was before a restart: nobody may take a dead claimant's
+	// claim for its own.
+	d.name = opt.Instance + "." + rand.Text()[:13] + "."
+	for _, s := range opt.Servers {
+		if d.upstreams[s.Name] != nil {
+			d.Close()
+			return nil, fmt.Errorf("dispatch: server %q is listed twice", s.Name)
+		}
+		u, err := newUpstream(s, opt)
+		if err != nil {
+			d.Close()
+			return nil, fmt.Errorf("dispatch: server %q: %w", s.Name, err)
+		}
+		d.upstreams[s.Name] = u
+		d.order = append(d.order, u)
+	}
+	return d, nil
+}
+
+// Close lets go of the pooled connections. It does not wait for calls.
+func (d *Dispatcher) Close() {
+	for _, u := range d.order {
+		u.close()
+	}
+}
+
+// Handle is the [schemas.Handler] for authorized. It returns nil when the call
+// has its ending in the log, by this run or by another, and an error when the
+// event has to be delivered again: the log did not take or give an event, or
+// ctx ended before the call had an effect.
+func (d *Dispatcher) Handle(ctx context.Context, e schemas.Event, emit schemas.Emit) error {
+	a, ok := e.Data.(*schemas.Authorized)
+	if !ok {
+		// Delivering it again would not make it one.
+		d.opt.Log.Error("dispatch was given an event that is not its business", "kind", e.Kind(), "call", e.Call, "seq", e.Seq)
+		return nil
+	}
+	r := &run{
+		d: d, e: e, a: a, emit: emit,
+		by:    d.name + strconv.FormatUint(d.runs.Add(1), 36),
+		up:    d.upstreams[a.Server],
+		known: e.Stored,
+	}
+	r.harmless = r.up != nil && r.up.idempotent(&a.Requested)
+	r.repeatable = r.harmless && !a.Stream
+
+	ctx, stop := r.bound(ctx)
+	defer stop()
+	ctx, leave := d.calls.enter(ctx, e)
+	defer leave()
+
+	end, err := r.carry(ctx)
+	if end.release != nil {
+		// After the ending is stored, so that nobody waits for it.
+		defer end.release()
+	}
+	if errors.Is(err, errEnded) {
+		return nil
+	}
+	if err == nil {
+		err = r.finish(ctx, end)
+	}
+	if err != nil {
+		return fmt.Errorf("call %s: %w", e.Call, err)
+	}
+	return nil
+}
+
+// Cancel is the [schemas.Handler] for cancel. Every dispatcher hears every
+// cancel: the one that runs the call stops it, which ends it as cancelled. The
+// others remember it for a while, in case the call is still on its way to them.
+func (d *Dispatcher) Cancel(_ context.Context, e schemas.Event, _ schemas.Emit) error {
+	if c, ok := e.Data.(*schemas.Cancel); ok {
+		d.calls.cancel(e, c.Reason)
+	}
+	return nil
+}
+
+// Why a run's context ended; anything else is the process being stopped.
+var (
+	errDeadline = errors.New("the call's deadline passed")
+	errLifetime = errors.New("the stream reached its longest life")
+)
+
+// errEnded: the log has an ending of the call, nothing is left to do.
+var errEnded = errors.New("the call has ended")
+
+// run is one run of Handle. It belongs to one goroutine.
+type run struct {
+	d    *Dispatcher
+	e    schemas.Event
+	a    *schemas.Authorized
+	emit schemas.Emit
+	by   string    // unique for each run
+	up   *upstream // nil: no such server
+
+	harmless   bool // idempotent
+	repeatable bool // may be carried out again: harmless, and not a stream
+
+	// known: what others stored of the call before this time has been seen;
+	// what they stored later the log still recognises by its ID. See old.
+	known   time.Time
+	claimed bool
+	lastLog error // the log refused a progressed event
+
+	// For the Summary.
+	upstreamAt time.Time
+	attempts   int
+	chunks     int
+	digest     chunkDigest
+}
+
+// ending is how a run wants the call to end.
+type ending struct {
+	data    schemas.Payload
+	body    []byte
+	release func() // see Answer.Release
+}
+
+func failed(code schemas.Failure, detail string) ending {
+	return ending{data: &schemas.Failed{Code: code, Detail: detail}}
+}
+
+func cancelled(reason string) ending { return ending{data: &schemas.Cancelled{Reason: reason}} }
+
+// bound gives the run the time that the call has. The log's clock and ours are
+// compared here; a difference shifts deadlines, nothing else.
+func (r *run) bound(ctx context.Context) (context.Context, context.CancelFunc) {
+	now := r.d.opt.Now()
+	left, why := time.Duration(-1), error(nil)
+	if r.a.Stream {
+		left, why = r.d.opt.MaxStream, errLifetime
+	}
+	if !r.a.Deadline.IsZero() {
+		if until := max(r.a.Deadline.Sub(now), 0); why == nil || until < left {
+			left, why = until, errDeadline
+		}
+	}
+	if why == nil {
+		return ctx, func() {}
+	}
+	return context.WithTimeoutCause(ctx, left, why)
+}
+
+// carry does the call and says how it ended. It is one straight line, because
+// the order is the guarantee: look whether it has happened, take a place,
+// claim, call.
+func (r *run) carry(ctx context.Context) (ending, error) {
+	now := r.d.opt.Now()
+	lost := !r.repeatable && r.d.opt.Lost(r.e)
+	late := !r.a.Deadline.IsZero() && now.After(r.a.Deadline)
+	wish, withdrawn := wishOf(ctx)
+
+	if lost || late || r.old() {
+		past, err := r.recall(ctx)
+		if err != nil {
+			return ending{}, err
+		}
+		if past.started && !r.repeatable {
+			return r.claimLost(ctx)
+		}
+		if past.wish != nil && !withdrawn {
+			wish, withdrawn = past.wish.Reason, true
+		}
+	}
+	switch {
+	case lost:
+		// A claim may have been stored and gone with the tail of the log.
+		return r.claimLost(ctx)
+	case withdrawn:
+		return cancelled(wish), nil
+	case late:
+		return r.never(ctx, schemas.FailExpired, "delivered after the deadline")
+	case r.up == nil:
+		return r.never(ctx, schemas.FailUnavailable, "no server of this name is configured")
+	}
+
+	body, err := r.body(ctx)
+	if errors.Is(err, errBody) {
+		return failed(schemas.FailInternal, err.Error()), nil
+	}
+	if err != nil {
+		if context.Cause(ctx) != nil {
+			return r.stopped(ctx, nil)
+		}
+		return ending{}, err
+	}
+
+	limit := r.up.calls
+	if r.a.Stream {
+		limit = r.up.streams
+	}
+	switch err := limit.enter(ctx); {
+	case errors.Is(err, schemas.ErrOverloaded):
+		return r.never(ctx, schemas.FailOverloaded, "too many calls wait for this upstream")
+	case err != nil:
+		return r.stopped(ctx, nil)
+	}
+	defer limit.leave()
+	return r.call(ctx, body)
+}
+
+// errBody: the request's body is not the one that was authorized.
+var errBody = errors.New("the body of the request is not the one that was authorized")
+
+// body finds the request's body.
+func (r *run) body(ctx context.Context) ([]byte, error) {
+	if r.a.BodySHA256 == "" {
+		return r.e.Body, nil
+	}
+	req, err := r.d.opt.Load(ctx, r.a.RequestedSeq)
+	if err != nil {
+		return nil, fmt.Errorf("reading the request at %d: %w", r.a.RequestedSeq, err)
+	}
+	sum := sha256.Sum256(req.Body)
+	if req.Call != r.e.Call || hex.EncodeToString(sum[:]) != r.a.BodySHA256 {
+		return nil, fmt.Errorf("%w: event %d", errBody, r.a.RequestedSeq)
+	}
+	return req.Body, nil
+}
+
+// call tries until there is an answer or no further try is allowed.
+func (r *run) call(ctx context.Context, body []byte) (ending, error) {
+	pauses := backoff.WithMaxRetries(backoff.NewExponentialBackOff(
+		backoff.WithInitialInterval(r.d.opt.Pause),
+		backoff.WithMultiplier(2),
+		backoff.WithMaxElapsedTime(0), // the deadline is the bound
+	), uint64(r.d.opt.Attempts-1))
+	var last *Fault
+	for {
+		settle, err := r.up.breaker.Allow()
+		if err != nil {
+			detail := "the upstream failed repeatedly and is given a rest"
+			if last != nil {
+				detail += "; before: " + last.Error()
+			}
+			if r.attempts > 0 {
+				return failed(schemas.FailUnavailable, detail), nil // repeatable, or it would not be tried again
+			}
+			return r.never(ctx, schemas.FailUnavailable, detail)
+		}
+		if !r.repeatable {
+			mine, err := r.claim(ctx)
+			if err != nil || !mine {
+				settle(errNoVerdict)
+				if err != nil {
+					return ending{}, err
+				}
+				return r.claimLost(ctx)
+			}
+		}
+		if context.Cause(ctx) != nil {
+			settle(errNoVerdict)
+			return r.stopped(ctx, nil)
+		}
+
+		answer, fault := r.attempt(ctx, body, settle)
+		if r.lastLog != nil {
+			return ending{}, r.lastLog
+		}
+		if fault == nil {
+			return ending{
+				data: &schemas.Completed{
+					Status: answer.Status, ErrorCode: answer.ErrorCode, Result: answer.Result, Removed: answer.Removed,
+				},
+				body: answer.Body, release: answer.Release,
+			}, nil
+		}
+		last = fault
+		if fault.interrupted() && context.Cause(ctx) != nil {
+			return r.stopped(ctx, fault)
+		}
+		v := verdicts[fault.Kind]
+		code, again := v.code, v.again
+		if r.harmless {
+			code, again = v.harmless, v.repeat && (r.repeatable || fault.Kind == Unsent)
+		}
+		if !again {
+			return failed(code, fault.Error()), nil
+		}
+		pause := pauses.NextBackOff()
+		if pause == backoff.Stop {
+			return failed(code, fault.Error()), nil
+		}
+		pause = max(pause, fault.After)
+		if end, ok := ctx.Deadline(); ok && time.Until(end) <= pause {
+			return failed(code, fault.Error()+"; no time to try again"), nil
+		}
+		t := time.NewTimer(pause)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return r.stopped(ctx, fault)
+		}
+	}
+}
+
+// attempt calls the upstream once.
+func (r *run) attempt(ctx context.Context, body []byte, settle func(error)) (Answer, *Fault) {
+	at := r.d.opt.Now()
+	settled := false
+	report := func(err error) {
+		if !settled {
+			settled = true
+			settle(err)
+		}
+	}
+	answer, err := r.up.call(ctx, Call{
+		ID: r.e.Call, Requested: &r.a.Requested, Only: r.a.Only, Trace: r.e.Trace, Body: body,
+		Connected: func() {
+			// One call probes an open breaker, and it may be a long one: a
+			// connection is proof enough to let the others go.
+			if !settled && r.up.probing() {
+				report(nil)
+			}
+		},
+		Heard: func() { report(nil) },
+	}, func(msg []byte) error { return r.progress(ctx, msg) })
+
+	var fault *Fault
+	if err != nil && !errors.As(err, &fault) {
+		fault = &Fault{Kind: Broken, Err: err}
+	}
+	if fault == nil || fault.Kind != Unsent && fault.Kind != Invalid {
+		r.attempts++
+		if r.upstreamAt.IsZero() {
+			r.upstreamAt = at
+		}
+	}
+	switch {
+	case fault == nil || !verdicts[fault.Kind].counts:
+		report(nil)
+	case context.Cause(ctx) != nil || r.lastLog != nil:
+		report(errNoVerdict) // we hung up, not they
+	default:
+		report(fault)
+	}
+	return answer, fault
+}
+
+// stopped ends a run whose context is over; fault is what the last try met, if
+// there was one.
+func (r *run) stopped(ctx context.Context, fault error) (ending, error) {
+	detail := func(s string) string {
+		if fault != nil {
+			return s + ": " + fault.Error()
+		}
+		return s
+	}
+	why := context.Cause(ctx)
+	if wish, ok := wishOf(ctx); ok {
+		return cancelled(wish), nil
+	}
+	switch {
+	case errors.Is(why, errLifetime), errors.Is(why, errDeadline) && r.a.Stream:
+		return cancelled(why.Error()), nil
+	case errors.Is(why, errDeadline) && r.attempts == 0 && fault != nil:
+		return r.never(ctx, schemas.FailUnavailable, detail("not reached by the deadline"))
+	case errors.Is(why, errDeadline) && r.attempts == 0:
+		return r.never(ctx, schemas.FailExpired, "the deadline passed while it waited")
+	case errors.Is(why, errDeadline) && r.harmless:
+		return failed(schemas.FailTimeout, detail("no answer by the deadline")), nil
+	case errors.Is(why, errDeadline):
+		return failed(schemas.FailUnknown, detail("no answer by the deadline")), nil
+	}
+	// The process is being stopped. Whatever another may take over is left to
+	// it; a claim may not be, so the claimant says how it stands.
+	switch {
+	case !r.claimed:
+		return ending{}, fmt.Errorf("stopped: %w", why)
+	case r.a.Stream:
+		return cancelled("the gateway is shutting down"), nil
+	case r.attempts == 0:
+		return failed(schemas.FailUnavailable, "the gateway is shutting down"), nil
+	}
+	return failed(schemas.FailUnknown, "the gateway was shut down before the answer came"), nil
+}
+
+// never ends the call as not carried out. Of a call that must not happen twice
+// only the owner can say that: without the claim, an earlier run may have
+// called the upstream and died, or another may be about to.
+func (r *run) never(ctx context.Context, code schemas.Failure, detail string) (ending, error) {
+	if !r.repeatable {
+		mine, err := r.claim(ctx)
+		if err != nil {
+			return ending{}, err
+		}
+		if !mine {
+			return r.claimLost(ctx)
+		}
+	}
+	return failed(code, detail), nil
+}
+
+// finish stores the ending. It does so even when ctx has ended, for a while.
+func (r *run) finish(ctx context.Context, end ending) error {
+	ctx, cancel := sure(ctx, r.d.endTime())
+	defer cancel()
+
+	if r.old() {
+		switch past, err := r.recall(ctx); {
+		case errors.Is(err, errEnded):
+			return r.keep(ctx, past.end, end)
+		case err != nil:
+			return err
+		}
+	}
+	s := schemas.Summary{
+		Target:      r.a.Target,
+		RequestedAt: r.a.RequestedAt, AuthorizedAt: r.e.Stored, UpstreamAt: r.upstreamAt,
+		Attempts: r.attempts, Chunks: r.chunks, ChunksSHA256: r.digest.hex(), By: r.by,
+	}
+	switch p := end.data.(type) {
+	case *schemas.Completed:
+		p.Summary = s
+	case *schemas.Failed:
+		p.Summary = s
+	case *schemas.Cancelled:
+		p.Summary = s
+	}
+	receipt, err := r.emit(ctx, r.e.Next(end.data, end.body))
+	if err != nil {
+		return fmt.Errorf("ending the call: %w", err)
+	}
+	if _, answered := end.data.(*schemas.Completed); !receipt.Duplicate || !answered {
+		return nil
+	}
+	first, err := r.d.opt.Load(ctx, receipt.Seq)
+	if err != nil {
+		return fmt.Errorf("reading the ending at %d: %w", receipt.Seq, err)
+	}
+	return r.keep(ctx, first, end)
+}
+
+// keep stores the answer of a call that another run has ended: late, but never
+// lost.
+func (r *run) keep(ctx context.Context, first schemas.Event, end ending) error {
+	if _, answered := end.data.(*schemas.Completed); !answered || endedBy(first) == r.by {
+		return nil
+	}
+	if _, err := r.emit(ctx, r.e.Next(&schemas.Late{Target: r.a.Target, By: r.by}, end.body)); err != nil {
+		return fmt.Errorf("keeping the late answer: %w", err)
+	}
+	return nil
+}
+
+// progress stores what the upstream said before its answer. Where an earlier
+// run of the call left events, theirs stay and count, and ours come after.
+//
+// A run cannot take back what an abandoned one stored: if it hears less than
+// that one did, progressed events remain whose index is not below the ending's
+// Chunks. They are not part of the answer, and readers leave them out.
+func (r *run) progress(ctx context.Context, msg []byte) error {
+	if !r.a.Stream && r.chunks >= maxChunks {
+		return &Fault{Kind: TooLarge, Err: fmt.Errorf("more than %d messages before the answer", maxChunks)}
+	}
+	ctx, cancel := sure(ctx, r.d.endTime())
+	defer cancel()
+	for {
+		// The owner of a claim is the only one that emits these.
+		if !r.claimed && r.old() {
+			if _, err := r.recall(ctx); err != nil {
+				r.lastLog = err
+				return err
+			}
+		}
+		receipt, err := r.emit(ctx, r.e.Next(&schemas.Progressed{Index: r.chunks, By: r.by}, msg))
+		if err == nil && receipt.Duplicate {
+			var there schemas.Event
+			if there, err = r.d.opt.Load(ctx, receipt.Seq); err == nil {
+				if p, ok := there.Data.(*schemas.Progressed); !ok || p.By != r.by {
+					r.add(there.Body)
+					continue
+				}
+			}
+		}
+		if err != nil {
+			r.lastLog = fmt.Errorf("storing message %d of the upstream: %w", r.chunks, err)
+			return r.lastLog
+		}
+		r.add(msg)
+		return nil
+	}
+}
+
+func (r *run) add(chunk []byte) {
+	r.chunks++
+	r.digest.add(chunk)
+}
+
+// sure is a context for what has to be stored whatever becomes of ctx.
+func sure(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(ctx), d)
+}
+
+func positive[T int | int64 | uint32 | time.Duration](v, otherwise T) T {
+	if v <= 0 {
+		return otherwise
+	}
+	return v
+}

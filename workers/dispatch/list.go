@@ -1,0 +1,64 @@
+package dispatch
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	"waybill.dev/schemas"
+	"waybill.dev/schemas/jsonrpc"
+)
+
+// lists says where the names in an MCP list stand.
+var lists = map[string]struct{ array, name string }{
+	"tools/list":               {"tools", "name"},
+	"prompts/list":             {"prompts", "name"},
+	"resources/list":           {"resources", "uri"},
+	"resources/templates/list": {"resourceTemplates", "uriTemplate"},
+}
+
+var errList = errors.New("a list that cannot be filtered")
+
+// filterList takes out of a list what the caller may not see, and says what.
+// The other elements and everything around them keep their bytes. What has no
+// name cannot be allowed and goes too. Answers of other methods, and answers
+// that are errors, pass as they are.
+//
+// m must have been decoded without AllowCaseVariants: otherwise a client that
+// ignores case could read another name than was judged here.
+func filterList(m *jsonrpc.Message, method string, only []string) (body []byte, removed []string, err error) {
+	at, ok := lists[method]
+	if !ok || only == nil || !m.Result().Exists() {
+		return m.Raw(), nil, nil
+	}
+	array := m.Result().Get(at.array)
+	if array.Kind() != jsonrpc.Array {
+		// No list at all is well, such as in an answer that asks for input;
+		// one that only a careless client would find is not.
+		for name := range m.Result().Members() {
+			if strings.EqualFold(name, at.array) {
+				return nil, nil, fmt.Errorf("%w: %q is no array", errList, name)
+			}
+		}
+		return m.Raw(), nil, nil
+	}
+	patch := m.Patch().Filter(array, func(_ int, element jsonrpc.Value) bool {
+		name, ok := element.Get(at.name).Text()
+		if ok {
+			for _, pattern := range only {
+				if schemas.Match(pattern, name) {
+					return true
+				}
+			}
+		}
+		removed = append(removed, name)
+		return false
+	})
+	if removed == nil {
+		return m.Raw(), nil, nil
+	}
+	if err := patch.Err(); err != nil {
+		return nil, nil, fmt.Errorf("%w: %w", errList, err)
+	}
+	return patch.Bytes(), removed, nil
+}

@@ -1,0 +1,432 @@
+package dispatch
+
+import (
+	"bytes"
+	"context"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+
+	"waybill.dev/schemas/jsonrpc"
+	"waybill.dev/schemas/sse"
+)
+
+// mcpReads are the methods of MCP that have no effect, and so may be asked
+// again. What is not here may have one, methods that nobody has heard of
+// included.
+var mcpReads = map[string]string{
+	"server/discover":          "says what the server is",
+	"tools/list":               "a list",
+	"prompts/list":             "a list",
+	"resources/list":           "a list",
+	"resources/templates/list": "a list",
+	"prompts/get":              "fills in a template; input for it comes with a request of its own",
+	"resources/read":           "reads; a resource is read by uri, like a GET",
+	"completion/complete":      "suggests values",
+	"tasks/get":                "asks how a task stands",
+	"subscriptions/listen":     "only listens; as a stream it is asked again by the client alone",
+}
+
+// mcpNames says which member of the params the Mcp-Name header repeats.
+// Without required, an event may leave the name out.
+var mcpNames = map[string]struct {
+	member   string
+	required bool
+}{
+	"tools/call":     {"name", true},
+	"prompts/get":    {"name", true},
+	"resources/read": {"uri", true},
+	"tasks/get":      {"taskId", false},
+	"tasks/update":   {"taskId", false},
+	"tasks/cancel":   {"taskId", false},
+}
+
+// mcpRevision is sent when an event names none.
+const mcpRevision = "2026-07-28"
+
+// linger is what a server gets to end a response whose answer has been read.
+const linger = 20 * time.Millisecond
+
+// mcpServer calls one MCP server over streamable HTTP, revision 2026-07-28.
+//
+// Of the request only the JSON-RPC id is replaced, by the call id as a string;
+// the answer is returned as it came, and so still has it. The headers that
+// mirror the body are made anew from the event. Nothing of the caller's
+// credentials can get here: the event has none.
+type mcpServer struct {
+	url       *url.URL
+	header    http.Header // the same for every request; never modified
+	transport *http.Transport
+	maxAnswer int64
+}
+
+// openMCP is the kind mcp.
+func openMCP(s Server, opt Options) (Upstream, func(), error) {
+	u, err := url.Parse(s.URL)
+	if err != nil {
+		return nil, nil, err
+	}
+	if u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
+		return nil, nil, fmt.Errorf("url %q: must be http or https", u.Redacted())
+	}
+	m := &mcpServer{url: u, header: http.Header{}, maxAnswer: opt.MaxAnswer}
+	for name, values := range s.Header {
+		name = http.CanonicalHeaderKey(name)
+		if !headerName(name) || ours(name) {
+			return nil, nil, fmt.Errorf("header %q cannot be set", name)
+		}
+		for _, v := range values {
+			if !headerValue(v) {
+				return nil, nil, fmt.Errorf("header %q: its value cannot be sent", name)
+			}
+		}
+		m.header[name] = values
+	}
+	if user := u.User; user != nil && m.header.Get("Authorization") == "" {
+		password, _ := user.Password()
+		m.header.Set("Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(user.Username()+":"+password)))
+	}
+	m.header.Set("Content-Type", "application/json")
+	m.header.Set("Accept", "application/json, text/event-stream")
+	m.header.Set("User-Agent", "waybill")
+
+	// A Transport used directly follows no redirect, which could lead the
+	// operator's credentials, or the gateway's place in the network, to
+	// somewhere else; and it keeps no cookies.
+	//
+	// It may send a request a second time by itself. Over HTTP/1.1 that is
+	// when a reused connection failed and either nothing of the request was
+	// written to it (net/http counts the bytes), or the request is one that
+	// RFC 9110 or an Idempotency-Key header calls idempotent. A POST without
+	// that header, which ours refuses, is only ever sent again in the first
+	// case, for which GetBody is given. HTTP/2 also sends again what a server
+	// reset with PROTOCOL_ERROR, when it may have been carried out; so it is
+	// left out.
+	var http1 http.Protocols
+	http1.SetHTTP1(true)
+	m.transport = &http.Transport{
+		Protocols: &http1,
+		Proxy:     nil, // not from the environment: the operator names the endpoint
+		DialContext: (&net.Dialer{
+			Timeout:   5 * time.Second,
+			KeepAlive: 15 * time.Second,
+		}).DialContext,
+		TLSHandshakeTimeout: 5 * time.Second,
+		MaxIdleConnsPerHost: s.Concurrency,
+		// Less than the 5 s after which a Node server, the usual one, closes
+		// an idle connection. To be closed while the next request is on its
+		// way would make the outcome of that unknown, and nobody wants that
+		// for the price of a handshake.
+		IdleConnTimeout:        4 * time.Second,
+		DisableCompression:     true, // the bytes are kept
+		MaxResponseHeaderBytes: 64 << 10,
+		WriteBufferSize:        8 << 10, // headers and an inline body in one write
+		ReadBufferSize:         8 << 10,
+		// No ResponseHeaderTimeout: a call may take long, its deadline is the
+		// bound.
+	}
+	return m.call, m.transport.CloseIdleConnections, nil
+}
+
+// ours tells whether the gateway itself decides on a header.
+func ours(name string) bool {
+	switch name {
+	case "Content-Type", "Content-Length", "Content-Encoding", "Transfer-Encoding", "Trailer", "Host",
+		"Connection", "Keep-Alive", "Te", "Upgrade", "Expect", "Accept", "Accept-Encoding", "Traceparent",
+		"Idempotency-Key", "X-Idempotency-Key": // see openMCP
+		return true
+	}
+	return strings.HasPrefix(name, "Mcp-")
+}
+
+func (m *mcpServer) call(ctx context.Context, c Call, progress func([]byte) error) (Answer, error) {
+	body, header, err := m.request(c)
+	if err != nil {
+		return Answer{}, &Fault{Kind: Invalid, Err: err}
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	reached := false
+	req := (&http.Request{
+		Method: http.MethodPost, URL: m.url, Host: m.url.Host, Header: header,
+		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
+		Body: io.NopCloser(bytes.NewReader(body)), ContentLength: int64(len(body)),
+		GetBody: func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(body)), nil },
+	}).WithContext(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		// Before the first byte is written. With HTTP/1.1 it is called on the
+		// goroutine of RoundTrip.
+		GotConn: func(httptrace.GotConnInfo) { reached = true; c.Connected() },
+	}))
+	resp, err := m.transport.RoundTrip(req)
+	if err != nil {
+		cancel()
+		// A connection is dialled again after one was had only when nothing
+		// had been written to that.
+		var op *net.OpError
+		if !reached || errors.As(err, &op) && op.Op == "dial" {
+			return Answer{}, fault(Unsent, "%w", err)
+		}
+		return Answer{}, fault(Broken, "%w", err)
+	}
+	c.Heard()
+	answer, err := m.answer(resp, c, progress)
+	if err != nil {
+		cancel() // hangs up
+		resp.Body.Close()
+		return Answer{}, err
+	}
+	answer.Status = resp.StatusCode
+	answer.Release = func() {
+		// Only a response that was read to its end leaves a connection that
+		// can be used again.
+		t := time.AfterFunc(linger, cancel)
+		_, _ = io.CopyN(io.Discard, resp.Body, 4<<10)
+		resp.Body.Close()
+		t.Stop()
+		cancel()
+	}
+	return answer, nil
+}
+
+// request makes the body and the headers. What policy judged is what the
+// upstream is going to read: an event whose body says something else than its
+// target is not sent.
+func (m *mcpServer) request(c Call) ([]byte, http.Header, error) {
+	msg, err := jsonrpc.Decode(c.Body, jsonrpc.Limits{Bytes: len(c.Body)})
+	if err != nil {
+		return nil, nil, fmt.Errorf("the request: %w", err)
+	}
+	target := c.Requested.Target
+	if msg.Method() != target.Method {
+		return nil, nil, fmt.Errorf("the request's method is %q, authorized was %q", msg.Method(), target.Method)
+	}
+	name := ""
+	if at, ok := mcpNames[target.Method]; ok {
+		name, ok = msg.Params().Get(at.member).Text()
+		if (at.required || target.Name != "") && (!ok || name != target.Name) {
+			return nil, nil, fmt.Errorf("the request's %s is %q, authorized was %q", at.member, name, target.Name)
+		}
+	}
+	body := c.Body
+	switch {
+	case msg.IsRequest() == c.Requested.OneWay:
+		return nil, nil, errors.New("the request has an id and wants no answer, or has none and wants one")
+	case msg.IsRequest():
+		p := msg.Patch().Replace(msg.ID(), []byte(`"`+string(c.ID)+`"`))
+		if body = p.Bytes(); body == nil {
+			return nil, nil, fmt.Errorf("replacing the id: %w", p.Err())
+		}
+	}
+
+	h := make(http.Header, len(m.header)+8)
+	maps.Copy(h, m.header)
+	set := func(name, value string) { h[name] = []string{value} } // canonical names only
+	set("Mcp-Protocol-Version", mcpRevision)
+	if c.Requested.Revision != "" {
+		set("Mcp-Protocol-Version", headerText(c.Requested.Revision))
+	}
+	set("Mcp-Method", headerText(target.Method))
+	if name != "" {
+		set("Mcp-Name", headerText(name))
+	}
+	if c.Trace != "" && headerValue(c.Trace) {
+		set("Traceparent", c.Trace)
+	}
+	// They belong to the body and are encoded already. Nothing else that an
+	// event might hold is passed on.
+	for name, value := range c.Requested.Headers {
+		name = http.CanonicalHeaderKey(name)
+		if !strings.HasPrefix(name, "Mcp-Param-") {
+			continue
+		}
+		if !headerName(name) || !headerValue(value) {
+			return nil, nil, fmt.Errorf("header %q cannot be sent", name)
+		}
+		set(name, value)
+	}
+	return body, h, nil
+}
+
+func (m *mcpServer) answer(resp *http.Response, c Call, progress func([]byte) error) (Answer, error) {
+	ok := resp.StatusCode >= 200 && resp.StatusCode < 300
+	kind, _, _ := strings.Cut(resp.Header.Get("Content-Type"), ";")
+	if ok && strings.EqualFold(strings.TrimSpace(kind), "text/event-stream") {
+		if c.Requested.OneWay {
+			return Answer{}, fault(Garbled, "a stream in answer to a one-way message")
+		}
+		return m.stream(resp.Body, c, progress)
+	}
+	body, err := m.read(resp)
+	if err != nil {
+		return Answer{}, err
+	}
+	if ok && c.Requested.OneWay {
+		return Answer{}, nil
+	}
+	refused := refusal(resp)
+	if refused != nil && refused.After > 0 {
+		return Answer{}, refused
+	}
+	// Other statuses may carry an answer of the protocol too: 404 comes with
+	// "method not found", 400 with what is wrong.
+	msg, err := m.decode(body, c)
+	if err == nil {
+		switch id, _ := msg.ID().Text(); {
+		case !msg.IsResponse():
+			err = errors.New("it is a request")
+		case id == string(c.ID) && msg.ID().Kind() == jsonrpc.String:
+			return m.done(msg, c)
+		case msg.ID().Kind() <= jsonrpc.Null && resp.StatusCode >= 400 && resp.StatusCode < 500:
+			// The server could or would not read the id. From a 5xx the same
+			// may be anybody's, a proxy's for one.
+			return m.done(msg, c)
+		default:
+			err = errors.New("it answers another request")
+		}
+	}
+	if refused == nil {
+		refused = &Fault{Kind: Garbled}
+	}
+	refused.Err = fmt.Errorf("HTTP %d without an answer to the call: %w", resp.StatusCode, err)
+	return Answer{}, refused
+}
+
+// refusal is what a status means when there is no answer; nil if nothing in
+// particular.
+func refusal(resp *http.Response) *Fault {
+	f := fault(Garbled, "HTTP %d", resp.StatusCode)
+	after := resp.Header.Get("Retry-After")
+	switch s := resp.StatusCode; {
+	case s == http.StatusTooManyRequests:
+		f.Kind, f.After = Busy, retryAfter(after)
+	case s == http.StatusServiceUnavailable && after != "":
+		f.Kind, f.After = Refused, retryAfter(after)
+	case s == http.StatusBadGateway, s == http.StatusServiceUnavailable, s == http.StatusGatewayTimeout:
+		f.Kind = Gateway
+	case s >= 500:
+		f.Kind = Crashed
+	default:
+		return nil
+	}
+	return f
+}
+
+// retryAfter reads the header, in seconds or as a date; 0 if there is none. Now
+// is a time too, and a header that cannot be read still asks for patience.
+func retryAfter(v string) time.Duration {
+	if v == "" {
+		return 0
+	}
+	if s, err := strconv.ParseUint(v, 10, 31); err == nil {
+		return max(time.Duration(s)*time.Second, 1)
+	}
+	if at, err := http.ParseTime(v); err == nil {
+		return max(time.Until(at), 1)
+	}
+	return 1
+}
+
+func (m *mcpServer) read(resp *http.Response) ([]byte, error) {
+	if resp.ContentLength > m.maxAnswer {
+		return nil, fault(TooLarge, "HTTP %d with %d bytes", resp.StatusCode, resp.ContentLength)
+	}
+	var buf bytes.Buffer
+	if resp.ContentLength > 0 {
+		buf.Grow(int(resp.ContentLength) + bytes.MinRead)
+	}
+	n, err := buf.ReadFrom(io.LimitReader(resp.Body, m.maxAnswer+1))
+	switch {
+	case err != nil:
+		return nil, fault(Broken, "reading the answer: %w", err)
+	case n > m.maxAnswer:
+		return nil, fault(TooLarge, "HTTP %d with more than %d bytes", resp.StatusCode, m.maxAnswer)
+	}
+	return buf.Bytes(), nil
+}
+
+// stream reads messages until the one that answers.
+func (m *mcpServer) stream(body io.Reader, c Call, progress func([]byte) error) (Answer, error) {
+	for event, err := range sse.Read(body, int(m.maxAnswer)) {
+		switch {
+		case errors.Is(err, sse.ErrTooLarge):
+			return Answer{}, fault(TooLarge, "a message of the stream: %w", err)
+		case err != nil:
+			return Answer{}, fault(Broken, "reading the stream: %w", err)
+		case len(event.Data) == 0, event.Name != "" && event.Name != "message":
+			continue // a keepalive, or no message of MCP
+		}
+		msg, err := m.decode(event.Data, c)
+		if err != nil {
+			return Answer{}, fault(Garbled, "a message of the stream: %w", err)
+		}
+		switch id, _ := msg.ID().Text(); {
+		case msg.IsNotification():
+			if err := progress(event.Data); err != nil {
+				return Answer{}, err
+			}
+		case msg.IsRequest():
+			// Gone since this revision; nobody could answer, and the server
+			// would wait for it.
+			return Answer{}, fault(Garbled, "the server asks %q of the client, which this revision does not have", msg.Method())
+		case id == string(c.ID) && msg.ID().Kind() == jsonrpc.String:
+			return m.done(msg, c)
+		default:
+			return Answer{}, fault(Garbled, "the stream answers another request")
+		}
+	}
+	return Answer{}, fault(Broken, "the stream ended without an answer")
+}
+
+func (m *mcpServer) decode(b []byte, c Call) (*jsonrpc.Message, error) {
+	return jsonrpc.Decode(b, jsonrpc.Limits{Bytes: int(m.maxAnswer), AllowCaseVariants: c.Only == nil})
+}
+
+// done makes the answer of the message that answers.
+func (m *mcpServer) done(msg *jsonrpc.Message, c Call) (Answer, error) {
+	var a Answer
+	var err error
+	if a.Body, a.Removed, err = filterList(msg, c.Requested.Method, c.Only); err != nil {
+		return Answer{}, &Fault{Kind: Garbled, Err: err}
+	}
+	a.ErrorCode, _ = msg.ErrorCode()
+	if result, _ := msg.Result().Get("resultType").Text(); result != "complete" {
+		a.Result = result
+	}
+	return a, nil
+}
+
+// headerText writes a value for a header: as it is if it is visible ASCII, with
+// spaces and tabs inside but not at its ends, and could not be taken for the
+// encoded form; else in that form.
+func headerText(s string) string {
+	const prefix, suffix = "=?base64?", "?="
+	plain := s != "" && s == strings.Trim(s, " \t") &&
+		!(strings.HasPrefix(s, prefix) && strings.HasSuffix(s, suffix)) &&
+		strings.IndexFunc(s, func(r rune) bool { return r < 0x20 || r > 0x7e }) < 0
+	if plain {
+		return s
+	}
+	return prefix + base64.StdEncoding.EncodeToString([]byte(s)) + suffix
+}
+
+// headerValue tells whether net/http would send s.
+func headerValue(s string) bool {
+	return strings.IndexFunc(s, func(r rune) bool { return r < 0x20 && r != '\t' || r == 0x7f }) < 0
+}
+
+// headerName tells whether s is a token of RFC 9110.
+func headerName(s string) bool {
+	return s != "" && strings.IndexFunc(s, func(r rune) bool {
+		return r <= ' ' || r >= 0x7f || strings.ContainsRune(`"(),/:;<=>?@[\]{}`, r)
+	}) < 0
+}
+
+

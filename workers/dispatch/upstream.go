@@ -1,0 +1,100 @@
+package dispatch
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"waybill.dev/schemas"
+)
+
+// Upstream carries one call to one server and brings back the answer. It hands
+// every message that comes before the answer to progress, verbatim and in
+// order, and gives up with progress's error when that fails. It calls the
+// server once: whether to try again is decided by whoever calls it. When ctx
+// ends it hangs up, which tells the server, and returns soon.
+//
+// An error that wraps a [*Fault] says what is known of the call; any other
+// counts as [Broken]. Connected, Heard and progress are called on the goroutine
+// on which Upstream was called.
+type Upstream func(ctx context.Context, c Call, progress func(msg []byte) error) (Answer, error)
+
+// Call is what an upstream is asked.
+type Call struct {
+	ID        schemas.CallID
+	Requested *schemas.Requested
+	Only      []string // see schemas.Authorized; nil: everything
+	Trace     string   // W3C traceparent, or ""
+	Body      []byte
+
+	Connected func() // there is a connection
+	Heard     func() // the answer has begun
+}
+
+// Answer is what the upstream said.
+type Answer struct {
+	Status    int
+	ErrorCode int
+	Result    string   // its result type, when it is not "complete"
+	Removed   []string // what Call.Only took out of it
+	Body      []byte   // otherwise verbatim; nil for a one-way call
+
+	// Release gives the connection back. It may take a moment and is called
+	// once the answer is stored, and before ctx is cancelled; may be nil.
+	Release func()
+}
+
+// Fault is why there is no answer.
+type Fault struct {
+	Kind  FaultKind
+	After time.Duration // the upstream asked to be left alone so long
+	Err   error
+}
+
+func (f *Fault) Error() string { return f.Err.Error() }
+func (f *Fault) Unwrap() error { return f.Err }
+
+func fault(k FaultKind, format string, a ...any) *Fault {
+	return &Fault{Kind: k, Err: fmt.Errorf(format, a...)}
+}
+
+// interrupted tells whether the fault may be nothing but the end of the
+// context; what the upstream itself said stands beside that.
+func (f *Fault) interrupted() bool { return f.Kind == Unsent || f.Kind == Broken }
+
+// FaultKind says what is known of a call that has no answer.
+type FaultKind int
+
+const (
+	Unsent   FaultKind = iota // not one byte was written to the upstream
+	Invalid                   // nothing was written, and trying again would not help
+	Busy                      // refused, too many requests: HTTP 429
+	Refused                   // refused for now, and it said for how long: 503 with Retry-After
+	Broken                    // the connection failed after something may have been written
+	Gateway                   // something between here and there gave up: 502, 503, 504
+	Crashed                   // the upstream failed without an answer of the protocol: other 5xx
+	Garbled                   // it said something, which is not the protocol
+	TooLarge                  // its answer passes the limit
+)
+
+// verdicts is what becomes of a fault. The left half is for calls that may
+// have an effect: only what is certain not to have been carried out is tried
+// again, and a 503 without a date may come from a proxy that had passed the
+// request on. The right half is for calls that are idempotent.
+var verdicts = [...]struct {
+	code     schemas.Failure
+	again    bool
+	harmless schemas.Failure
+	repeat   bool
+	counts   bool // towards the circuit breaker: only faults of the transport
+}{
+	Unsent:   {schemas.FailUnavailable, true, schemas.FailUnavailable, true, true},
+	Invalid:  {schemas.FailInvalid, false, schemas.FailInvalid, false, false},
+	Busy:     {schemas.FailOverloaded, false, schemas.FailOverloaded, true, false},
+	Refused:  {schemas.FailUnavailable, false, schemas.FailUnavailable, true, false},
+	Broken:   {schemas.FailUnknown, false, schemas.FailUnavailable, true, true},
+	Gateway:  {schemas.FailUnknown, false, schemas.FailUnavailable, true, false},
+	Crashed:  {schemas.FailUnknown, false, schemas.FailBadAnswer, false, false},
+	Garbled:  {schemas.FailBadAnswer, false, schemas.FailBadAnswer, false, false},
+	TooLarge: {schemas.FailTooLarge, false, schemas.FailTooLarge, false, false},
+}
