@@ -1,0 +1,234 @@
+// Package mcp is the edge adapter for the Model Context Protocol, revision
+// 2026-07-28 over streamable HTTP: POST /mcp/{server}.
+//
+// It is stateless. A request becomes one requested event, which the rest of
+// the gateway ([Options].Ask) turns into events for the caller; each of these
+// becomes bytes on the connection. What it would need to resume is in the log.
+//
+// # What is changed on the way
+//
+// The body of a request is stored as it came. An answer leaves as the upstream
+// wrote it, byte for byte, but for these members:
+//
+//  1. id of a response: the client's own, in the client's bytes. (Upstream, the
+//     call id stands in its place.)
+//  2. _meta["io.modelcontextprotocol/subscriptionId"] of a notification's params
+//     or a response's result, where it is the call id: the client's id.
+//  3. cacheScope "public" in results of server/discover, tools/list,
+//     prompts/list, resources/list, resources/templates/list and resources/read:
+//     "private", for what one caller may see is not what another may.
+//  4. ttlMs and cacheScope where one of these results, being complete, lacks
+//     them: added as 0 and "private", as the revision requires both.
+//  5. supportedVersions of server/discover: what the gateway serves.
+//  6. In an event stream a CR between two tokens becomes LF, since no event can
+//     carry it; in a JSON answer it stays.
+//
+// What the gateway answers by itself is in failures.go, and what it refuses
+// before it stores anything in check.go.
+//
+// Begin with [New] and [Adapter.Routes].
+package mcp
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/http"
+	"time"
+	"unicode/utf8"
+
+	"waybill.dev/edge"
+	"waybill.dev/schemas"
+	"waybill.dev/schemas/jsonrpc"
+)
+
+// Protocol is the adapter's name in events.
+const Protocol schemas.Protocol = "mcp"
+
+// Revision is the protocol revision that is served; the only one.
+const Revision = "2026-07-28"
+
+// Options of an [Adapter].
+type Options struct {
+	// Ask is the rest of the gateway. It is given a requested event and emits
+	// what is addressed to the caller, from its own goroutine, the ending last.
+	// An error that wraps [schemas.ErrOverloaded] or [schemas.ErrTooLarge] means
+	// that the request was not stored. When its context ends before the call
+	// does, Ask stores the wish to cancel.
+	Ask schemas.Handler
+
+	Store schemas.Emit    // for the opened event of a session
+	Edge  schemas.Replica // this process
+
+	// Deadline is the time a call may take; 0 or a nil function: any.
+	Deadline func(server, method string) time.Duration
+
+	Now    func() time.Time // default: time.Now
+	Limits jsonrpc.Limits   // of requests
+	Log    *slog.Logger     // default: discard
+}
+
+// Adapter turns HTTP into events and back. It is safe for concurrent use.
+type Adapter struct {
+	o        Options
+	sessions *seen
+}
+
+// New returns an adapter.
+func New(o Options) *Adapter {
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	if o.Deadline == nil {
+		o.Deadline = func(string, string) time.Duration { return 0 }
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	return &Adapter{o: o, sessions: newSeen(maxSeen)}
+}
+
+// Routes lists what the adapter serves. GET and DELETE, with which older
+// revisions open and close sessions, are answered 405 by the shell (streamable
+// HTTP, "Earlier Streamable HTTP Revisions").
+func (a *Adapter) Routes() []edge.Route {
+	return []edge.Route{{Pattern: "POST /mcp/{server}", Serve: a.post, Refuse: refuse}}
+}
+
+const (
+	// patience is how long an answer may take before the client sees a stream
+	// begin: long enough for nearly every call to be answered as plain JSON
+	// with the HTTP status that belongs to it, short enough for proxies.
+	patience  = 5 * time.Second
+	keepAlive = 15 * time.Second
+
+	// grace is how long after a call's deadline its ending may come: the
+	// deadline binds those who carry it out, and they are the ones to end it.
+	grace = 5 * time.Second
+)
+
+// post takes one message through the log.
+func (a *Adapter) post(w http.ResponseWriter, r *http.Request, p edge.Principal) {
+	body := edge.Body(r)
+	m, err := jsonrpc.Decode(body, a.o.Limits)
+	if err != nil {
+		write(w, nil, undecodable(err))
+		return
+	}
+	id, oneWay := m.ID().Raw(), m.IsNotification()
+	if m.IsResponse() {
+		write(w, nil, reply{status: http.StatusBadRequest, code: jsonrpc.CodeInvalidRequest,
+			message: "A client sends requests and notifications only: this is a response."})
+		return
+	}
+	req, bad := check(m, r.Header)
+	if bad == nil {
+		req.Server = r.PathValue("server")
+		bad = bounds(&req.Requested, id)
+	}
+	stream := req.Method == "subscriptions/listen" && !oneWay
+	json, sse := accepts(r.Header["Accept"])
+	if bad == nil && !oneWay && (!json && !sse || stream && !sse) {
+		bad = &reply{status: http.StatusNotAcceptable, code: jsonrpc.CodeInvalidRequest,
+			message: "Accept must allow application/json and text/event-stream; subscriptions/listen answers with the latter."}
+	}
+	now := a.o.Now().UTC()
+	var session session
+	if bad == nil {
+		session, bad = nameSession(r.Header, req.meta, p, now)
+	}
+	if bad != nil {
+		if oneWay {
+			id = withoutID
+		}
+		write(w, id, *bad)
+		return
+	}
+
+	req.OneWay, req.Stream = oneWay, stream
+	limit := a.o.Deadline(req.Server, req.Method)
+	if stream {
+		limit = 0
+	}
+	if limit > 0 {
+		req.Deadline = now.Add(limit)
+	}
+	call := schemas.NewCallID(now)
+	e := schemas.Event{
+		Tenant: p.Tenant, Session: session.key, Call: call, Root: call, Agent: p.Agent,
+		Edge: a.o.Edge, Time: now, Trace: trace(r.Header, req.meta), Data: &req.Requested, Body: body,
+	}
+	h := w.Header()
+	h["Waybill-Call"] = []string{string(call)}
+	h["Waybill-Session"] = []string{string(session.key)}
+
+	parent := r.Context()
+	if stream {
+		ctx, release := edge.UntilDrain(parent)
+		defer release()
+		parent = ctx
+	}
+	ctx, cancel := context.WithCancelCause(parent)
+	defer cancel(nil)
+	c := &caller{
+		a: a, w: w, call: call, id: id, request: &req.Requested,
+		json: json, sse: sse && !oneWay, cancel: cancel,
+	}
+	if err := a.open(ctx, e, session); err != nil {
+		c.notStored(err)
+		return
+	}
+	c.begin(limit)
+	defer c.stop()
+	err = a.o.Ask(ctx, e, c.emit)
+	c.finish(ctx, err)
+}
+
+// open stores the session's opened event, once for each session and process;
+// a second one, from another process, has the same ID and changes nothing.
+func (a *Adapter) open(ctx context.Context, e schemas.Event, s session) error {
+	if a.sessions.has(s.key) {
+		return nil
+	}
+	o := e.Next(&schemas.Opened{Protocol: Protocol, Name: s.name, Client: s.client}, nil)
+	o.Time, o.Call, o.Root, o.Edge = e.Time, "", "", ""
+	if _, err := a.o.Store(ctx, o); err != nil {
+		return err
+	}
+	a.sessions.add(s.key)
+	return nil
+}
+
+// Sizes of what goes into the envelope of an event.
+const (
+	maxServer = 256
+	maxMethod = 256
+	maxName   = 8 << 10
+	maxID     = 1 << 10
+)
+
+func bounds(r *schemas.Requested, id []byte) *reply {
+	switch {
+	case len(r.Server) > maxServer || !utf8.ValidString(r.Server):
+		denied := deniedReply(r.Target) // like any other name that is not served
+		return &denied
+	case len(r.Method) > maxMethod:
+		return &reply{status: http.StatusBadRequest, code: jsonrpc.CodeInvalidRequest, message: "The method is too long."}
+	case len(r.Name) > maxName:
+		return &reply{status: http.StatusBadRequest, code: jsonrpc.CodeInvalidParams, message: "The name is too long."}
+	case len(id) > maxID:
+		return &reply{status: http.StatusBadRequest, code: jsonrpc.CodeInvalidRequest, message: "The id is too long."}
+	}
+	return nil
+}
+
+// undecodable answers what is no message. Its id is not known, which JSON-RPC
+// 2.0 §5 writes as null.
+func undecodable(err error) reply {
+	f := reply{status: http.StatusBadRequest, code: jsonrpc.Code(err)}
+	if errors.Is(err, jsonrpc.ErrTooLarge) {
+		f.status = http.StatusRequestEntityTooLarge
+	}
+	f.message = "The body is not one JSON-RPC message: " + err.Error() + "."
+	return f
+}
