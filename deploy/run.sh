@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # What `make run` runs: the example's MCP server, and the gateway in front of it. They live and die together:
 # when either ends, or this script is told to stop (Ctrl-C, TERM, a closed terminal), both are stopped.
-set -u
+#
+# With job control (set -m) each child is in a process group of its own. So Ctrl-C reaches only this script, and
+# the gateway is told once to stop, not twice: a second signal would cut short the calls it is ending.
+set -um
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 upstream=127.0.0.1:3001 # as in deploy/waybill.yaml
@@ -24,7 +27,7 @@ stop() {
 		sleep 0.1
 	done
 	[[ $any ]] && kill -KILL "${pids[@]}" 2>/dev/null
-	wait
+	wait 2>/dev/null
 }
 trap stop EXIT
 trap 'exit 130' INT
@@ -35,7 +38,7 @@ if listening; then
 	echo "run: $upstream is in use, and the example's MCP server needs it: stop what listens there (perhaps another 'make run')" >&2
 	exit 1
 fi
-build/bin/everything-server -http "$upstream" -stateless=true >"$log" 2>&1 &
+build/bin/everything-server -http "$upstream" -stateless=true </dev/null >"$log" 2>&1 &
 pids+=($!)
 until listening; do
 	if ! alive "${pids[0]}"; then
@@ -46,7 +49,7 @@ until listening; do
 	sleep 0.05
 done
 
-bin/waybill up --config deploy/waybill.yaml &
+bin/waybill up --config deploy/waybill.yaml </dev/null &
 pids+=($!)
 wait -n -p ended
 code=$?

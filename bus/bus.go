@@ -1,0 +1,206 @@
+// Package bus is the log: the only package that knows NATS, and the only way
+// by which roles hear of each other. Its verbs are
+//
+//	Publish   store an event, with an acknowledgement        (publish.go)
+//	Run       handle every event of a kind, whoever dies      (run.go)
+//	Ask       store a request and follow its call to the end  (ask.go)
+//	Listen    hear events from now on                         (listen.go)
+//	Batch     take all events in order, in contiguous batches (batch.go)
+//	Read      the past                                        (read.go)
+//
+// Begin with [Open]. The server may be the embedded one (bus/embed) or an
+// external cluster; nothing here can tell the difference.
+package bus
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"waybill.dev/schemas"
+)
+
+// Dialer opens a connection for a role; extra options are the bus's own.
+type Dialer func(Role, ...nats.Option) (*nats.Conn, error)
+
+// URL dials an external NATS server or cluster. creds is a credentials file,
+// or "". The permissions of the roles are then what the server's operator
+// gave that user.
+func URL(url, creds string) Dialer {
+	return func(r Role, opts ...nats.Option) (*nats.Conn, error) {
+		opts = append([]nats.Option{nats.Name("waybill " + string(r))}, opts...)
+		if creds != "" {
+			opts = append(opts, nats.UserCredentials(creds))
+		}
+		return nats.Connect(url, opts...)
+	}
+}
+
+// Options of a log.
+type Options struct {
+	Dial     Dialer
+	Role     Role
+	Replicas int           // of the streams; default 1. Three in a cluster
+	MaxBytes int64         // of EVENTS; default 4 GiB
+	MaxAge   time.Duration // of EVENTS; default 24 h
+	Guard    []string      // durable consumers whose unread events must not age out: new calls are refused first
+	AckWait  time.Duration // after which work of a silent worker is given to another; default 5 s
+	Log      *slog.Logger
+
+	// Fault is a door for tests: it is asked before and after each publish
+	// and may fail it, so that "failed" and "failed but stored" are both tried.
+	Fault func(e schemas.Event, stored bool) error
+}
+
+// Defaults and limits of the log.
+const (
+	// Duplicates is the window within which the log recognises a repeated ID.
+	Duplicates = 2 * time.Minute
+	// MaxBody is the largest body in bytes that an event may carry.
+	MaxBody = 4 << 20
+
+	events = "EVENTS"
+	system = "SYSTEM"
+)
+
+// Log is a role's connection to the streams. Its methods may be used by many
+// goroutines at once.
+type Log struct {
+	o      Options
+	nc     *nats.Conn
+	js     jetstream.JetStream
+	stream jetstream.Stream // EVENTS
+	full   atomic.Pointer[string]
+	lost   atomic.Uint64 // errors of the connection that nobody waits for
+}
+
+// Open connects a role to the log. The streams must be there ([Setup]).
+func Open(ctx context.Context, o Options) (*Log, error) {
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	if o.AckWait == 0 {
+		o.AckWait = 5 * time.Second
+	}
+	l := &Log{o: o}
+	nc, err := o.Dial(o.Role,
+		nats.MaxReconnects(-1),
+		nats.ReconnectWait(250*time.Millisecond),
+		nats.ErrorHandler(func(_ *nats.Conn, sub *nats.Subscription, err error) {
+			l.lost.Add(1)
+			subject := ""
+			if sub != nil {
+				subject = sub.Subject
+			}
+			o.Log.Warn("log connection", "role", o.Role, "subject", subject, "error", err)
+		}),
+	)
+	if err != nil {
+		return nil, fmt.Errorf("connect %s to the log: %w", o.Role, err)
+	}
+	l.nc = nc
+	if l.js, err = jetstream.New(nc); err == nil {
+		l.stream, err = l.js.Stream(ctx, events)
+	}
+	if err != nil {
+		nc.Close()
+		return nil, fmt.Errorf("open the log as %s: %w", o.Role, err)
+	}
+	return l, nil
+}
+
+// Close drops the connection. Run, Ask and Listen must have returned.
+func (l *Log) Close() { l.nc.Close() }
+
+// Connected tells whether the log can be reached now.
+func (l *Log) Connected() bool { return l.nc.IsConnected() }
+
+// Setup makes the streams, or brings their settings up to date. It needs the
+// admin role.
+func Setup(ctx context.Context, o Options) error {
+	nc, err := o.Dial(RoleAdmin)
+	if err != nil {
+		return fmt.Errorf("connect to the log: %w", err)
+	}
+	defer nc.Close()
+	js, err := jetstream.New(nc)
+	if err != nil {
+		return err
+	}
+	for _, c := range []jetstream.StreamConfig{o.events(), o.system()} {
+		for {
+			_, err = js.CreateOrUpdateStream(ctx, c)
+			// A cluster elects its leader first; an embedded server may still
+			// recover its streams.
+			if err == nil || ctx.Err() != nil || !passing(err) {
+				break
+			}
+			if !pause(ctx, 200*time.Millisecond) {
+				break
+			}
+		}
+		if err != nil {
+			return fmt.Errorf("set up stream %s: %w", c.Name, err)
+		}
+	}
+	return nil
+}
+
+func (o Options) events() jetstream.StreamConfig {
+	c := jetstream.StreamConfig{
+		Name: events, Description: "every event of every call",
+		Subjects: []string{"ev.>"},
+		MaxBytes: 4 << 30, MaxAge: 24 * time.Hour,
+		Discard: jetstream.DiscardOld, DenyDelete: true, DenyPurge: true,
+		AllowDirect: true, Duplicates: Duplicates,
+		Storage: jetstream.FileStorage, Replicas: max(o.Replicas, 1), MaxConsumers: -1,
+	}
+	if o.MaxBytes > 0 {
+		c.MaxBytes = o.MaxBytes
+	}
+	if o.MaxAge > 0 {
+		c.MaxAge = o.MaxAge
+	}
+	if c.MaxAge < c.Duplicates {
+		c.Duplicates = c.MaxAge
+	}
+	return c
+}
+
+func (o Options) system() jetstream.StreamConfig {
+	return jetstream.StreamConfig{
+		Name: system, Description: "what the gateway is made of: registry, policy, approvals, dead letters",
+		Subjects:  []string{"sys.>"},
+		DenyPurge: true, AllowDirect: true, Duplicates: Duplicates,
+		Storage: jetstream.FileStorage, Replicas: max(o.Replicas, 1), MaxConsumers: -1,
+	}
+}
+
+// passing tells whether an error may be gone at the next try.
+func passing(err error) bool {
+	var api *jetstream.APIError
+	if errors.As(err, &api) {
+		return api.Code >= 500 && api.ErrorCode != 10047 && api.ErrorCode != 10023 // not: insufficient storage or resources
+	}
+	return errors.Is(err, nats.ErrTimeout) || errors.Is(err, nats.ErrNoResponders) ||
+		errors.Is(err, context.DeadlineExceeded) || errors.Is(err, jetstream.ErrNoStreamResponse) ||
+		errors.Is(err, nats.ErrDisconnected) || errors.Is(err, nats.ErrConnectionReconnecting)
+}
+
+// pause waits, and tells whether the context still stands.
+func pause(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
+	}
+}

@@ -1,0 +1,79 @@
+package bus
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/cenkalti/backoff/v4"
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"waybill.dev/schemas"
+)
+
+// publishFor bounds how long one event is tried again. It is longer than the
+// election of a new leader takes.
+const publishFor = 15 * time.Second
+
+// Publish stores an event and returns when the log has acknowledged it. It is
+// a [schemas.Emit]: what may pass is retried with the same ID, which makes the
+// repetition vanish if the first try was stored after all. It returns
+// [schemas.ErrTooLarge], [schemas.ErrInvalid], or [schemas.ErrOverloaded] when
+// the log does not take the event.
+func (l *Log) Publish(ctx context.Context, e schemas.Event) (schemas.Receipt, error) {
+	if e.Time.IsZero() {
+		e.Time = time.Now().UTC()
+	}
+	msg, err := encode(e)
+	if err != nil {
+		return schemas.Receipt{}, fmt.Errorf("store %s: %w", idOf(e), err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, publishFor)
+	defer cancel()
+	var ack *jetstream.PubAck
+	try := func() error {
+		if l.o.Fault != nil {
+			if err := l.o.Fault(e, false); err != nil {
+				return err
+			}
+		}
+		once, cancel := context.WithTimeout(ctx, 5*time.Second)
+		defer cancel()
+		var err error
+		ack, err = l.js.PublishMsg(once, msg)
+		if err == nil && l.o.Fault != nil {
+			err = l.o.Fault(e, true)
+		}
+		if err != nil && l.o.Fault == nil && !passing(err) {
+			return backoff.Permanent(err)
+		}
+		return err
+	}
+	if err = try(); err != nil {
+		wait := backoff.NewExponentialBackOff(backoff.WithInitialInterval(20*time.Millisecond), backoff.WithMaxInterval(time.Second))
+		err = backoff.Retry(try, backoff.WithContext(wait, ctx))
+	}
+	if err != nil {
+		return schemas.Receipt{}, fmt.Errorf("store %s: %w", e.ID(), refused(err))
+	}
+	return schemas.Receipt{Seq: ack.Sequence, Duplicate: ack.Duplicate}, nil
+}
+
+func idOf(e schemas.Event) schemas.EventID {
+	if e.Data == nil {
+		return "an event without payload"
+	}
+	return e.ID()
+}
+
+// refused names the cause in the vocabulary of the callers.
+func refused(err error) error {
+	switch {
+	case errors.Is(err, nats.ErrMaxPayload), errors.Is(err, jetstream.ErrStreamMessageExceedsMaximum):
+		return fmt.Errorf("%w: %w", schemas.ErrTooLarge, err)
+	default:
+		return fmt.Errorf("%w: the log does not take events now: %w", schemas.ErrOverloaded, err)
+	}
+}

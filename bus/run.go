@@ -1,0 +1,232 @@
+package bus
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"waybill.dev/schemas"
+)
+
+// Work is one kind of work: a durable consumer, shared by all processes that
+// run the same name.
+type Work struct {
+	Name     string         // of the durable consumer
+	Kinds    []schemas.Kind // what it handles
+	InFlight int            // handlers at once, over all processes; default 256. The rest waits in the log
+	Drain    time.Duration  // how long handlers may finish after ctx is done; default 10 s
+	Up       func(bool)     // told when the work begins and when it is interrupted; may be nil
+}
+
+// deliveries is how often a handler may fail on one event before it is put
+// among the dead letters and its call is ended.
+const deliveries = 8
+
+// Run gives every event of the work's kinds to the handler, each at least
+// once, and acknowledges it when the handler has returned nil. Work that runs
+// longer than the AckWait is kept alive; work of a process that died is given
+// to another. Run blocks until ctx is done and the handlers have returned.
+//
+// What cannot be decoded, and what a handler keeps failing on, is stored as a
+// dead letter (SYSTEM, sys.dead.<name>) and its call ends as failed, so that
+// nobody waits for it.
+func (l *Log) Run(ctx context.Context, w Work, h schemas.Handler) error {
+	if w.InFlight == 0 {
+		w.InFlight = 256
+	}
+	if w.Drain == 0 {
+		w.Drain = 10 * time.Second
+	}
+	subjects, err := Filter{Kinds: w.Kinds}.subjects()
+	if err != nil {
+		return err
+	}
+	r := &runner{l: l, w: w, h: h, busy: map[jetstream.Msg]bool{}}
+	work, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+
+	var beats sync.WaitGroup
+	beats.Go(func() { r.beat(work) })
+	defer beats.Wait()
+	defer stop()
+
+	for ctx.Err() == nil {
+		c, err := l.js.CreateOrUpdateConsumer(ctx, events, jetstream.ConsumerConfig{
+			Durable:        w.Name,
+			FilterSubjects: subjects,
+			AckPolicy:      jetstream.AckExplicitPolicy,
+			AckWait:        l.o.AckWait,
+			MaxAckPending:  w.InFlight,
+			MaxDeliver:     -1,
+		})
+		if err == nil {
+			err = r.consume(ctx, work, c)
+		}
+		if ctx.Err() == nil && err != nil {
+			l.o.Log.Warn("consumer interrupted, opening it again", "work", w.Name, "error", err)
+			pause(ctx, 250*time.Millisecond)
+		}
+	}
+	done := make(chan struct{})
+	go func() { r.handlers.Wait(); close(done) }()
+	select {
+	case <-done:
+	case <-time.After(w.Drain):
+		stop() // a handler that is cut off returns an error; its event is delivered again
+		<-done
+	}
+	return nil
+}
+
+// runner is the state of one Run.
+type runner struct {
+	l *Log
+	w Work
+	h schemas.Handler
+
+	handlers sync.WaitGroup
+
+	mu   sync.Mutex
+	busy map[jetstream.Msg]bool // true once a heartbeat has passed over it
+}
+
+// consume pulls until ctx is done or the consumer is lost.
+func (r *runner) consume(ctx, work context.Context, c jetstream.Consumer) error {
+	// What is pulled is handled at once: MaxAckPending bounds it for all.
+	it, err := c.Messages(jetstream.PullMaxMessages(min(r.w.InFlight, 512)), jetstream.PullExpiry(5*time.Second))
+	if err != nil {
+		return err
+	}
+	defer it.Stop()
+	if r.w.Up != nil {
+		r.w.Up(true)
+		defer r.w.Up(false)
+	}
+	defer context.AfterFunc(ctx, it.Stop)()
+	for {
+		m, err := it.Next()
+		switch {
+		case err == nil:
+		case ctx.Err() != nil || errors.Is(err, jetstream.ErrMsgIteratorClosed):
+			return nil
+		case errors.Is(err, jetstream.ErrNoHeartbeat) && r.l.nc.IsConnected():
+			continue
+		default:
+			return err
+		}
+		r.mu.Lock()
+		r.busy[m] = false
+		r.mu.Unlock()
+		r.handlers.Go(func() { r.handle(work, m) })
+	}
+}
+
+// beat tells the server which events are still being worked on.
+func (r *runner) beat(ctx context.Context) {
+	for pause(ctx, r.l.o.AckWait/4) {
+		var late []jetstream.Msg
+		r.mu.Lock()
+		for m, seen := range r.busy {
+			if seen {
+				late = append(late, m)
+			}
+			r.busy[m] = true
+		}
+		r.mu.Unlock()
+		for _, m := range late {
+			if err := m.InProgress(); err != nil {
+				r.l.o.Log.Warn("heartbeat", "work", r.w.Name, "error", err)
+			}
+		}
+	}
+}
+
+// handle gives one message to the handler and settles it.
+func (r *runner) handle(ctx context.Context, m jetstream.Msg) {
+	defer func() {
+		r.mu.Lock()
+		delete(r.busy, m)
+		r.mu.Unlock()
+	}()
+	e, md, err := decodeMsg(m)
+	switch {
+	case md == nil:
+		err = m.Term() // no message of a stream: nothing to keep
+	case err != nil:
+		err = r.bury(ctx, m, md, e, schemas.FailUndecodable, err)
+	default:
+		err = r.guarded(ctx, e)
+		switch {
+		case err == nil:
+			err = m.Ack()
+		case ctx.Err() != nil:
+			err = m.Nak() // shutting down: another takes it now
+		case md.NumDelivered >= deliveries:
+			// A call that was authorized may have been carried out.
+			code := schemas.FailInternal
+			if e.Kind() == schemas.KindAuthorized {
+				code = schemas.FailUnknown
+			}
+			err = r.bury(ctx, m, md, e, code, err)
+		default:
+			r.l.o.Log.Warn("handler failed, event will be delivered again", "work", r.w.Name,
+				"session", e.Session, "call", e.Call, "kind", e.Kind(), "delivery", md.NumDelivered, "error", err)
+			err = m.NakWithDelay(min(100*time.Millisecond<<md.NumDelivered, 5*time.Second))
+		}
+	}
+	if err != nil {
+		// Not settled, so it will be delivered again; that is harmless.
+		r.l.o.Log.Warn("settle event", "work", r.w.Name, "subject", m.Subject(), "error", err)
+	}
+}
+
+// guarded runs the handler. A panic there is a fault of ours and must not
+// take the other calls with it.
+func (r *runner) guarded(ctx context.Context, e schemas.Event) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("handler panicked: %v", p)
+		}
+	}()
+	return r.h(ctx, e, r.l.Publish)
+}
+
+// bury stores a message among the dead letters, ends its call and takes it off
+// the work. If either cannot be stored the message stays and comes again.
+func (r *runner) bury(ctx context.Context, m jetstream.Msg, md *jetstream.MsgMetadata, e schemas.Event, code schemas.Failure, cause error) error {
+	r.l.o.Log.Error("dead letter", "work", r.w.Name, "seq", md.Sequence.Stream, "subject", m.Subject(), "error", cause)
+	if err := r.l.bury(ctx, r.w.Name, m, md.Sequence.Stream, cause); err != nil {
+		return errors.Join(err, m.NakWithDelay(5*time.Second))
+	}
+	if e.Data == nil {
+		e = salvage(m)
+	}
+	if e.Call != "" {
+		end := e.Next(&schemas.Failed{Code: code, Detail: cause.Error()}, nil)
+		if _, err := r.l.Publish(ctx, end); err != nil && !errors.Is(err, schemas.ErrInvalid) {
+			return errors.Join(err, m.NakWithDelay(5*time.Second))
+		}
+	}
+	return m.Term()
+}
+
+// bury stores a message as it is under sys.dead.<name>.
+func (l *Log) bury(ctx context.Context, name string, m jetstream.Msg, seq uint64, cause error) error {
+	dead := &nats.Msg{Subject: "sys.dead." + name, Header: nats.Header{}, Data: m.Data()}
+	for k, v := range m.Headers() {
+		dead.Header["Dead-"+k] = v
+	}
+	dead.Header.Set("Dead-Subject", m.Subject())
+	dead.Header.Set("Dead-Sequence", fmt.Sprint(seq))
+	dead.Header.Set("Dead-Cause", cause.Error())
+	dead.Header.Set(jetstream.MsgIDHeader, fmt.Sprintf("dead/%s/%d", name, seq))
+	if _, err := l.js.PublishMsg(ctx, dead); err != nil {
+		return fmt.Errorf("store dead letter of sequence %d: %w", seq, err)
+	}
+	return nil
+}

@@ -1,0 +1,92 @@
+package bus
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// Lag is how far a durable consumer is behind the log.
+type Lag struct {
+	Consumer string
+	Events   uint64 // not delivered, or delivered and not acknowledged
+	Bytes    uint64 // of the log from its oldest such event on, estimated from the mean size
+}
+
+// Status is what the log holds.
+type Status struct {
+	Events, Bytes, MaxBytes uint64
+	FirstSeq, LastSeq       uint64
+	Lags                    []Lag
+	Refusing                string // why new calls are refused, or ""
+}
+
+// Status asks the log how it is.
+func (l *Log) Status(ctx context.Context) (Status, error) {
+	info, err := l.stream.Info(ctx)
+	if err != nil {
+		return Status{}, fmt.Errorf("state of the log: %w", err)
+	}
+	s := Status{
+		Events: info.State.Msgs, Bytes: info.State.Bytes, MaxBytes: uint64(info.Config.MaxBytes),
+		FirstSeq: info.State.FirstSeq, LastSeq: info.State.LastSeq,
+	}
+	if why := l.full.Load(); why != nil {
+		s.Refusing = *why
+	}
+	consumers := l.stream.ListConsumers(ctx)
+	for c := range consumers.Info() {
+		if c.Config.Durable == "" {
+			continue
+		}
+		lag := Lag{Consumer: c.Name, Events: c.NumPending + uint64(c.NumAckPending)}
+		if lag.Events > 0 && s.Events > 0 {
+			oldest := max(c.AckFloor.Stream+1, s.FirstSeq)
+			lag.Bytes = uint64(float64(s.Bytes) / float64(s.Events) * float64(s.LastSeq+1-oldest))
+		}
+		s.Lags = append(s.Lags, lag)
+	}
+	if err := consumers.Err(); err != nil && !errors.Is(err, jetstream.ErrEndOfData) {
+		return s, fmt.Errorf("state of the log's consumers: %w", err)
+	}
+	return s, nil
+}
+
+// Watch keeps the refusal rule: while the unread events of a guarded consumer
+// hold more than 80 % of what the log may hold, Ask takes no new call, so that
+// nothing ages out unread. It looks every period until ctx is done.
+func (l *Log) Watch(ctx context.Context, period time.Duration) error {
+	guard := map[string]bool{}
+	for _, g := range l.o.Guard {
+		guard[g] = true
+	}
+	for {
+		s, err := l.Status(ctx)
+		if err != nil {
+			if ctx.Err() == nil {
+				l.o.Log.Warn("watch the log", "error", err)
+			}
+		} else {
+			var why *string
+			for _, lag := range s.Lags {
+				if guard[lag.Consumer] && s.MaxBytes > 0 && lag.Bytes > s.MaxBytes/10*8 {
+					text := fmt.Sprintf("%s is %d MB behind and the log holds %d MB", lag.Consumer, lag.Bytes>>20, s.MaxBytes>>20)
+					why = &text
+				}
+			}
+			if before := l.full.Swap(why); (before == nil) != (why == nil) {
+				if why != nil {
+					l.o.Log.Error("new calls are refused until the log is read", "cause", *why)
+				} else {
+					l.o.Log.Info("new calls are taken again")
+				}
+			}
+		}
+		if !pause(ctx, period) {
+			return nil
+		}
+	}
+}

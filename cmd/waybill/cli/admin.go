@@ -1,0 +1,299 @@
+package cli
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/http/pprof"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"waybill.dev/bus"
+	"waybill.dev/schemas"
+)
+
+// The admin API. Health and metrics are open to whoever reaches the address;
+// everything that shows what was said needs the token, which is kept in a
+// file of the data directory that only its owner can read.
+//
+//	GET /healthz                    200 while the process runs
+//	GET /readyz                     200 while every role of the process works
+//	GET /metrics                    Prometheus
+//	GET /debug/pprof/               token
+//	GET /api/v1/sessions            token; ?tenant=&limit=  one session per line (NDJSON), newest last
+//	GET /api/v1/sessions/S/events   token; one event per line, as schemas.Event is written
+//	GET /api/v1/events              token; ?tenant=&session=&kind=  the same, live, until the client leaves
+const tokenFile = "admin.token"
+
+// addAdmin: what operators see.
+func (g *gateway) addAdmin(ctx context.Context, ln net.Listener) error {
+	l, err := g.open(ctx, bus.RoleObserver)
+	if err != nil {
+		return err
+	}
+	if err := g.metrics.watchLog(l); err != nil {
+		return err
+	}
+	token, err := g.token()
+	if err != nil {
+		return err
+	}
+	a := &admin{g: g, l: l, hash: sha256.Sum256([]byte(token))}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = fmt.Fprintln(w, "ok") })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+		if what := g.notReady(); what != "" {
+			http.Error(w, what+" is not ready", http.StatusServiceUnavailable)
+			return
+		}
+		_, _ = fmt.Fprintln(w, "ready")
+	})
+	mux.Handle("GET /metrics", g.metrics.handler)
+	for pattern, h := range map[string]http.HandlerFunc{
+		"/debug/pprof/":                         pprof.Index,
+		"/debug/pprof/profile":                  pprof.Profile,
+		"/debug/pprof/symbol":                   pprof.Symbol,
+		"/debug/pprof/trace":                    pprof.Trace,
+		"GET /api/v1/sessions":                  a.sessions,
+		"GET /api/v1/sessions/{session}/events": a.session,
+		"GET /api/v1/events":                    a.events,
+	} {
+		mux.HandleFunc(pattern, a.guard(h))
+	}
+	base, cut := context.WithCancel(context.WithoutCancel(ctx))
+	srv := &http.Server{
+		Handler: localHost(ln.Addr(), mux), ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second,
+		IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10,
+		BaseContext: func(net.Listener) context.Context { return base },
+	}
+	g.workers = append(g.workers, part{"admin", func(ctx context.Context) error {
+		failed := make(chan error, 1)
+		go func() { failed <- srv.Serve(ln) }()
+		select {
+		case err := <-failed:
+			cut()
+			return err
+		case <-ctx.Done():
+		}
+		cut() // ends what is being tailed
+		wait, stop := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+		defer stop()
+		if err := srv.Shutdown(wait); err != nil {
+			_ = srv.Close()
+		}
+		<-failed
+		return nil
+	}})
+	return nil
+}
+
+// token reads the admin token, or makes it.
+func (g *gateway) token() (string, error) {
+	file := filepath.Join(g.c.Data, tokenFile)
+	b, err := os.ReadFile(file)
+	if err == nil && len(strings.TrimSpace(string(b))) >= 20 {
+		return strings.TrimSpace(string(b)), nil
+	}
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return "", err
+	}
+	if err := os.MkdirAll(g.c.Data, 0o700); err != nil {
+		return "", err
+	}
+	t := rand.Text()
+	return t, os.WriteFile(file, []byte(t+"\n"), 0o600)
+}
+
+// localHost refuses requests that name a foreign host on a loopback listener:
+// a web page that has its name resolve to this machine.
+func localHost(at net.Addr, next http.Handler) http.Handler {
+	tcp, ok := at.(*net.TCPAddr)
+	if !ok || !tcp.IP.IsLoopback() {
+		return next
+	}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		host, _, err := net.SplitHostPort(r.Host)
+		if err != nil {
+			host = r.Host
+		}
+		if !loopback(strings.Trim(host, "[]")) {
+			http.Error(w, "host "+strconv.Quote(r.Host)+" is not this machine", http.StatusForbidden)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// admin answers the operators' questions from the log.
+type admin struct {
+	g    *gateway
+	l    *bus.Log
+	hash [sha256.Size]byte
+}
+
+// guard lets only the holder of the token in.
+func (a *admin) guard(next http.HandlerFunc) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		scheme, given, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+		hash := sha256.Sum256([]byte(given))
+		if !strings.EqualFold(scheme, "Bearer") || subtle.ConstantTimeCompare(hash[:], a.hash[:]) != 1 {
+			w.Header().Set("WWW-Authenticate", "Bearer")
+			http.Error(w, "this needs the token in "+tokenFile+" of the data directory", http.StatusUnauthorized)
+			return
+		}
+		w.Header().Set("Cache-Control", "no-store")
+		next(w, r)
+	}
+}
+
+// session as a line of the list.
+type sessionLine struct {
+	Session  schemas.SessionKey      `json:"session"`
+	Tenant   schemas.Tenant          `json:"tenant"`
+	Agent    schemas.Agent           `json:"agent"`
+	Protocol schemas.Protocol        `json:"protocol"`
+	Name     string                  `json:"name"`
+	Client   string                  `json:"client,omitempty"`
+	Opened   time.Time               `json:"opened"`
+	Events   map[schemas.Kind]uint64 `json:"events"`
+}
+
+func (a *admin) sessions(w http.ResponseWriter, r *http.Request) {
+	q := r.URL.Query()
+	limit := 0
+	if s := q.Get("limit"); s != "" {
+		n, err := strconv.Atoi(s)
+		if err != nil || n < 0 {
+			http.Error(w, "limit: not a number of sessions", http.StatusBadRequest)
+			return
+		}
+		limit = n
+	}
+	f := bus.Filter{Tenant: schemas.Tenant(q.Get("tenant")), Kinds: []schemas.Kind{schemas.KindOpened}}
+	// The first opened of a session counts; a later one repeats it.
+	var lines []sessionLine
+	seen := map[schemas.SessionKey]bool{}
+	for e, err := range a.l.Read(r.Context(), f, 0) {
+		if errors.Is(err, bus.ErrUndecodable) {
+			continue
+		}
+		if err != nil {
+			a.fail(w, err)
+			return
+		}
+		o, ok := e.Data.(*schemas.Opened)
+		if !ok || seen[e.Session] {
+			continue
+		}
+		seen[e.Session] = true
+		lines = append(lines, sessionLine{
+			Session: e.Session, Tenant: e.Tenant, Agent: e.Agent, Protocol: o.Protocol,
+			Name: o.Name, Client: o.Client, Opened: e.Stored,
+		})
+	}
+	if limit > 0 && len(lines) > limit {
+		lines = lines[len(lines)-limit:]
+	}
+	// Few sessions are asked for one by one; many in one go.
+	var all map[schemas.SessionKey]map[schemas.Kind]uint64
+	if len(lines) > 200 {
+		var err error
+		if all, err = a.l.Counts(r.Context(), bus.Filter{Tenant: f.Tenant}); err != nil {
+			a.fail(w, err)
+			return
+		}
+	}
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	out := json.NewEncoder(w)
+	for _, line := range lines {
+		line.Events = all[line.Session]
+		if all == nil {
+			one, err := a.l.Counts(r.Context(), bus.Filter{Tenant: line.Tenant, Session: line.Session})
+			if err != nil {
+				panic(http.ErrAbortHandler) // a list cut short must not look whole
+			}
+			line.Events = one[line.Session]
+		}
+		if out.Encode(line) != nil {
+			return // the client left
+		}
+	}
+}
+
+// session writes the events of one session.
+func (a *admin) session(w http.ResponseWriter, r *http.Request) {
+	key := schemas.SessionKey(r.PathValue("session"))
+	found := false
+	out := json.NewEncoder(w)
+	for e, err := range a.l.Read(r.Context(), bus.Filter{Session: key}, 0) {
+		if err != nil && !errors.Is(err, bus.ErrUndecodable) {
+			if !found {
+				a.fail(w, err)
+				return
+			}
+			panic(http.ErrAbortHandler)
+		}
+		if !found {
+			found = true
+			w.Header().Set("Content-Type", "application/x-ndjson")
+		}
+		var line any = e
+		if err != nil {
+			line = map[string]any{"seq": e.Seq, "undecodable": err.Error()}
+		}
+		if out.Encode(line) != nil {
+			return
+		}
+	}
+	if !found {
+		http.Error(w, "no session "+strconv.Quote(string(key))+" in the log; `waybill sessions` lists them", http.StatusNotFound)
+	}
+}
+
+// events follows the log.
+func (a *admin) events(w http.ResponseWriter, r *http.Request) {
+	q := r.URL.Query()
+	f := bus.Filter{Tenant: schemas.Tenant(q.Get("tenant")), Session: schemas.SessionKey(q.Get("session"))}
+	for _, k := range q["kind"] {
+		f.Kinds = append(f.Kinds, schemas.Kind(k))
+	}
+	last, err := a.l.Last(r.Context())
+	if err != nil {
+		a.fail(w, err)
+		return
+	}
+	heard, err := a.l.Listen(r.Context(), f, last)
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	rc := http.NewResponseController(w)
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	w.WriteHeader(http.StatusOK)
+	_ = rc.Flush()
+	out := json.NewEncoder(w)
+	for e, err := range heard {
+		var line any = e
+		if err != nil {
+			line = map[string]any{"seq": e.Seq, "undecodable": err.Error()}
+		}
+		// A reader that is too slow is cut off; the log keeps what it missed.
+		if rc.SetWriteDeadline(time.Now().Add(30*time.Second)) != nil || out.Encode(line) != nil || rc.Flush() != nil {
+			return
+		}
+	}
+}
+
+func (a *admin) fail(w http.ResponseWriter, err error) {
+	a.g.log.Error("admin API", "error", err)
+	http.Error(w, err.Error(), http.StatusServiceUnavailable)
+}

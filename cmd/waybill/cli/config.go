@@ -1,0 +1,401 @@
+package cli
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"maps"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/goccy/go-yaml"
+
+	"waybill.dev/edge"
+	"waybill.dev/schemas"
+)
+
+// Config is the configuration file: strict YAML, in which an unknown key is an
+// error. Every key is shown with its default in deploy/waybill.yaml. It is
+// read and checked once and never changed. Relative paths are relative to the
+// file.
+type Config struct {
+	Listen  string   `yaml:"listen" json:"listen"`             // agents; default 127.0.0.1:8080
+	Admin   string   `yaml:"admin" json:"admin"`               // operators; default 127.0.0.1:8081
+	Data    string   `yaml:"data" json:"data"`                 // directory; default ./data
+	Hosts   []string `yaml:"hosts" json:"hosts,omitempty"`     // Host names served beside loopback's
+	Origins []string `yaml:"origins" json:"origins,omitempty"` // web origins that may call
+
+	Bus        BusConfig      `yaml:"bus" json:"bus"`
+	ClickHouse any            `yaml:"clickhouse" json:"clickhouse"` // false; the rest is not built yet
+	Tenants    []TenantConfig `yaml:"tenants" json:"tenants"`
+	Agents     []AgentConfig  `yaml:"agents" json:"agents"`
+	Auth       AuthConfig     `yaml:"auth" json:"auth"`
+	Servers    []ServerConfig `yaml:"servers" json:"servers"`
+	Allow      []AllowConfig  `yaml:"allow" json:"allow"` // nothing is allowed that no rule allows
+	Limits     LimitsConfig   `yaml:"limits" json:"limits"`
+
+	Views    any `yaml:"views" json:"-"`    // not built yet
+	Policies any `yaml:"policies" json:"-"` // not built yet
+
+	dir string // of the file
+}
+
+// BusConfig says where the log is: embedded, or at a url.
+type BusConfig struct {
+	Embedded *EmbeddedConfig `yaml:"embedded" json:"embedded,omitempty"`
+	URL      string          `yaml:"url" json:"url,omitempty"`           // nats://…; excludes embedded
+	Creds    string          `yaml:"creds" json:"creds,omitempty"`       // NATS credentials file, with url
+	Replicas int             `yaml:"replicas" json:"replicas,omitempty"` // of the streams, with url; default 3
+	MaxBytes int64           `yaml:"max_bytes" json:"max_bytes"`         // of the event stream; default 4294967296
+	MaxAge   time.Duration   `yaml:"max_age" json:"max_age"`             // of the event stream; default 24h
+}
+
+// EmbeddedConfig is the NATS server inside the process.
+type EmbeddedConfig struct {
+	Sync    string         `yaml:"sync" json:"sync"`                   // a duration (default 100ms), or always: fsync each event
+	Listen  string         `yaml:"listen" json:"listen,omitempty"`     // host:port of a NATS socket for subscribers; default none
+	KeyFile string         `yaml:"key_file" json:"key_file,omitempty"` // encrypts the log at rest; must lie outside data
+	Cluster map[string]any `yaml:"cluster" json:"-"`                   // not built yet
+}
+
+// TenantConfig names a tenant.
+type TenantConfig struct {
+	ID schemas.Tenant `yaml:"id" json:"id"`
+}
+
+// AgentConfig is a caller: who it is, not what it may do.
+type AgentConfig struct {
+	ID     schemas.Agent  `yaml:"id" json:"id"`
+	Tenant schemas.Tenant `yaml:"tenant" json:"tenant"`
+	Groups []string       `yaml:"groups" json:"groups,omitempty"`
+	Token  string         `yaml:"token_sha256" json:"token_sha256,omitempty"` // hex SHA-256 of the bearer token
+}
+
+// AuthConfig is for callers without a token.
+type AuthConfig struct {
+	Anonymous schemas.Agent `yaml:"anonymous" json:"anonymous,omitempty"` // they are this agent; loopback listeners only
+}
+
+// ServerConfig is an upstream.
+type ServerConfig struct {
+	Name       string        `yaml:"name" json:"name"`
+	MCP        *MCPConfig    `yaml:"mcp" json:"mcp,omitempty"`
+	OpenAPI    any           `yaml:"openapi" json:"-"`                                     // not built yet
+	Approve    string        `yaml:"approve" json:"approve,omitempty"`                     // first-use or manual; takes effect with the registry
+	Idempotent []string      `yaml:"idempotent" json:"idempotent,omitempty"`               // tools (* stands for any run) that may be called again when the outcome is unknown
+	Trust      bool          `yaml:"trust_annotations" json:"trust_annotations,omitempty"` // not built yet
+	Deadline   time.Duration `yaml:"deadline" json:"deadline,omitempty"`                   // of one call; default limits.deadline
+	Concurrent int           `yaml:"concurrency" json:"concurrency,omitempty"`             // calls at once; default 64
+	Queue      int           `yaml:"queue" json:"queue,omitempty"`                         // calls waiting for their turn; default 256; more are refused
+}
+
+// MCPConfig says how to reach an MCP server.
+type MCPConfig struct {
+	URL     string            `yaml:"url" json:"url"`                   // streamable HTTP endpoint
+	Headers map[string]Secret `yaml:"headers" json:"headers,omitempty"` // sent with every request
+	Command any               `yaml:"command" json:"-"`                 // not built yet
+	Env     any               `yaml:"env" json:"-"`                     // not built yet
+}
+
+// Secret is a value that does not stand in the file.
+type Secret struct {
+	Env  string `yaml:"env" json:"env,omitempty"`   // of this environment variable
+	File string `yaml:"file" json:"file,omitempty"` // or in this file, white space around it removed
+}
+
+// AllowConfig is a rule of the simplest policy. Each list is of names, in
+// which * stands for any run of characters; an agents, servers or tools list
+// that is missing matches nothing.
+type AllowConfig struct {
+	Agents  []string `yaml:"agents" json:"agents"`
+	Servers []string `yaml:"servers" json:"servers"`
+	Tools   []string `yaml:"tools" json:"tools,omitempty"`     // "*": every method of the server; else tools/call of these
+	Methods []string `yaml:"methods" json:"methods,omitempty"` // other methods, beside a list of tools
+}
+
+// LimitsConfig bounds what one process takes on.
+type LimitsConfig struct {
+	Body           int64         `yaml:"body" json:"body"`                                 // bytes of a request; default 4194304, which is also the most
+	InFlight       int           `yaml:"in_flight" json:"in_flight"`                       // calls at once; default 1024
+	InFlightTenant int           `yaml:"in_flight_per_tenant" json:"in_flight_per_tenant"` // default 512
+	Deadline       time.Duration `yaml:"deadline" json:"deadline"`                         // of one call; default 60s
+	Drain          time.Duration `yaml:"drain" json:"drain"`                               // how long calls may finish at shutdown; default 10s
+}
+
+// defaults is the configuration of an empty file.
+func defaults() Config {
+	return Config{
+		Listen: "127.0.0.1:8080", Admin: "127.0.0.1:8081", Data: "data",
+		Bus:    BusConfig{MaxBytes: 4 << 30, MaxAge: 24 * time.Hour},
+		Limits: LimitsConfig{Body: 4 << 20, InFlight: 1024, InFlightTenant: 512, Deadline: time.Minute, Drain: 10 * time.Second},
+	}
+}
+
+// loadConfig reads and checks a file. All errors found are returned together,
+// those of syntax with line and column.
+func loadConfig(file string) (*Config, error) {
+	b, err := os.ReadFile(file)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("%s: no such file; deploy/waybill.yaml is an example to copy", file)
+	}
+	if err != nil {
+		return nil, err
+	}
+	c, err := parseConfig(b, filepath.Dir(file))
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", file, err)
+	}
+	return c, nil
+}
+
+// parseConfig decodes and checks a configuration.
+func parseConfig(b []byte, dir string) (*Config, error) {
+	c := defaults()
+	if err := yaml.UnmarshalWithOptions(b, &c, yaml.Strict()); err != nil {
+		return nil, errors.New(strings.TrimSpace(yaml.FormatError(err, false, true)))
+	}
+	abs, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, err
+	}
+	c.dir = abs
+	if c.Bus.Embedded == nil && c.Bus.URL == "" {
+		c.Bus.Embedded = &EmbeddedConfig{}
+	}
+	if e := c.Bus.Embedded; e != nil && e.Sync == "" {
+		e.Sync = "100ms"
+	}
+	if c.Bus.URL != "" && c.Bus.Replicas == 0 {
+		c.Bus.Replicas = 3
+	}
+	for _, p := range []*string{&c.Data, &c.Bus.Creds} {
+		*p = c.path(*p)
+	}
+	if e := c.Bus.Embedded; e != nil {
+		e.KeyFile = c.path(e.KeyFile)
+	}
+	return &c, c.check()
+}
+
+func (c *Config) path(p string) string {
+	if p == "" || filepath.IsAbs(p) {
+		return p
+	}
+	return filepath.Join(c.dir, p)
+}
+
+// check finds what is wrong beyond the syntax.
+func (c *Config) check() error {
+	var errs []error
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	notBuilt := func(key string, there bool) {
+		if there {
+			bad("%s: not built yet", key)
+		}
+	}
+	notBuilt("views", c.Views != nil)
+	notBuilt("policies", c.Policies != nil)
+	if c.ClickHouse != nil && c.ClickHouse != false {
+		bad("clickhouse: not built yet (only `clickhouse: false`)")
+	}
+	if e := c.Bus.Embedded; e != nil {
+		notBuilt("bus.embedded.cluster", len(e.Cluster) > 0)
+		if _, _, err := e.sync(); err != nil {
+			bad("bus.embedded.sync: %w", err)
+		}
+		if c.Bus.URL != "" {
+			bad("bus: embedded and url exclude each other")
+		}
+	}
+	if c.Bus.MaxBytes < 64<<20 {
+		bad("bus.max_bytes: %d is less than 67108864", c.Bus.MaxBytes)
+	}
+	if c.Bus.MaxAge < 5*time.Minute {
+		bad("bus.max_age: %s is less than 5m", c.Bus.MaxAge)
+	}
+	for _, l := range []struct{ key, addr string }{{"listen", c.Listen}, {"admin", c.Admin}} {
+		if _, _, err := net.SplitHostPort(l.addr); err != nil {
+			bad("%s: %q is not host:port", l.key, l.addr)
+		}
+	}
+
+	tenants := map[schemas.Tenant]bool{}
+	for i, t := range c.Tenants {
+		if err := schemas.CheckToken(string(t.ID)); err != nil {
+			bad("tenants[%d].id: %w", i, err)
+		}
+		if tenants[t.ID] {
+			bad("tenants[%d].id: %q stands twice", i, t.ID)
+		}
+		tenants[t.ID] = true
+	}
+	agents, tokens := map[schemas.Agent]bool{}, map[string]bool{}
+	for i, a := range c.Agents {
+		if err := schemas.CheckToken(string(a.ID)); err != nil {
+			bad("agents[%d].id: %w", i, err)
+		}
+		if agents[a.ID] {
+			bad("agents[%d].id: %q stands twice", i, a.ID)
+		}
+		agents[a.ID] = true
+		if !tenants[a.Tenant] {
+			bad("agents[%d].tenant: %q is not one of the tenants", i, a.Tenant)
+		}
+		if a.Token != "" {
+			if b, err := hex.DecodeString(a.Token); err != nil || len(b) != sha256.Size {
+				bad("agents[%d].token_sha256: not a SHA-256 in hex (64 characters); make one with: printf %%s TOKEN | sha256sum", i)
+			}
+			if tokens[strings.ToLower(a.Token)] {
+				bad("agents[%d].token_sha256: another agent has the same token", i)
+			}
+			tokens[strings.ToLower(a.Token)] = true
+		}
+	}
+	if a := c.Auth.Anonymous; a != "" {
+		if !agents[a] {
+			bad("auth.anonymous: %q is not one of the agents", a)
+		}
+		if host, _, err := net.SplitHostPort(c.Listen); err == nil && !loopback(host) {
+			bad("auth.anonymous: only for a loopback listener, and listen is %s", c.Listen)
+		}
+	}
+
+	names := map[string]bool{}
+	for i, s := range c.Servers {
+		key := fmt.Sprintf("servers[%d]", i)
+		if err := schemas.CheckToken(s.Name); err != nil {
+			bad("%s.name: %w", key, err)
+		}
+		if names[s.Name] {
+			bad("%s.name: %q stands twice", key, s.Name)
+		}
+		names[s.Name] = true
+		notBuilt(key+".openapi", s.OpenAPI != nil)
+		notBuilt(key+".trust_annotations", s.Trust)
+		if s.Approve != "" && s.Approve != "first-use" && s.Approve != "manual" {
+			bad("%s.approve: %q is neither first-use nor manual", key, s.Approve)
+		}
+		if s.Deadline < 0 || s.Concurrent < 0 || s.Queue < 0 {
+			bad("%s: deadline, concurrency and queue cannot be negative", key)
+		}
+		if s.MCP == nil {
+			if s.OpenAPI == nil {
+				bad("%s.mcp: missing; it says how to reach the server", key)
+			}
+			continue
+		}
+		notBuilt(key+".mcp.command", s.MCP.Command != nil)
+		notBuilt(key+".mcp.env", s.MCP.Env != nil)
+		if s.MCP.Command == nil {
+			u, err := url.Parse(s.MCP.URL)
+			if err != nil || u.Host == "" || (u.Scheme != "http" && u.Scheme != "https") {
+				bad("%s.mcp.url: %q is not an http or https URL", key, s.MCP.URL)
+			} else if u.User != nil {
+				bad("%s.mcp.url: holds credentials; use mcp.headers with env or file", key)
+			}
+		}
+		for name, secret := range s.MCP.Headers {
+			if (secret.Env == "") == (secret.File == "") {
+				bad("%s.mcp.headers.%s: needs env or file, one of them", key, name)
+			}
+		}
+	}
+	for i, a := range c.Allow {
+		if len(a.Agents) == 0 || len(a.Servers) == 0 || len(a.Tools)+len(a.Methods) == 0 {
+			bad("allow[%d]: needs agents, servers, and tools or methods; as it is it allows nothing", i)
+		}
+	}
+	if l := c.Limits; l.Body <= 0 || l.Body > 4<<20 || l.InFlight <= 0 || l.InFlightTenant <= 0 || l.Deadline <= 0 || l.Drain < 0 {
+		bad("limits: body must be 1 to 4194304, in_flight, in_flight_per_tenant and deadline positive, drain not negative")
+	}
+	return errors.Join(errs...)
+}
+
+// sync is how often, or always, the embedded log is flushed to disk.
+func (e *EmbeddedConfig) sync() (every time.Duration, always bool, err error) {
+	if e.Sync == "always" {
+		return 0, true, nil
+	}
+	d, err := time.ParseDuration(e.Sync)
+	if err == nil && (d < time.Millisecond || d > 10*time.Minute) {
+		err = fmt.Errorf("%s is not between 1ms and 10m", d)
+	}
+	return d, false, err
+}
+
+func loopback(host string) bool {
+	ip := net.ParseIP(host)
+	return host == "localhost" || ip != nil && ip.IsLoopback()
+}
+
+// principals are the agents by the hash of their token, and the anonymous one.
+func (c *Config) principals() (tokens map[[32]byte]edge.Principal, anonymous *edge.Principal) {
+	tokens = map[[32]byte]edge.Principal{}
+	for _, a := range c.Agents {
+		p := edge.Principal{Tenant: a.Tenant, Agent: a.ID, Groups: a.Groups}
+		if a.ID == c.Auth.Anonymous {
+			anonymous = &p
+		}
+		if b, err := hex.DecodeString(a.Token); err == nil && len(b) == sha256.Size {
+			tokens[[32]byte(b)] = p
+		}
+	}
+	return tokens, anonymous
+}
+
+// headers are the operator's headers for an upstream, with their secrets.
+func (c *Config) headers(m *MCPConfig, getenv func(string) string) (http.Header, error) {
+	h := http.Header{}
+	for _, name := range slices.Sorted(maps.Keys(m.Headers)) {
+		s := m.Headers[name]
+		value := getenv(s.Env)
+		if s.File != "" {
+			b, err := os.ReadFile(c.path(s.File))
+			if err != nil {
+				return nil, fmt.Errorf("header %s: %w", name, err)
+			}
+			value = strings.TrimSpace(string(b))
+		}
+		if value == "" {
+			return nil, fmt.Errorf("header %s: %s%s is empty", name, s.Env, s.File)
+		}
+		h.Set(name, value)
+	}
+	return h, nil
+}
+
+// configCheck is `waybill config check`.
+func configCheck(_ context.Context, env Env, args []string) error {
+	fs := flag.NewFlagSet("config check", flag.ContinueOnError)
+	file := fs.String("config", "waybill.yaml", "configuration `FILE`")
+	asJSON := fs.Bool("json", false, "print JSON")
+	if err := none(parse(env, fs, args)); err != nil {
+		return err
+	}
+	c, err := loadConfig(*file)
+	if err != nil {
+		return err
+	}
+	if *asJSON {
+		return json.NewEncoder(env.Stdout).Encode(c)
+	}
+	out, err := json.Marshal(c) // the JSON form leaves out what is not built yet
+	if err == nil {
+		out, err = yaml.JSONToYAML(out)
+	}
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(env.Stdout, "# %s is valid. In effect:\n%s", *file, out)
+	return err
+}

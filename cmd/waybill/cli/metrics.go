@@ -1,0 +1,184 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"go.opentelemetry.io/otel/attribute"
+	otelprom "go.opentelemetry.io/otel/exporters/prometheus"
+	"go.opentelemetry.io/otel/metric"
+	sdk "go.opentelemetry.io/otel/sdk/metric"
+
+	"waybill.dev/bus"
+	"waybill.dev/schemas"
+)
+
+// metrics is all that is measured. It is made from what passes between the
+// parts, so that none of them knows of it.
+type metrics struct {
+	g       *gateway
+	handler http.Handler
+	meter   metric.Meter
+
+	calls    metric.Int64Counter
+	duration metric.Float64Histogram
+}
+
+// methods that may be a label; a caller could invent any number of others.
+var methods = map[string]bool{
+	"server/discover": true, "tools/list": true, "tools/call": true, "prompts/list": true, "prompts/get": true,
+	"resources/list": true, "resources/templates/list": true, "resources/read": true, "completion/complete": true,
+	"subscriptions/listen": true,
+}
+
+func newMetrics(g *gateway) (*metrics, error) {
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	exporter, err := otelprom.New(otelprom.WithRegisterer(registry), otelprom.WithoutScopeInfo(), otelprom.WithoutTargetInfo())
+	if err != nil {
+		return nil, err
+	}
+	m := &metrics{
+		g: g, handler: promhttp.HandlerFor(registry, promhttp.HandlerOpts{}),
+		meter: sdk.NewMeterProvider(sdk.WithReader(exporter)).Meter("waybill.dev"),
+	}
+	if m.calls, err = m.meter.Int64Counter("waybill.calls", metric.WithDescription("Calls that ended, by server, method and outcome."), metric.WithUnit("{call}")); err != nil {
+		return nil, err
+	}
+	m.duration, err = m.meter.Float64Histogram("waybill.call.duration", metric.WithUnit("s"),
+		metric.WithDescription("Time of a call: in total as the edge sees it, and its parts policy, queue and upstream by the log's clock."),
+		metric.WithExplicitBucketBoundaries(.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60))
+	if err != nil {
+		return nil, err
+	}
+	return m, m.gauges()
+}
+
+// observe counts and times what passes an Ask.
+func (m *metrics) observe(ask schemas.Handler) schemas.Handler {
+	known := map[string]bool{}
+	for _, s := range m.g.c.Servers {
+		known[s.Name] = true
+	}
+	label := func(ok bool, s string) string {
+		if ok {
+			return s
+		}
+		return "other"
+	}
+	return func(ctx context.Context, e schemas.Event, emit schemas.Emit) error {
+		start := time.Now()
+		outcome, code := "lost", ""
+		var summary *schemas.Summary
+		var ended time.Time
+		err := ask(ctx, e, func(ctx context.Context, e schemas.Event) (schemas.Receipt, error) {
+			switch d := e.Data.(type) {
+			case *schemas.Completed:
+				outcome, summary = "completed", &d.Summary
+				if d.ErrorCode != 0 {
+					code = "upstream_error"
+				}
+			case *schemas.Failed:
+				outcome, code, summary = "failed", string(d.Code), &d.Summary
+			case *schemas.Denied:
+				outcome, summary = "denied", &d.Summary
+			case *schemas.Cancelled:
+				outcome, summary = "cancelled", &d.Summary
+			}
+			ended = e.Stored
+			return emit(ctx, e)
+		})
+		if summary == nil && ctx.Err() != nil {
+			outcome = "left"
+		} else if summary == nil && err != nil {
+			outcome = "refused"
+		}
+		r, _ := e.Data.(*schemas.Requested)
+		of := []attribute.KeyValue{
+			attribute.String("server", label(known[r.Server], r.Server)),
+			attribute.String("method", label(methods[r.Method], r.Method)),
+		}
+		m.calls.Add(ctx, 1, metric.WithAttributes(append(of, attribute.String("outcome", outcome), attribute.String("code", code))...))
+		if r.Stream {
+			return err // its length says nothing about the gateway
+		}
+		record := func(part string, d time.Duration) {
+			m.duration.Record(ctx, d.Seconds(), metric.WithAttributes(attribute.String("part", part), of[0], of[1]))
+		}
+		record("total", time.Since(start))
+		if summary != nil && !summary.AuthorizedAt.IsZero() {
+			record("policy", summary.AuthorizedAt.Sub(summary.RequestedAt))
+			if !summary.UpstreamAt.IsZero() {
+				record("queue", summary.UpstreamAt.Sub(summary.AuthorizedAt))
+				record("upstream", ended.Sub(summary.UpstreamAt))
+			}
+		}
+		return err
+	}
+}
+
+// gauges are read when they are asked for.
+func (m *metrics) gauges() error {
+	inflight, err := m.meter.Int64ObservableGauge("waybill.edge.in_flight", metric.WithDescription("Calls and streams at the edge now."), metric.WithUnit("{call}"))
+	if err != nil {
+		return err
+	}
+	refused, err := m.meter.Int64ObservableCounter("waybill.edge.refused", metric.WithDescription("Requests refused by the HTTP shell, by cause."), metric.WithUnit("{request}"))
+	if err != nil {
+		return err
+	}
+	_, err = m.meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
+		if m.g.front == nil {
+			return nil
+		}
+		s := m.g.front.Stats()
+		o.ObserveInt64(inflight, s.InFlight)
+		for cause, n := range s.Refused {
+			o.ObserveInt64(refused, int64(n), metric.WithAttributes(attribute.String("cause", cause.String())))
+		}
+		return nil
+	}, inflight, refused)
+	return err
+}
+
+// watchLog adds the log's depths.
+func (m *metrics) watchLog(l *bus.Log) error {
+	var errs error
+	gauge := func(name, unit, text string) metric.Int64ObservableGauge {
+		g, err := m.meter.Int64ObservableGauge(name, metric.WithDescription(text), metric.WithUnit(unit))
+		errs = errors.Join(errs, err)
+		return g
+	}
+	events := gauge("waybill.log.events", "{event}", "Events in the log.")
+	bytes := gauge("waybill.log.size", "By", "Bytes in the log.")
+	depth := gauge("waybill.queue.depth", "{event}", "Events that a kind of work has not settled.")
+	refusing := gauge("waybill.log.refusing", "1", "1 while new calls are refused because the log is not read.")
+	if errs != nil {
+		return errs
+	}
+	_, err := m.meter.RegisterCallback(func(ctx context.Context, o metric.Observer) error {
+		ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+		defer cancel()
+		s, err := l.Status(ctx)
+		if err != nil {
+			return err
+		}
+		o.ObserveInt64(events, int64(s.Events))
+		o.ObserveInt64(bytes, int64(s.Bytes))
+		for _, lag := range s.Lags {
+			o.ObserveInt64(depth, int64(lag.Events), metric.WithAttributes(attribute.String("work", lag.Consumer)))
+		}
+		var full int64
+		if s.Refusing != "" {
+			full = 1
+		}
+		o.ObserveInt64(refusing, full)
+		return nil
+	}, events, bytes, depth, refusing)
+	return err
+}

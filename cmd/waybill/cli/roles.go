@@ -1,0 +1,386 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"waybill.dev/bus"
+	"waybill.dev/bus/embed"
+	"waybill.dev/edge"
+	"waybill.dev/edge/mcp"
+	"waybill.dev/schemas"
+	"waybill.dev/schemas/jsonrpc"
+	"waybill.dev/workers/dispatch"
+	"waybill.dev/workers/policy"
+)
+
+// gateway is one process of the gateway: the parts of the data flow, in the
+// order in which a call passes them.
+//
+//	agent → edge → log → policy → log → dispatch → log → edge → agent
+//
+// A part is a blocking Run(ctx) error. The edges stop first, so that the calls
+// they hold can end; then the workers; the log's server is last.
+type gateway struct {
+	c     *Config
+	env   Env
+	roles map[bus.Role]bool
+	log   *slog.Logger
+	fault func(e schemas.Event, stored bool) error // for tests, see bus.Options
+
+	edges, workers []part
+	logs           []*bus.Log
+	front          *edge.Server
+	dispatcher     *dispatch.Dispatcher
+	metrics        *metrics
+	ready          map[string]*atomic.Bool // fixed before anything runs
+
+	dial     bus.Dialer
+	lost     uint64 // newest sequence before an unclean boot, or 0
+	instance string
+}
+
+type part struct {
+	name string
+	run  func(context.Context) error
+}
+
+// run builds the roles and keeps them until ctx is done or a part fails.
+// started is called when every role works.
+func (g *gateway) run(ctx context.Context, started func(*gateway, net.Addr, net.Addr)) (err error) {
+	g.ready = map[string]*atomic.Bool{}
+	g.instance = string(schemas.NewReplica())
+	closeLog, err := g.openLog(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, closeLog()) }()
+	defer func() {
+		for _, l := range g.logs {
+			l.Close()
+		}
+	}()
+	if g.metrics, err = newMetrics(g); err != nil {
+		return err
+	}
+
+	public, admin, err := g.listeners()
+	if err != nil {
+		return err
+	}
+	for _, role := range []struct {
+		name bus.Role
+		add  func(context.Context, net.Listener) error
+	}{
+		{bus.RolePolicy, g.addPolicy},
+		{bus.RoleDispatch, g.addDispatch},
+		{bus.RoleEdge, g.addEdge},
+	} {
+		if !g.roles[role.name] {
+			continue
+		}
+		if err := role.add(ctx, public); err != nil {
+			return fmt.Errorf("role %s: %w", role.name, err)
+		}
+	}
+	if err := g.addAdmin(ctx, admin); err != nil {
+		return fmt.Errorf("admin: %w", err)
+	}
+
+	// Edges, then workers: each group ends before the next is told to.
+	failed, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+	lasting, stopWorkers := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopWorkers()
+	var edges, workers errgroup.Group
+	spawn := func(group *errgroup.Group, ctx context.Context, p part) {
+		group.Go(func() error {
+			err := p.run(ctx)
+			if err != nil {
+				err = fmt.Errorf("%s: %w", p.name, err)
+			} else if ctx.Err() == nil {
+				err = fmt.Errorf("%s ended by itself", p.name)
+			}
+			fail(err)
+			return err
+		})
+	}
+	for _, p := range g.workers {
+		spawn(&workers, lasting, p)
+	}
+	for _, p := range g.edges {
+		spawn(&edges, failed, p)
+	}
+	if g.awaitReady(failed) && started != nil {
+		var at net.Addr
+		if public != nil {
+			at = public.Addr()
+		}
+		started(g, at, admin.Addr())
+	}
+	<-failed.Done()
+	if ctx.Err() != nil {
+		g.log.Info("stopping: calls in flight may finish", "within", g.c.Limits.Drain)
+	}
+	edgesErr := edges.Wait()
+	stopWorkers()
+	return errors.Join(edgesErr, workers.Wait())
+}
+
+// openLog starts the embedded server, or takes the external one, and sets up
+// the streams.
+func (g *gateway) openLog(ctx context.Context) (func() error, error) {
+	if g.c.Bus.URL != "" {
+		g.dial = bus.URL(g.c.Bus.URL, g.c.Bus.Creds)
+		return func() error { return nil }, bus.Setup(ctx, g.options(bus.RoleAdmin))
+	}
+	e := g.c.Bus.Embedded
+	every, always, err := e.sync()
+	if err != nil {
+		return nil, err
+	}
+	srv, err := embed.Start(embed.Options{
+		Dir: filepath.Join(g.c.Data, "log"), Sync: every, SyncAlways: always,
+		Listen: e.Listen, KeyFile: e.KeyFile, Log: g.log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	g.dial = srv.Connect
+	if err = bus.Setup(ctx, g.options(bus.RoleAdmin)); err == nil && srv.Unclean() && !always {
+		var l *bus.Log
+		if l, err = g.open(ctx, bus.RoleObserver); err == nil {
+			g.lost, err = l.Last(ctx)
+			g.log.Warn("the machine went down while the gateway ran: calls of then that cannot be repeated will end as unknown", "up_to_sequence", g.lost)
+		}
+	}
+	if err != nil {
+		return nil, errors.Join(err, srv.Close())
+	}
+	return srv.Close, nil
+}
+
+func (g *gateway) options(r bus.Role) bus.Options {
+	return bus.Options{
+		Dial: g.dial, Role: r, Replicas: g.c.Bus.Replicas,
+		MaxBytes: g.c.Bus.MaxBytes, MaxAge: g.c.Bus.MaxAge,
+		Log: g.log, Fault: g.fault,
+	}
+}
+
+func (g *gateway) open(ctx context.Context, r bus.Role) (*bus.Log, error) {
+	l, err := bus.Open(ctx, g.options(r))
+	if err == nil {
+		g.logs = append(g.logs, l)
+	}
+	return l, err
+}
+
+// listeners takes the sockets before anything runs, so that a port in use is
+// said at once.
+func (g *gateway) listeners() (public, admin net.Listener, err error) {
+	if g.roles[bus.RoleEdge] {
+		if public, err = net.Listen("tcp", g.c.Listen); err != nil {
+			return nil, nil, fmt.Errorf("listen: %w", err)
+		}
+	}
+	if admin, err = net.Listen("tcp", g.c.Admin); err != nil {
+		if public != nil {
+			_ = public.Close()
+		}
+		return nil, nil, fmt.Errorf("admin: %w", err)
+	}
+	return public, admin, nil
+}
+
+// up makes a flag of readiness.
+func (g *gateway) up(name string) *atomic.Bool {
+	b := new(atomic.Bool)
+	g.ready[name] = b
+	return b
+}
+
+// awaitReady waits until every part works.
+func (g *gateway) awaitReady(ctx context.Context) bool {
+	t := time.NewTicker(10 * time.Millisecond)
+	defer t.Stop()
+	for g.notReady() != "" {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-t.C:
+		}
+	}
+	return true
+}
+
+// notReady names what does not work, or "".
+func (g *gateway) notReady() string {
+	for name, up := range g.ready {
+		if !up.Load() {
+			return name
+		}
+	}
+	for _, l := range g.logs {
+		if !l.Connected() {
+			return "log"
+		}
+	}
+	return ""
+}
+
+// addPolicy: requested → authorized | denied.
+func (g *gateway) addPolicy(ctx context.Context, _ net.Listener) error {
+	l, err := g.open(ctx, bus.RolePolicy)
+	if err != nil {
+		return err
+	}
+	// Every kind of rule stands in this list.
+	var rules []policy.Rule
+	for i, a := range g.c.Allow {
+		r, err := policy.Allow{
+			ID: fmt.Sprintf("allow[%d]", i), Agents: a.Agents, Servers: a.Servers, Tools: a.Tools, Methods: a.Methods,
+		}.Rule()
+		if err != nil {
+			return err
+		}
+		rules = append(rules, r)
+	}
+	var servers []string
+	for _, s := range g.c.Servers {
+		servers = append(servers, s.Name)
+	}
+	p, err := policy.New(policy.Options{
+		Rules: rules, Servers: servers, Past: l.Past, Duplicates: bus.Duplicates, Now: time.Now, Log: g.log,
+	})
+	if err != nil {
+		return err
+	}
+	ready := g.up("policy")
+	g.workers = append(g.workers, part{"policy", func(ctx context.Context) error {
+		return l.Run(ctx, bus.Work{
+			Name: "policy", Kinds: []schemas.Kind{schemas.KindRequested}, InFlight: 256,
+			Drain: g.c.Limits.Drain, Up: ready.Store,
+		}, p.Handle)
+	}})
+	return nil
+}
+
+// addDispatch: authorized → (started) → (progressed)* → an ending.
+func (g *gateway) addDispatch(ctx context.Context, _ net.Listener) error {
+	l, err := g.open(ctx, bus.RoleDispatch)
+	if err != nil {
+		return err
+	}
+	// Every kind of upstream stands in this list.
+	var servers []dispatch.Server
+	for _, s := range g.c.Servers {
+		header, err := g.c.headers(s.MCP, g.env.Getenv)
+		if err != nil {
+			return fmt.Errorf("server %s: %w", s.Name, err)
+		}
+		servers = append(servers, dispatch.Server{
+			Name: s.Name, URL: s.MCP.URL, Header: header, Idempotent: s.Idempotent,
+			Concurrency: s.Concurrent, Queue: s.Queue,
+		})
+	}
+	d, err := dispatch.New(dispatch.Options{
+		Servers: servers, Load: l.Load, Past: l.Past,
+		Lost:     func(e schemas.Event) bool { return e.Seq <= g.lost },
+		Instance: g.instance, Duplicates: bus.Duplicates, Now: time.Now, Log: g.log,
+	})
+	if err != nil {
+		return err
+	}
+	g.dispatcher = d
+	ready, cancels := g.up("dispatch"), g.up("cancel")
+	g.workers = append(g.workers,
+		part{"dispatch", func(ctx context.Context) error {
+			defer d.Close()
+			return l.Run(ctx, bus.Work{
+				Name: "dispatch", Kinds: []schemas.Kind{schemas.KindAuthorized}, InFlight: 4096,
+				Drain: g.c.Limits.Drain, Up: ready.Store,
+			}, d.Handle)
+		}},
+		part{"cancel", func(ctx context.Context) error {
+			// Wishes that were stored while nobody listened count for the
+			// calls that are still open.
+			after, err := l.Floor(ctx, "dispatch")
+			if err != nil {
+				return err
+			}
+			return l.Follow(ctx, bus.Filter{Kinds: []schemas.Kind{schemas.KindCancel}}, after, cancels.Store,
+				func(ctx context.Context, e schemas.Event) error { return d.Cancel(ctx, e, l.Publish) })
+		}},
+	)
+	return nil
+}
+
+// addEdge: the listener, and one adapter for each protocol.
+func (g *gateway) addEdge(ctx context.Context, ln net.Listener) error {
+	l, err := g.open(ctx, bus.RoleEdge)
+	if err != nil {
+		return err
+	}
+	replica, err := g.replica()
+	if err != nil {
+		return err
+	}
+	asker := l.Asker(replica)
+	deadline := map[string]time.Duration{}
+	for _, s := range g.c.Servers {
+		deadline[s.Name] = s.Deadline
+	}
+	// Every protocol stands in this list.
+	var routes []edge.Route
+	routes = append(routes, mcp.New(mcp.Options{
+		Ask: g.metrics.observe(asker.Ask), Store: l.Publish, Edge: replica,
+		Deadline: func(server, _ string) time.Duration {
+			if d := deadline[server]; d > 0 {
+				return d
+			}
+			return g.c.Limits.Deadline
+		},
+		Now: time.Now, Limits: jsonrpc.Limits{Bytes: int(g.c.Limits.Body)}, Log: g.log,
+	}).Routes()...)
+
+	tokens, anonymous := g.c.principals()
+	g.front, err = edge.New(edge.Options{
+		Hosts: g.c.Hosts, Origins: g.c.Origins, Tokens: tokens, Anonymous: anonymous,
+		MaxBody: g.c.Limits.Body, MaxInFlight: g.c.Limits.InFlight, MaxInFlightTenant: g.c.Limits.InFlightTenant,
+		DrainTimeout: g.c.Limits.Drain, Log: g.log,
+	}, routes...)
+	if err != nil {
+		return err
+	}
+	ready := g.up("edge")
+	g.workers = append(g.workers,
+		part{"answers", func(ctx context.Context) error { return asker.Run(ctx, ready.Store) }},
+		part{"watch", func(ctx context.Context) error { return l.Watch(ctx, time.Second) }},
+	)
+	g.edges = append(g.edges, part{"edge", func(ctx context.Context) error { return g.front.Run(ctx, ln) }})
+	return nil
+}
+
+// replica is this edge's name, kept over restarts.
+func (g *gateway) replica() (schemas.Replica, error) {
+	file := filepath.Join(g.c.Data, "replica")
+	b, err := os.ReadFile(file)
+	if err == nil && schemas.CheckToken(string(b)) == nil {
+		return schemas.Replica(b), nil
+	}
+	r := schemas.NewReplica()
+	if err := os.MkdirAll(g.c.Data, 0o700); err != nil {
+		return "", err
+	}
+	return r, os.WriteFile(file, []byte(r), 0o600)
+}

@@ -1,0 +1,60 @@
+package cli
+
+import (
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"net/url"
+	"strconv"
+	"text/tabwriter"
+	"time"
+
+	"waybill.dev/schemas"
+)
+
+// sessions is `waybill sessions`.
+func sessions(ctx context.Context, env Env, args []string) error {
+	fs := flag.NewFlagSet("sessions", flag.ContinueOnError)
+	connect := clientFlags(fs)
+	tenant := fs.String("tenant", "", "only sessions of `TENANT`")
+	limit := fs.Int("limit", 50, "show the newest `N` only; 0 shows all")
+	asJSON := fs.Bool("json", false, "print one JSON object per line")
+	if err := none(parse(env, fs, args)); err != nil {
+		return err
+	}
+	if *limit < 0 {
+		return usagef("--limit %d: cannot be negative", *limit)
+	}
+	c, err := connect(env)
+	if err != nil {
+		return err
+	}
+	out := tabwriter.NewWriter(env.Stdout, 0, 0, 2, ' ', 0)
+	n := 0
+	for s, err := range lines[sessionLine](ctx, c, "/api/v1/sessions", url.Values{"tenant": {*tenant}, "limit": {strconv.Itoa(*limit)}}) {
+		if err != nil {
+			return err
+		}
+		if n++; *asJSON {
+			if err := json.NewEncoder(env.Stdout).Encode(s); err != nil {
+				return err
+			}
+			continue
+		}
+		if n == 1 {
+			_, _ = fmt.Fprintln(out, "SESSION\tOPENED\tTENANT\tAGENT\tCALLS\tDENIED\tFAILED\tEVENTS\tCLIENT")
+		}
+		var events uint64
+		for _, k := range s.Events {
+			events += k
+		}
+		_, _ = fmt.Fprintf(out, "%s\t%s\t%s\t%s\t%d\t%d\t%d\t%d\t%s\n", s.Session, s.Opened.Local().Format(time.DateTime),
+			s.Tenant, s.Agent, s.Events[schemas.KindRequested], s.Events[schemas.KindDenied], s.Events[schemas.KindFailed],
+			events, visible(s.Client))
+	}
+	if n == 0 && !*asJSON {
+		_, _ = fmt.Fprintln(env.Stderr, "no sessions yet; connect a client to the gateway's MCP endpoint")
+	}
+	return out.Flush()
+}

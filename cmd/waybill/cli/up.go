@@ -1,0 +1,159 @@
+package cli
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"math"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"slices"
+	"strings"
+
+	"waybill.dev/bus"
+	"waybill.dev/schemas"
+)
+
+// up is `waybill up`.
+func up(ctx context.Context, env Env, args []string) error {
+	fs := flag.NewFlagSet("up", flag.ContinueOnError)
+	file := fs.String("config", "waybill.yaml", "configuration `FILE`")
+	level := slog.LevelInfo
+	fs.TextVar(&level, "log-level", level, "debug, info, warn or error")
+	asJSON := fs.Bool("log-json", false, "write the process log as JSON")
+	roles := map[bus.Role]bool{}
+	fs.Func("role", "`ROLE` to run: all, edge, policy, dispatch or project; may be repeated (default all)", func(s string) error {
+		all := []bus.Role{bus.RoleEdge, bus.RolePolicy, bus.RoleDispatch}
+		switch r := bus.Role(s); {
+		case s == "all":
+			for _, r := range all {
+				roles[r] = true
+			}
+		case slices.Contains(all, r):
+			roles[r] = true
+		case r == bus.RoleProject:
+			return fmt.Errorf("not built yet")
+		default:
+			return fmt.Errorf("no such role; there are all, edge, policy, dispatch and project")
+		}
+		return nil
+	})
+	if err := none(parse(env, fs, args)); err != nil {
+		return err
+	}
+	if len(roles) == 0 {
+		roles = map[bus.Role]bool{bus.RoleEdge: true, bus.RolePolicy: true, bus.RoleDispatch: true}
+	}
+	c, err := loadConfig(*file)
+	if err != nil {
+		return err
+	}
+	if c.Bus.URL == "" && len(roles) < 3 {
+		return usagef("--role: one role alone needs a log that others reach too: set bus.url")
+	}
+	limitMemory(env)
+	g := &gateway{c: c, env: env, roles: roles, log: newLog(env.Stderr, level, *asJSON)}
+	return g.run(ctx, func(g *gateway, public, admin net.Addr) { banner(env.Stdout, g, *file, public, admin) })
+}
+
+// Test is what a test may put between the program's parts.
+type Test struct {
+	// Fault is bus.Options.Fault for every role.
+	Fault func(e schemas.Event, stored bool) error
+}
+
+// Up runs the gateway with doors for tests, and prints like `waybill up`.
+func Up(ctx context.Context, file string, env Env, test Test) error {
+	c, err := loadConfig(file)
+	if err != nil {
+		return err
+	}
+	g := &gateway{
+		c: c, env: env, fault: test.Fault, log: newLog(env.Stderr, slog.LevelInfo, false),
+		roles: map[bus.Role]bool{bus.RoleEdge: true, bus.RolePolicy: true, bus.RoleDispatch: true},
+	}
+	return g.run(ctx, func(g *gateway, public, admin net.Addr) { banner(env.Stdout, g, file, public, admin) })
+}
+
+func newLog(w io.Writer, level slog.Level, asJSON bool) *slog.Logger {
+	o := &slog.HandlerOptions{Level: level}
+	if asJSON {
+		return slog.New(slog.NewJSONHandler(w, o))
+	}
+	return slog.New(slog.NewTextHandler(w, o))
+}
+
+// limitMemory gives the runtime a limit where the operator has set none: half
+// of the machine, so that the caches of the embedded log give memory back.
+func limitMemory(env Env) {
+	if env.Getenv("GOMEMLIMIT") != "" {
+		return
+	}
+	b, err := os.ReadFile("/proc/meminfo")
+	if err != nil {
+		return // not Linux: the runtime's own default
+	}
+	var kb int64
+	if _, err := fmt.Sscanf(string(b), "MemTotal: %d kB", &kb); err == nil && kb > 0 && kb < math.MaxInt64>>11 {
+		debug.SetMemoryLimit(kb << 10 / 2)
+	}
+}
+
+// banner says where everything is and what to try.
+func banner(w io.Writer, g *gateway, file string, public, admin net.Addr) {
+	p := func(format string, args ...any) { _, _ = fmt.Fprintf(w, format+"\n", args...) }
+	p("Waybill is ready.")
+	p("")
+	if public != nil {
+		for _, s := range g.c.Servers {
+			p("  MCP endpoint   http://%s/mcp/%s", public, s.Name)
+		}
+	}
+	p("  operators      http://%s  (/healthz /readyz /metrics; the API's token is in %s)", admin, filepath.Join(g.c.Data, tokenFile))
+	if g.c.Bus.URL != "" {
+		p("  log            %s", g.c.Bus.URL)
+	} else {
+		p("  log            %s", filepath.Join(g.c.Data, "log"))
+	}
+	if !g.roles[bus.RoleProject] {
+		p("  projections    off: the log keeps %s or %d MB, whichever is less; older events are gone", g.c.Bus.MaxAge, g.c.Bus.MaxBytes>>20)
+	}
+	if public != nil && len(g.c.Servers) > 0 {
+		name := g.c.Servers[0].Name
+		p("")
+		p("Connect a client (Cursor, VS Code and others read this form):")
+		p(`  {"mcpServers": {%q: {"url": "http://%s/mcp/%s"}}}`, name, public, name)
+	}
+	p("")
+	p("Look into it:")
+	for _, c := range []string{"sessions", "replay SESSION", "audit tail"} {
+		p("  waybill %s --config %s", c, shellQuote(file))
+	}
+	p("")
+	p("Ctrl-C stops it.")
+}
+
+func shellQuote(s string) string {
+	if strings.IndexFunc(s, func(r rune) bool { return strings.ContainsRune(" '\"$&|;<>()*?`\\", r) }) < 0 {
+		return s
+	}
+	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
+}
+
+// version is `waybill version`.
+func version(_ context.Context, env Env, args []string) error {
+	fs := flag.NewFlagSet("version", flag.ContinueOnError)
+	if err := none(parse(env, fs, args)); err != nil {
+		return err
+	}
+	v := "(devel)"
+	if b, ok := debug.ReadBuildInfo(); ok {
+		v = b.Main.Version
+	}
+	_, err := fmt.Fprintf(env.Stdout, "waybill %s\n", v)
+	return err
+}

@@ -1,0 +1,25 @@
+// Command waybill is the gateway and the commands to look into it.
+package main
+
+import (
+	"context"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"waybill.dev/cmd/waybill/cli"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	context.AfterFunc(ctx, stop) // a second Ctrl-C ends the process at once
+	os.Exit(cli.Run(ctx, os.Args[1:], cli.Env{
+		Getenv: os.Getenv, Stdout: os.Stdout, Stderr: os.Stderr, Terminal: isTerminal(os.Stdout),
+	}))
+}
+
+func isTerminal(f *os.File) bool {
+	st, err := f.Stat()
+	return err == nil && st.Mode()&os.ModeCharDevice != 0 && os.Getenv("NO_COLOR") == ""
+}
