@@ -48,9 +48,9 @@ func (e *Error) Error() string {
 	}
 	// Quoted, since the names in it are the sender's and may end up in a log.
 	if e.Pointer != "" {
-		return fmt.Sprintf("%s at byte %d (%q)", s, e.Offset, e.Pointer)
+		return fmt.Sprintf("%s, at byte %d (%q)", s, e.Offset, e.Pointer)
 	}
-	return fmt.Sprintf("%s at byte %d", s, e.Offset)
+	return fmt.Sprintf("%s, at byte %d", s, e.Offset)
 }
 
 func (e *Error) Unwrap() error { return e.Err }

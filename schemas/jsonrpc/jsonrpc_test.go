@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"unicode/utf8"
 
 	"github.com/go-json-experiment/json/jsontext"
 	"pgregory.net/rapid"
@@ -90,7 +91,7 @@ func TestDecodeErrors(t *testing.T) {
 		{name: "trailing nul", raw: envelope(`{}`) + "\x00", want: ErrSyntax, offset: at + 3},
 		{name: "duplicate", raw: envelope(`{"a":1,"a":2}`), want: ErrDuplicateName, offset: at + 7, pointer: "/params/a"},
 		{name: "duplicate escaped", raw: envelope(`{"a":1,"\u0061":2}`), want: ErrDuplicateName, offset: at + 7, pointer: "/params/a"},
-		{name: "duplicate pair", raw: envelope(`{"😀":1,"\ud83d\ude00":2}`), want: ErrDuplicateName, offset: at + 9, pointer: "/params/😀"},
+		{name: "duplicate pair", raw: envelope(`{"😀":1,"\ud83d\ude00":2}`), want: ErrDuplicateName, offset: at + 10, pointer: "/params/😀"},
 		{name: "duplicate empty", raw: envelope(`{"":1,"":2}`), want: ErrDuplicateName, offset: at + 6, pointer: "/params/"},
 		{name: "duplicate deep", raw: envelope(`[0,{"x~/":[{"b":{},"b":[]}]}]`), want: ErrDuplicateName, offset: at + 19, pointer: "/params/1/x~0~1/0/b"},
 		{name: "duplicate in envelope", raw: `{"jsonrpc":"2.0","method":"a","method":"b"}`, want: ErrDuplicateName, offset: 30, pointer: "/method"},
@@ -104,8 +105,8 @@ func TestDecodeErrors(t *testing.T) {
 		{name: "no case: dotless", raw: envelope(`{"ı":1,"i":2,"İ":3}`)},
 		{name: "case allowed", raw: envelope(`{"path":1,"Path":2}`), lim: Limits{AllowCaseVariants: true}},
 		{name: "duplicate, case allowed", raw: envelope(`{"path":1,"\u0070ath":2}`), lim: Limits{AllowCaseVariants: true}, want: ErrDuplicateName, offset: at + 10, pointer: "/params/path"},
-		{name: "variant of envelope", raw: `{"jsonrpc":"2.0","id":1,"method":"m","Params":{}}`, want: ErrCaseVariant, offset: 48, pointer: "/Params"},
-		{name: "variant of envelope, kelvin-like", raw: `{"jſonrpc":"2.0","id":1,"method":"m"}`, want: ErrCaseVariant, offset: 16, pointer: "/jſonrpc"},
+		{name: "variant of envelope", raw: `{"jsonrpc":"2.0","id":1,"method":"m","Params":{}}`, want: ErrCaseVariant, offset: 37, pointer: "/Params"},
+		{name: "variant of envelope, kelvin-like", raw: `{"jſonrpc":"2.0","id":1,"method":"m"}`, want: ErrCaseVariant, offset: 1, pointer: "/jſonrpc"},
 		{name: "variant of envelope allowed", raw: `{"jsonrpc":"2.0","id":1,"method":"m","Params":{}}`, lim: Limits{AllowCaseVariants: true}},
 		{name: "utf8", raw: envelope("{\"a\":\"\xff\"}"), want: ErrUTF8, offset: at + 6, pointer: "/params/a"},
 		{name: "utf8 in name", raw: envelope("{\"a\":1,\"\xc3\":2}"), want: ErrUTF8, offset: at + 8, pointer: "/params"},
@@ -210,7 +211,11 @@ func TestTexts(t *testing.T) {
 		if err := agree(call1K[:n], Limits{}); err != nil {
 			t.Error(err)
 		}
-		if _, err := Decode(call1K[:n], Limits{}); !errors.Is(err, ErrSyntax) {
+		want := ErrSyntax
+		if !utf8.Valid(call1K[:n]) {
+			want = ErrUTF8 // cut within a rune
+		}
+		if _, err := Decode(call1K[:n], Limits{}); !errors.Is(err, want) {
 			t.Errorf("first %d bytes: %v", n, err)
 		}
 	}

@@ -230,6 +230,7 @@ func (s *scanner) member(v span) error {
 			return nil
 		}
 		if s.fold && len(key) <= 3*len(want) && bytes.EqualFold(key, []byte(want)) {
+			s.pos = int(n.start)
 			return s.fail(ErrCaseVariant, "should be "+want)
 		}
 	}
@@ -543,7 +544,7 @@ func (s *scanner) unexpected(want string) error {
 	if s.pos >= len(s.raw) {
 		return s.fail(ErrSyntax, "the text ends where "+want+" should be")
 	}
-	return s.fail(ErrSyntax, strconv.QuoteRune(rune(s.raw[s.pos]))+" where "+want+" should be")
+	return s.fail(ErrSyntax, strconv.Quote(string(s.raw[s.pos:s.pos+1]))+" where "+want+" should be")
 }
 
 // fail is the error for where the scanner stands.

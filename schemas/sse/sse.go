@@ -13,8 +13,10 @@ import (
 	"io"
 	"iter"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -72,6 +74,9 @@ var ErrTooLarge = errors.New("event too large")
 // line can go in vain.
 const chunk = 8 << 10
 
+// chunks are reused: many streams carry one event of a kilobyte.
+var chunks = sync.Pool{New: func() any { return new([chunk]byte) }}
+
 // Read returns the events of a stream as they arrive.
 //
 // An event is delivered as soon as the byte that ends its blank line has been
@@ -101,7 +106,9 @@ func Read(r io.Reader, maxEvent int) iter.Seq2[Event, error] {
 	}
 	return func(yield func(Event, error) bool) {
 		p := parser{max: maxEvent}
-		buf := make([]byte, chunk)
+		pooled := chunks.Get().(*[chunk]byte)
+		defer chunks.Put(pooled)
+		buf := pooled[:]
 		for idle := 0; ; {
 			n, err := r.Read(buf)
 			if !p.feed(buf[:n], yield) {
@@ -167,6 +174,9 @@ func (p *parser) feed(b []byte, yield func(Event, error) bool) bool {
 			return false
 		}
 		if end == len(b) {
+			if cap(p.line)-len(p.line) < len(b) {
+				p.line = slices.Grow(p.line, len(p.line)+len(b)) // append would grow long ones by a quarter
+			}
 			p.line = append(p.line, b...)
 			return true
 		}
@@ -222,12 +232,18 @@ func (p *parser) read(line []byte, yield func(Event, error) bool) bool {
 // anything.
 func (p *parser) dispatch(yield func(Event, error) bool) bool {
 	e := p.event
+	// After a large event there may be an hour of small ones: it takes the
+	// memory along.
+	large := cap(p.data) > 64*chunk
 	if p.named {
-		e.Data = bytes.Clone(p.data[:len(p.data)-1])
+		e.Data = p.data[: len(p.data)-1 : len(p.data)-1]
+		if !large {
+			e.Data = bytes.Clone(e.Data)
+		}
 	}
 	p.open, p.size, p.event, p.data, p.named = false, 0, Event{}, p.data[:0], false
-	if cap(p.data) > 64*chunk {
-		p.data = nil // one large event, and then perhaps an hour of small ones
+	if large {
+		p.data = nil
 	}
 	if cap(p.line) > 64*chunk {
 		p.line = nil
@@ -271,7 +287,7 @@ func Append(dst []byte, e Event) []byte {
 	hasID := e.HasID || e.ID != ""
 	rest := e.Data != nil || hasID || e.Name != "" || e.Retry != 0
 	if e.Comment != "" || !rest {
-		dst = appendLines(dst, ":", e.Comment)
+		dst = appendLines(dst, ":", []byte(e.Comment))
 	}
 	if e.Name != "" {
 		dst = append(dst, "event: "...)
@@ -300,22 +316,18 @@ func Append(dst []byte, e Event) []byte {
 
 // appendLines writes each line of text behind the field. The space makes a value
 // that begins with a space come out whole.
-func appendLines[T string | []byte](dst []byte, field string, text T) []byte {
-	start := 0
-	for i := 0; i <= len(text); i++ {
-		if i < len(text) && text[i] != '\n' && text[i] != '\r' {
-			continue
-		}
+func appendLines(dst []byte, field string, text []byte) []byte {
+	text = Normalize(text)
+	dst = slices.Grow(dst, len(field)+len(text)+3)
+	for more := true; more; {
+		var line []byte
+		line, text, more = bytes.Cut(text, []byte("\n"))
 		dst = append(dst, field...)
-		if i > start || field != ":" {
+		if len(line) > 0 {
 			dst = append(dst, ' ')
 		}
-		dst = append(dst, text[start:i]...)
+		dst = append(dst, line...)
 		dst = append(dst, '\n')
-		if i+1 < len(text) && text[i] == '\r' && text[i+1] == '\n' {
-			i++
-		}
-		start = i + 1
 	}
 	return dst
 }
