@@ -1,0 +1,249 @@
+package policy
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"log/slog"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"waybill.dev/schemas"
+)
+
+func nothing(context.Context, schemas.Event) ([]schemas.Event, error) { return nil, nil }
+
+// run hands one event to a policy that permits the tool read, at the given
+// time after it was stored, and returns what it emitted.
+func run(t *testing.T, e schemas.Event, after time.Duration, past schemas.Past) ([]schemas.Event, error) {
+	t.Helper()
+	p, err := New(Options{
+		Rules:   compile(t, Allow{Agents: []string{"*"}, Servers: []string{"*"}, Tools: []string{"read"}, Methods: []string{"tools/list"}}),
+		Servers: []string{"files"}, Past: past, Duplicates: 40 * time.Second,
+		Now: func() time.Time { return e.Stored.Add(after) },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out []schemas.Event
+	err = p.Handle(t.Context(), e, func(_ context.Context, e schemas.Event) (schemas.Receipt, error) {
+		if err := e.Check(); err != nil {
+			t.Errorf("emits what cannot be stored: %v", err)
+		}
+		out = append(out, e)
+		return schemas.Receipt{}, nil
+	})
+	return out, err
+}
+
+func TestHandle(t *testing.T) {
+	yes, no := call("tools/call", "read"), call("tools/call", "write")
+	list := call("tools/list", "")
+	large := call("tools/call", "read")
+	large.Body = bytes.Repeat([]byte("x"), schemas.InlineBody+1)
+	fits := call("tools/call", "read")
+	fits.Body = large.Body[1:]
+	digest := sha256.Sum256(large.Body)
+	stream := call("tools/call", "read")
+	stream.Data.(*schemas.Requested).Deadline = time.Time{}
+
+	target := func(e schemas.Event) schemas.Target { return e.Data.(*schemas.Requested).Target }
+	decided := schemas.Decision{N: 1, Rule: "allow[0]"}
+	for _, tt := range []struct {
+		name  string
+		e     schemas.Event
+		after time.Duration
+		data  schemas.Payload
+		body  []byte
+	}{
+		{"permitted", yes, time.Second, &schemas.Authorized{
+			Requested: *yes.Data.(*schemas.Requested), Decision: decided, RequestedSeq: 7, RequestedAt: yes.Stored,
+		}, yes.Body},
+		{"list", list, time.Second, &schemas.Authorized{
+			Requested: *list.Data.(*schemas.Requested), Decision: decided, RequestedSeq: 7, RequestedAt: yes.Stored,
+			Only: []string{"read"},
+		}, list.Body},
+		{"body at the limit", fits, time.Second, &schemas.Authorized{
+			Requested: *yes.Data.(*schemas.Requested), Decision: decided, RequestedSeq: 7, RequestedAt: yes.Stored,
+		}, fits.Body},
+		{"body past the limit", large, time.Second, &schemas.Authorized{
+			Requested: *yes.Data.(*schemas.Requested), Decision: decided, RequestedSeq: 7, RequestedAt: yes.Stored,
+			BodySize: len(large.Body), BodySHA256: hex.EncodeToString(digest[:]),
+		}, nil},
+		{"denied", no, time.Second, &schemas.Denied{
+			Summary:  schemas.Summary{Target: target(no), RequestedAt: no.Stored},
+			Decision: schemas.Decision{N: 1, Reason: "no rule permits this call"},
+		}, nil},
+		{"expired", yes, time.Minute, &schemas.Failed{
+			Summary: schemas.Summary{Target: target(yes), RequestedAt: yes.Stored},
+			Code:    schemas.FailExpired, Detail: "the deadline passed before policy decided",
+		}, nil},
+		{"expired before it could be denied", no, time.Hour, &schemas.Failed{
+			Summary: schemas.Summary{Target: target(no), RequestedAt: yes.Stored},
+			Code:    schemas.FailExpired, Detail: "the deadline passed before policy decided",
+		}, nil},
+		{"old but in time", yes, 59 * time.Second, &schemas.Authorized{
+			Requested: *yes.Data.(*schemas.Requested), Decision: decided, RequestedSeq: 7, RequestedAt: yes.Stored,
+		}, yes.Body},
+		{"without deadline", stream, time.Hour, &schemas.Authorized{
+			Requested: *stream.Data.(*schemas.Requested), Decision: decided, RequestedSeq: 7, RequestedAt: yes.Stored,
+		}, stream.Body},
+	} {
+		out, err := run(t, tt.e, tt.after, nothing)
+		if err != nil || len(out) != 1 {
+			t.Errorf("%s: %d events, %v", tt.name, len(out), err)
+			continue
+		}
+		if want := tt.e.Next(tt.data, tt.body); !reflect.DeepEqual(out[0], want) {
+			t.Errorf("%s:\ngot  %+v %+v\nwant %+v %+v", tt.name, out[0], out[0].Data, want, want.Data)
+		}
+	}
+}
+
+// TestRedelivery: when the log no longer drops a repeated decision, its past
+// is read; when it does, that is not paid for.
+func TestRedelivery(t *testing.T) {
+	e := call("tools/call", "read")
+	summary := schemas.Summary{Target: e.Data.(*schemas.Requested).Target}
+	word := schemas.Decision{N: 1}
+	other := e.Next(&schemas.Authorized{}, nil)
+	other.Call = "c2"
+	authorized := e.Next(&schemas.Authorized{Decision: word}, nil)
+	const fresh, old, expired = 20 * time.Second, 21 * time.Second, time.Minute
+	for _, tt := range []struct {
+		name  string
+		past  []schemas.Event
+		after time.Duration
+		want  schemas.Kind
+	}{
+		{"fresh, decided: the log drops it", []schemas.Event{e, authorized}, fresh, schemas.KindAuthorized},
+		{"old, nothing yet", []schemas.Event{e}, old, schemas.KindAuthorized},
+		{"old, authorized", []schemas.Event{e, authorized}, old, ""},
+		{"old, denied", []schemas.Event{e, e.Next(&schemas.Denied{Summary: summary, Decision: word}, nil)}, old, ""},
+		{"old, held", []schemas.Event{e, e.Next(&schemas.Held{Decision: word}, nil)}, old, ""},
+		{"old, failed", []schemas.Event{e, e.Next(&schemas.Failed{Code: schemas.FailExpired}, nil)}, old, ""},
+		{"old, cancelled", []schemas.Event{e, e.Next(&schemas.Cancelled{}, nil)}, old, ""},
+		{"old, only a wish to cancel", []schemas.Event{e, e.Next(&schemas.Cancel{}, nil)}, old, schemas.KindAuthorized},
+		{"old, another call decided", []schemas.Event{e, other}, old, schemas.KindAuthorized},
+		{"expired, nothing yet", []schemas.Event{e}, expired, schemas.KindFailed},
+		{"expired, authorized", []schemas.Event{e, authorized}, expired, ""},
+		{"expired, completed", []schemas.Event{e, authorized, e.Next(&schemas.Completed{}, nil)}, expired, ""},
+		{"expired, only a wish to cancel", []schemas.Event{e, e.Next(&schemas.Cancel{}, nil)}, expired, schemas.KindFailed},
+	} {
+		asked := 0
+		out, err := run(t, e, tt.after, func(_ context.Context, of schemas.Event) ([]schemas.Event, error) {
+			asked++
+			if of.Call != e.Call {
+				t.Errorf("%s: asks for the past of %s", tt.name, of.Call)
+			}
+			return tt.past, nil
+		})
+		if err != nil {
+			t.Errorf("%s: %v", tt.name, err)
+		}
+		if want := tt.after != fresh; want != (asked == 1) {
+			t.Errorf("%s: the past was read %d times", tt.name, asked)
+		}
+		switch {
+		case tt.want == "" && len(out) > 0:
+			t.Errorf("%s: emits %s, want nothing", tt.name, out[0].Kind())
+		case tt.want != "" && (len(out) != 1 || out[0].Kind() != tt.want):
+			t.Errorf("%s: emits %v, want %s", tt.name, out, tt.want)
+		}
+	}
+}
+
+// TestHandleFails: without the log's word nothing goes on, and the event comes
+// again.
+func TestHandleFails(t *testing.T) {
+	broken := errors.New("no answer")
+	e := call("tools/call", "read")
+	for _, after := range []time.Duration{30 * time.Second, time.Hour} {
+		out, err := run(t, e, after, func(context.Context, schemas.Event) ([]schemas.Event, error) { return nil, broken })
+		if !errors.Is(err, broken) || len(out) != 0 {
+			t.Errorf("past unreadable after %s: emits %v, returns %v", after, out, err)
+		}
+	}
+	for _, e := range []schemas.Event{call("tools/call", "read"), call("tools/call", "write")} {
+		stored := 0
+		p := newPolicy(t, compile(t, Allow{Agents: []string{"*"}, Servers: []string{"*"}, Tools: []string{"read"}})...)
+		p.now = func() time.Time { return e.Stored }
+		err := p.Handle(t.Context(), e, func(context.Context, schemas.Event) (schemas.Receipt, error) {
+			stored++
+			return schemas.Receipt{}, broken
+		})
+		if !errors.Is(err, broken) || !strings.Contains(err.Error(), "c1") || stored != 1 {
+			t.Errorf("log refuses: %d tries, returns %v", stored, err)
+		}
+		// Failed, but persisted: the next delivery says the same under the same ID.
+		var ids []schemas.EventID
+		for range 2 {
+			if err := p.Handle(t.Context(), e, func(_ context.Context, e schemas.Event) (schemas.Receipt, error) {
+				ids = append(ids, e.ID())
+				return schemas.Receipt{}, nil
+			}); err != nil {
+				t.Error(err)
+			}
+		}
+		if len(ids) != 2 || ids[0] != ids[1] || ids[0] != "c1/decision/1" {
+			t.Errorf("deliveries decide under %v", ids)
+		}
+	}
+}
+
+func TestHandleLeavesOthersAlone(t *testing.T) {
+	e := call("tools/call", "read")
+	for _, data := range []schemas.Payload{
+		&schemas.Authorized{}, &schemas.Completed{}, &schemas.Cancel{}, &schemas.Opened{}, (*schemas.Requested)(nil), nil,
+	} {
+		e.Data = data
+		p := newPolicy(t)
+		if err := p.Handle(t.Context(), e, func(context.Context, schemas.Event) (schemas.Receipt, error) {
+			t.Errorf("%T: emits", data)
+			return schemas.Receipt{}, nil
+		}); err != nil {
+			t.Errorf("%T: %v", data, err)
+		}
+	}
+}
+
+func TestFaultsAreLogged(t *testing.T) {
+	var out bytes.Buffer
+	e := call("tools/call", "read")
+	p, err := New(Options{
+		Rules:   []Rule{panics("broken", Permit), fixed("yes", Permit, Match{Applies: true}, nil)},
+		Servers: []string{"files"}, Past: nothing, Duplicates: time.Minute,
+		Now: func() time.Time { return e.Stored },
+		Log: slog.New(slog.NewTextHandler(&out, nil)),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Handle(t.Context(), e, func(context.Context, schemas.Event) (schemas.Receipt, error) {
+		return schemas.Receipt{}, nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"rule=broken", "nil pointer", "session=s1", "call=c1", "kind=requested"} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("no %s in %s", want, out.String())
+		}
+	}
+}
+
+func BenchmarkHandle(b *testing.B) {
+	e := call("tools/call", "read")
+	p := newPolicy(b, compile(b, Allow{Agents: []string{"*"}, Servers: []string{"*"}, Tools: []string{"*"}})...)
+	p.now = func() time.Time { return e.Stored }
+	emit := func(context.Context, schemas.Event) (schemas.Receipt, error) { return schemas.Receipt{}, nil }
+	b.ReportAllocs()
+	for b.Loop() {
+		if err := p.Handle(b.Context(), e, emit); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
