@@ -16,20 +16,20 @@ const Version = 1
 // a reader does not know it ignores, here and in the payloads, so that a later
 // program may add some without a new version.
 type envelope struct {
-	V       int        `json:"v"`    // version of this form; a reader refuses a higher one
-	Kind    Kind       `json:"kind"` // what happened; decides the form of data
-	ID      EventID    `json:"id"`   // derived from what the event is about, unique in the log
-	Seq     uint64     `json:"seq,omitempty"`
-	Stored  time.Time  `json:"stored,omitzero"`
-	Time    time.Time  `json:"time"`
+	V       int        `json:"v"`               // version of this form; a reader refuses a higher one
+	Kind    Kind       `json:"kind"`            // what happened; decides the form of data
+	ID      EventID    `json:"id"`              // derived from what the event is about, unique in the log
+	Seq     uint64     `json:"seq,omitempty"`   // place in the log; absent while it has none
+	Stored  time.Time  `json:"stored,omitzero"` // when the log had it
+	Time    time.Time  `json:"time"`            // UTC, set by whoever emitted it
 	Tenant  Tenant     `json:"tenant"`
-	Session SessionKey `json:"session"`
-	Call    CallID     `json:"call,omitempty"`
-	Parent  CallID     `json:"parent,omitempty"`
-	Root    CallID     `json:"root,omitempty"`
+	Session SessionKey `json:"session"`          // hash of tenant, principal and the session's name
+	Call    CallID     `json:"call,omitempty"`   // minted by the gateway; absent for the events of a session
+	Parent  CallID     `json:"parent,omitempty"` // the call that caused this one
+	Root    CallID     `json:"root,omitempty"`   // the first call of the tree; the call itself at the top
 	Agent   Agent      `json:"agent"`
-	Edge    Replica    `json:"edge,omitempty"`
-	Trace   string     `json:"trace,omitempty"`
+	Edge    Replica    `json:"edge,omitempty"`  // the edge process that waits for the answer
+	Trace   string     `json:"trace,omitempty"` // W3C traceparent of the call
 }
 
 // said is the body in the written form.

@@ -36,7 +36,7 @@ type Requested struct {
 type Authorized struct {
 	Requested
 	Decision
-	RequestedSeq uint64    `json:"requested_seq"`
+	RequestedSeq uint64    `json:"requested_seq"`         // where the log has the request
 	RequestedAt  time.Time `json:"requested_at"`          // when the log had it
 	BodySize     int       `json:"body_size,omitempty"`   // set when the body stayed behind
 	BodySHA256   string    `json:"body_sha256,omitempty"` // hex; set when the body stayed behind
@@ -84,13 +84,13 @@ type Progressed struct {
 // enough to account for it.
 type Summary struct {
 	Target
-	RequestedAt  time.Time `json:"requested_at,omitzero"` // stored times of the log
-	AuthorizedAt time.Time `json:"authorized_at,omitzero"`
-	UpstreamAt   time.Time `json:"upstream_at,omitzero"` // when the upstream was first called; zero: never
-	Attempts     int       `json:"attempts,omitempty"`   // calls made to the upstream
-	Chunks       int       `json:"chunks,omitempty"`     // progressed events before this ending
-	ChunksSHA256 string    `json:"chunks_sha256,omitempty"`
-	By           string    `json:"by,omitempty"` // the claimant
+	RequestedAt  time.Time `json:"requested_at,omitzero"`   // when the log had the request
+	AuthorizedAt time.Time `json:"authorized_at,omitzero"`  // when the log had the decision
+	UpstreamAt   time.Time `json:"upstream_at,omitzero"`    // when the upstream was first called; zero: never
+	Attempts     int       `json:"attempts,omitempty"`      // calls made to the upstream
+	Chunks       int       `json:"chunks,omitempty"`        // progressed events before this ending
+	ChunksSHA256 string    `json:"chunks_sha256,omitempty"` // hex; of their bodies, each after its length in 8 bytes, big endian
+	By           string    `json:"by,omitempty"`            // the claimant
 }
 
 // Completed: the upstream answered, be it with an error of its own.
