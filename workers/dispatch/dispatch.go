@@ -581,12 +581,13 @@ func (r *run) keep(ctx context.Context, first schemas.Event, end ending) error {
 	return nil
 }
 
-// progress stores what the upstream said before its answer. Where an earlier
-// run of the call left events, theirs stay and count, and ours come after.
+// progress stores what the upstream said before its answer. Where another run
+// of the call left events, theirs stay and count, and ours come after.
 //
-// A run cannot take back what an abandoned one stored: if it hears less than
-// that one did, progressed events remain whose index is not below the ending's
-// Chunks. They are not part of the answer, and readers leave them out.
+// A run that hears nothing before its answer does not learn of what an
+// abandoned one stored a moment ago. Then progressed events remain whose index
+// is not below the ending's Chunks; they are not part of the answer, and
+// readers leave them out.
 func (r *run) progress(ctx context.Context, msg []byte) error {
 	if !r.a.Stream && r.chunks >= maxChunks {
 		return &Fault{Kind: TooLarge, Err: fmt.Errorf("more than %d messages before the answer", maxChunks)}
@@ -606,8 +607,14 @@ func (r *run) progress(ctx context.Context, msg []byte) error {
 			var there schemas.Event
 			if there, err = r.d.opt.Load(ctx, receipt.Seq); err == nil {
 				if p, ok := there.Data.(*schemas.Progressed); !ok || p.By != r.by {
-					r.add(there.Body)
-					continue
+					// So there was another run. It may even have ended the call.
+					before := r.chunks
+					if _, err = r.recall(ctx); err == nil {
+						if r.chunks == before {
+							r.add(there.Body)
+						}
+						continue
+					}
 				}
 			}
 		}

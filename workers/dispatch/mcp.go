@@ -354,7 +354,8 @@ func (m *mcpServer) read(resp *http.Response) ([]byte, error) {
 
 // stream reads messages until the one that answers.
 func (m *mcpServer) stream(body io.Reader, c Call, progress func([]byte) error) (Answer, error) {
-	for event, err := range sse.Read(body, int(m.maxAnswer)) {
+	// The bound on the data is decode's; this one leaves room for the framing.
+	for event, err := range sse.Read(body, 2*int(m.maxAnswer)) {
 		switch {
 		case errors.Is(err, sse.ErrTooLarge):
 			return Answer{}, fault(TooLarge, "a message of the stream: %w", err)
@@ -364,6 +365,9 @@ func (m *mcpServer) stream(body io.Reader, c Call, progress func([]byte) error) 
 			continue // a keepalive, or no message of MCP
 		}
 		msg, err := m.decode(event.Data, c)
+		if errors.Is(err, jsonrpc.ErrTooLarge) {
+			return Answer{}, fault(TooLarge, "a message of the stream: %w", err)
+		}
 		if err != nil {
 			return Answer{}, fault(Garbled, "a message of the stream: %w", err)
 		}
@@ -428,5 +432,3 @@ func headerName(s string) bool {
 		return r <= ' ' || r >= 0x7f || strings.ContainsRune(`"(),/:;<=>?@[\]{}`, r)
 	}) < 0
 }
-
-
