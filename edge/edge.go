@@ -130,7 +130,7 @@ func New(o Options, routes ...Route) (*Server, error) {
 	s.base = context.WithValue(s.base, drainKey{}, s.draining)
 	for _, h := range o.Hosts {
 		name, port := splitHost(h)
-		if name == "" || strings.ContainsAny(name, "/@* ") {
+		if name == "" || strings.ContainsAny(name, "/@* ") || strings.Trim(port, "0123456789") != "" {
 			return nil, fmt.Errorf("host %q: must be a name or name:port", h)
 		}
 		s.hosts[joinHost(name, port)] = true

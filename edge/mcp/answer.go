@@ -105,19 +105,21 @@ func (c *caller) emit(_ context.Context, e schemas.Event) (schemas.Receipt, erro
 
 // finish answers when Ask has returned without an ending.
 func (c *caller) finish(ctx context.Context, err error) {
-	log := c.a.o.Log.With("call", c.call, "server", c.request.Server, "method", c.request.Method)
+	log := func(level slog.Level, what string) {
+		c.a.o.Log.Log(context.WithoutCancel(ctx), level, what, "call", c.call, "server", c.request.Server, "method", c.request.Method, "error", err)
+	}
 	cause := context.Cause(ctx)
 	switch {
 	case c.ended:
 		if err != nil && cause == nil {
-			log.Warn("error after the answer", "error", err)
+			log(slog.LevelWarn, "error after the answer")
 		}
 	case errors.Is(err, schemas.ErrOverloaded), errors.Is(err, schemas.ErrTooLarge):
 		c.notStored(err)
 	case errors.Is(cause, edge.ErrDraining):
 		c.drain()
 	case errors.Is(cause, errOverdue):
-		log.Warn("call has no ending by its deadline")
+		log(slog.LevelWarn, "call has no ending by its deadline")
 		_ = c.fail(overdue)
 	case cause != nil:
 		// The client is gone, or has closed its half of the connection and
@@ -131,7 +133,7 @@ func (c *caller) finish(ctx context.Context, err error) {
 		}
 		_ = c.fail(halfClosed)
 	default:
-		log.Error("call has no ending", "error", err)
+		log(slog.LevelError, "call has no ending")
 		_ = c.fail(lostTrack)
 	}
 }

@@ -240,9 +240,9 @@ func short(s string) string {
 }
 
 // accepts tells which of the two forms of an answer the client takes (RFC 9110
-// §12.5.1); without the header, both.
+// §12.5.1); without the header, or with an empty one, both.
 func accepts(values []string) (json, sse bool) {
-	if len(values) == 0 {
+	if len(values) == 0 || len(values) == 1 && values[0] == "" {
 		return true, true
 	}
 	if len(values) == 1 && values[0] == "application/json, text/event-stream" {
