@@ -262,9 +262,15 @@ func (l *logger) say(level slog.Level, f string, v []any) {
 	l.log.Log(context.Background(), level, "nats: "+t)
 }
 
-func (l *logger) Noticef(string, ...any)    {}
-func (l *logger) Debugf(string, ...any)     {}
-func (l *logger) Tracef(string, ...any)     {}
-func (l *logger) Warnf(f string, v ...any)  { l.say(slog.LevelWarn, f, v) }
+func (l *logger) Noticef(string, ...any) {}
+func (l *logger) Debugf(string, ...any)  {}
+func (l *logger) Tracef(string, ...any)  {}
+func (l *logger) Warnf(f string, v ...any) {
+	// The roles' passwords are made at start and never leave the process; hashing
+	// them would cost a second at every start and protect nothing.
+	if !strings.HasPrefix(f, "Plaintext passwords") {
+		l.say(slog.LevelWarn, f, v)
+	}
+}
 func (l *logger) Errorf(f string, v ...any) { l.say(slog.LevelError, f, v) }
 func (l *logger) Fatalf(f string, v ...any) { l.say(slog.LevelError, f, v) }
