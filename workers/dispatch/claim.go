@@ -206,8 +206,8 @@ type running struct {
 }
 
 // enter registers a run. Its context ends with a *wish when a cancel comes, and
-// has ended when one had come before.
-func (c *calls) enter(ctx context.Context, e schemas.Event) (context.Context, func()) {
+// has ended when one had come before; stop ends it otherwise.
+func (c *calls) enter(ctx context.Context, e schemas.Event) (_ context.Context, stop context.CancelCauseFunc, leave func()) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	key := callKey{e.Tenant, e.Call}
 	self := &running{cancel: cancel}
@@ -225,7 +225,7 @@ func (c *calls) enter(ctx context.Context, e schemas.Event) (context.Context, fu
 	}
 	self.twin = c.running[key]
 	c.running[key] = self
-	return ctx, func() {
+	return ctx, cancel, func() {
 		cancel(nil)
 		c.mu.Lock()
 		defer c.mu.Unlock()

@@ -80,7 +80,7 @@ type Options struct {
 	Duplicates time.Duration // how long the log recognises a repeated ID; default 2 min
 
 	MaxAnswer int64         // the largest answer, and message before it; default 4 MiB
-	MaxStream time.Duration // the longest life of a stream, which then ends as cancelled; default 1 h
+	MaxStream time.Duration // the longest life of a stream, which then ends as cancelled; default 1 h. Also the deadline of a call that has none
 
 	Attempts int           // how often a call is tried at most, where it may be; default 3
 	Pause    time.Duration // before the second try; doubles, with jitter; default 100 ms
@@ -95,6 +95,10 @@ const (
 	// endTime bounds the storing of an event that has to be stored although
 	// the call's own time is over, or the process is being stopped.
 	endTime = 10 * time.Second
+
+	// longestPause is how long a call waits for its next try, whatever the
+	// upstream asks for: it keeps its place meanwhile.
+	longestPause = 30 * time.Second
 
 	// maxChunks bounds what an upstream may say before its answer, except on
 	// a stream: each message is an event of the log.
@@ -180,15 +184,14 @@ func (d *Dispatcher) Handle(ctx context.Context, e schemas.Event, emit schemas.E
 	r.harmless = r.up != nil && r.up.idempotent(&a.Requested)
 	r.repeatable = r.harmless && !a.Stream
 
-	ctx, stop := r.bound(ctx)
-	defer stop()
-	ctx, leave := d.calls.enter(ctx, e)
+	ctx, stop, leave := d.calls.enter(ctx, e)
 	defer leave()
+	defer r.bound(stop)()
 
 	end, err := r.carry(ctx)
 	if end.release != nil {
 		// After the ending is stored, so that nobody waits for it.
-		defer end.release()
+		defer end.release(func() { stop(nil) })
 	}
 	if errors.Is(err, errEnded) {
 		return nil
@@ -237,7 +240,8 @@ type run struct {
 	// what they stored later the log still recognises by its ID. See old.
 	known   time.Time
 	claimed bool
-	lastLog error // the log refused a progressed event
+	lastLog error     // the log refused a progressed event
+	until   time.Time // the call's time is over
 
 	// For the Summary.
 	upstreamAt time.Time
@@ -250,7 +254,7 @@ type run struct {
 type ending struct {
 	data    schemas.Payload
 	body    []byte
-	release func() // see Answer.Release
+	release func(hangUp func()) // see Answer.Release
 }
 
 func failed(code schemas.Failure, detail string) ending {
@@ -259,23 +263,26 @@ func failed(code schemas.Failure, detail string) ending {
 
 func cancelled(reason string) ending { return ending{data: &schemas.Cancelled{Reason: reason}} }
 
-// bound gives the run the time that the call has. The log's clock and ours are
-// compared here; a difference shifts deadlines, nothing else.
-func (r *run) bound(ctx context.Context) (context.Context, context.CancelFunc) {
+// bound gives the run the time that the call has, after which stop is called.
+// The log's clock and ours are compared here; a difference shifts deadlines,
+// nothing else.
+func (r *run) bound(stop context.CancelCauseFunc) (release func()) {
 	now := r.d.opt.Now()
-	left, why := time.Duration(-1), error(nil)
-	if r.a.Stream {
-		left, why = r.d.opt.MaxStream, errLifetime
-	}
-	if !r.a.Deadline.IsZero() {
-		if until := max(r.a.Deadline.Sub(now), 0); why == nil || until < left {
-			left, why = until, errDeadline
+	why := errDeadline
+	r.until = r.a.Deadline
+	if longest := now.Add(r.d.opt.MaxStream); r.until.IsZero() || r.a.Stream && longest.Before(r.until) {
+		r.until = longest // also for a call that came without a deadline: nothing is for ever
+		if r.a.Stream {
+			why = errLifetime
 		}
 	}
-	if why == nil {
-		return ctx, func() {}
+	left := r.until.Sub(now)
+	if left <= 0 {
+		stop(why)
+		return func() {}
 	}
-	return context.WithTimeoutCause(ctx, left, why)
+	t := time.AfterFunc(left, func() { stop(why) })
+	return func() { t.Stop() }
 }
 
 // carry does the call and says how it ended. It is one straight line, because
@@ -357,11 +364,7 @@ func (r *run) body(ctx context.Context) ([]byte, error) {
 
 // call tries until there is an answer or no further try is allowed.
 func (r *run) call(ctx context.Context, body []byte) (ending, error) {
-	pauses := backoff.WithMaxRetries(backoff.NewExponentialBackOff(
-		backoff.WithInitialInterval(r.d.opt.Pause),
-		backoff.WithMultiplier(2),
-		backoff.WithMaxElapsedTime(0), // the deadline is the bound
-	), uint64(r.d.opt.Attempts-1))
+	var pauses backoff.BackOff
 	var last *Fault
 	for {
 		settle, err := r.up.breaker.Allow()
@@ -414,12 +417,19 @@ func (r *run) call(ctx context.Context, body []byte) (ending, error) {
 		if !again {
 			return failed(code, fault.Error()), nil
 		}
+		if pauses == nil {
+			pauses = backoff.WithMaxRetries(backoff.NewExponentialBackOff(
+				backoff.WithInitialInterval(r.d.opt.Pause),
+				backoff.WithMultiplier(2),
+				backoff.WithMaxElapsedTime(0), // the deadline is the bound
+			), uint64(r.d.opt.Attempts-1))
+		}
 		pause := pauses.NextBackOff()
 		if pause == backoff.Stop {
 			return failed(code, fault.Error()), nil
 		}
 		pause = max(pause, fault.After)
-		if end, ok := ctx.Deadline(); ok && time.Until(end) <= pause {
+		if r.until.Sub(r.d.opt.Now()) <= pause || pause > longestPause {
 			return failed(code, fault.Error()+"; no time to try again"), nil
 		}
 		t := time.NewTimer(pause)

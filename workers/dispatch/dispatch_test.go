@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"runtime"
 	"strconv"
@@ -678,7 +679,7 @@ func TestUnreachableAtShutdown(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	r.use(r.d, func(context.Context, Call, func([]byte) error) (Answer, error) {
 		stop()
-		return Answer{}, fault(Unsent, "no way")
+		return Answer{}, faultf(Unsent, "no way")
 	})
 	if err := r.d.Handle(ctx, r.call("write"), r.log.emit); err != nil {
 		t.Fatal(err)
@@ -813,5 +814,74 @@ func TestConfig(t *testing.T) {
 	}
 	if _, err := New(Options{}); err == nil {
 		t.Error("without a log")
+	}
+}
+
+// Without the log nothing is done and nothing is said.
+func TestLogAway(t *testing.T) {
+	for name, c := range map[string]struct {
+		tool   string
+		change func(*schemas.Event)
+		fault  func(*rig)
+	}{
+		"past of an expired call": {"write", authorized(func(a *schemas.Authorized) { a.Deadline = time.Unix(1, 0) }), func(r *rig) {
+			r.opt.Past = func(context.Context, schemas.Event) ([]schemas.Event, error) { return nil, errLog }
+		}},
+		"claim": {"write", nil, func(r *rig) { r.log.fail = func(schemas.Event) error { return errLog } }},
+		"foreign claim": {"write", nil, func(r *rig) {
+			r.log.add(r.log.events[0].Next(&schemas.Started{Attempt: 1, By: "other"}, nil))
+			r.opt.Load = func(context.Context, uint64) (schemas.Event, error) { return schemas.Event{}, errLog }
+		}},
+		"body": {"read", authorized(func(a *schemas.Authorized) { a.BodySHA256 = "00" }), func(r *rig) {
+			r.opt.Load = func(context.Context, uint64) (schemas.Event, error) { return schemas.Event{}, errLog }
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t, nil)
+			change := c.change
+			if change == nil {
+				change = func(*schemas.Event) {}
+			}
+			e := r.call(c.tool, change)
+			c.fault(r)
+			n := len(r.log.events)
+			d := r.fresh()
+			r.use(d, never(t))
+			if err := d.Handle(t.Context(), e, r.log.emit); !errors.Is(err, errLog) || !strings.Contains(err.Error(), string(e.Call)) {
+				t.Error(err)
+			}
+			if len(r.log.events) != n {
+				t.Error(r.log)
+			}
+		})
+	}
+}
+
+// An event of another kind is nobody's business here, and not to be delivered
+// for ever.
+func TestOtherKind(t *testing.T) {
+	r := newRig(t, nil, func(o *Options) { o.Log = slog.New(slog.DiscardHandler) })
+	e := r.call("read")
+	r.handle(e.Next(&schemas.Cancel{}, nil))
+	if len(r.log.events) != 1 {
+		t.Error(r.log)
+	}
+}
+
+// Stopped while it waits for a place: nothing has happened, another may do it.
+func TestStoppedInQueue(t *testing.T) {
+	r := newRig(t, nil)
+	r.use(r.d, never(t))
+	r.d.upstreams["s"].calls = &limit{slots: make(chan struct{}), queue: 1}
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan error)
+	e := r.call("write")
+	go func() { done <- r.d.Handle(ctx, e, r.log.emit) }()
+	for r.d.Stats()[0].Waiting == 0 {
+		runtime.Gosched()
+	}
+	stop()
+	if err := <-done; !errors.Is(err, context.Canceled) || len(r.log.events) != 1 {
+		t.Error(err, r.log)
 	}
 }

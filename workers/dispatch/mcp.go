@@ -153,7 +153,6 @@ func (m *mcpServer) call(ctx context.Context, c Call, progress func([]byte) erro
 	if err != nil {
 		return Answer{}, &Fault{Kind: Invalid, Err: err}
 	}
-	ctx, cancel := context.WithCancel(ctx)
 	reached := false
 	req := (&http.Request{
 		Method: http.MethodPost, URL: m.url, Host: m.url.Host, Header: header,
@@ -167,32 +166,21 @@ func (m *mcpServer) call(ctx context.Context, c Call, progress func([]byte) erro
 	}))
 	resp, err := m.transport.RoundTrip(req)
 	if err != nil {
-		cancel()
 		// A connection is dialled again after one was had only when nothing
 		// had been written to that.
 		var op *net.OpError
 		if !reached || errors.As(err, &op) && op.Op == "dial" {
-			return Answer{}, fault(Unsent, "%w", err)
+			return Answer{}, faultf(Unsent, "%w", err)
 		}
-		return Answer{}, fault(Broken, "%w", err)
+		return Answer{}, faultf(Broken, "%w", err)
 	}
 	c.Heard()
 	answer, err := m.answer(resp, c, progress)
 	if err != nil {
-		cancel() // hangs up
-		resp.Body.Close()
+		resp.Body.Close() // which hangs up, unless all was read
 		return Answer{}, err
 	}
 	answer.Status = resp.StatusCode
-	answer.Release = func() {
-		// Only a response that was read to its end leaves a connection that
-		// can be used again.
-		t := time.AfterFunc(linger, cancel)
-		_, _ = io.CopyN(io.Discard, resp.Body, 4<<10)
-		resp.Body.Close()
-		t.Stop()
-		cancel()
-	}
 	return answer, nil
 }
 
@@ -226,9 +214,13 @@ func (m *mcpServer) request(c Call) ([]byte, http.Header, error) {
 		}
 	}
 
-	h := make(http.Header, len(m.header)+8)
+	h := make(http.Header, len(m.header)+4+len(c.Requested.Headers))
 	maps.Copy(h, m.header)
-	set := func(name, value string) { h[name] = []string{value} } // canonical names only
+	values := make([]string, 0, 4+len(c.Requested.Headers)) // one allocation for all of them
+	set := func(name, value string) {                       // canonical names only
+		values = append(values, value)
+		h[name] = values[len(values)-1 : len(values) : len(values)]
+	}
 	set("Mcp-Protocol-Version", mcpRevision)
 	if c.Requested.Revision != "" {
 		set("Mcp-Protocol-Version", headerText(c.Requested.Revision))
@@ -260,11 +252,21 @@ func (m *mcpServer) answer(resp *http.Response, c Call, progress func([]byte) er
 	kind, _, _ := strings.Cut(resp.Header.Get("Content-Type"), ";")
 	if ok && strings.EqualFold(strings.TrimSpace(kind), "text/event-stream") {
 		if c.Requested.OneWay {
-			return Answer{}, fault(Garbled, "a stream in answer to a one-way message")
+			return Answer{}, faultf(Garbled, "a stream in answer to a one-way message")
 		}
-		return m.stream(resp.Body, c, progress)
+		a, err := m.stream(resp.Body, c, progress)
+		// Only a response that was read to its end leaves a connection that
+		// can be used again.
+		a.Release = func(hangUp func()) {
+			t := time.AfterFunc(linger, hangUp)
+			defer t.Stop()
+			defer resp.Body.Close()
+			_, _ = io.CopyN(io.Discard, resp.Body, 4<<10)
+		}
+		return a, err
 	}
 	body, err := m.read(resp)
+	resp.Body.Close()
 	if err != nil {
 		return Answer{}, err
 	}
@@ -302,7 +304,10 @@ func (m *mcpServer) answer(resp *http.Response, c Call, progress func([]byte) er
 // refusal is what a status means when there is no answer; nil if nothing in
 // particular.
 func refusal(resp *http.Response) *Fault {
-	f := fault(Garbled, "HTTP %d", resp.StatusCode)
+	if resp.StatusCode < 400 {
+		return nil
+	}
+	f := faultf(Garbled, "HTTP %d", resp.StatusCode)
 	after := resp.Header.Get("Retry-After")
 	switch s := resp.StatusCode; {
 	case s == http.StatusTooManyRequests:
@@ -336,7 +341,7 @@ func retryAfter(v string) time.Duration {
 
 func (m *mcpServer) read(resp *http.Response) ([]byte, error) {
 	if resp.ContentLength > m.maxAnswer {
-		return nil, fault(TooLarge, "HTTP %d with %d bytes", resp.StatusCode, resp.ContentLength)
+		return nil, faultf(TooLarge, "HTTP %d with %d bytes", resp.StatusCode, resp.ContentLength)
 	}
 	var buf bytes.Buffer
 	if resp.ContentLength > 0 {
@@ -345,9 +350,9 @@ func (m *mcpServer) read(resp *http.Response) ([]byte, error) {
 	n, err := buf.ReadFrom(io.LimitReader(resp.Body, m.maxAnswer+1))
 	switch {
 	case err != nil:
-		return nil, fault(Broken, "reading the answer: %w", err)
+		return nil, faultf(Broken, "reading the answer: %w", err)
 	case n > m.maxAnswer:
-		return nil, fault(TooLarge, "HTTP %d with more than %d bytes", resp.StatusCode, m.maxAnswer)
+		return nil, faultf(TooLarge, "HTTP %d with more than %d bytes", resp.StatusCode, m.maxAnswer)
 	}
 	return buf.Bytes(), nil
 }
@@ -358,18 +363,18 @@ func (m *mcpServer) stream(body io.Reader, c Call, progress func([]byte) error) 
 	for event, err := range sse.Read(body, 2*int(m.maxAnswer)) {
 		switch {
 		case errors.Is(err, sse.ErrTooLarge):
-			return Answer{}, fault(TooLarge, "a message of the stream: %w", err)
+			return Answer{}, faultf(TooLarge, "a message of the stream: %w", err)
 		case err != nil:
-			return Answer{}, fault(Broken, "reading the stream: %w", err)
+			return Answer{}, faultf(Broken, "reading the stream: %w", err)
 		case len(event.Data) == 0, event.Name != "" && event.Name != "message":
 			continue // a keepalive, or no message of MCP
 		}
 		msg, err := m.decode(event.Data, c)
 		if errors.Is(err, jsonrpc.ErrTooLarge) {
-			return Answer{}, fault(TooLarge, "a message of the stream: %w", err)
+			return Answer{}, faultf(TooLarge, "a message of the stream: %w", err)
 		}
 		if err != nil {
-			return Answer{}, fault(Garbled, "a message of the stream: %w", err)
+			return Answer{}, faultf(Garbled, "a message of the stream: %w", err)
 		}
 		switch id, _ := msg.ID().Text(); {
 		case msg.IsNotification():
@@ -379,14 +384,14 @@ func (m *mcpServer) stream(body io.Reader, c Call, progress func([]byte) error) 
 		case msg.IsRequest():
 			// Gone since this revision; nobody could answer, and the server
 			// would wait for it.
-			return Answer{}, fault(Garbled, "the server asks %q of the client, which this revision does not have", msg.Method())
+			return Answer{}, faultf(Garbled, "the server asks %q of the client, which this revision does not have", msg.Method())
 		case id == string(c.ID) && msg.ID().Kind() == jsonrpc.String:
 			return m.done(msg, c)
 		default:
-			return Answer{}, fault(Garbled, "the stream answers another request")
+			return Answer{}, faultf(Garbled, "the stream answers another request")
 		}
 	}
-	return Answer{}, fault(Broken, "the stream ended without an answer")
+	return Answer{}, faultf(Broken, "the stream ended without an answer")
 }
 
 func (m *mcpServer) decode(b []byte, c Call) (*jsonrpc.Message, error) {

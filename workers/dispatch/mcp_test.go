@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -295,7 +296,6 @@ func TestSDK(t *testing.T) {
 	}
 }
 
-// slices of the repeat: the stats of an idle dispatcher, and its order.
 func TestStats(t *testing.T) {
 	r := newRig(t, nil, func(o *Options) { o.Servers = append(o.Servers, Server{Name: "a", URL: "http://127.0.0.1:1"}) })
 	if got := r.d.Stats(); !slices.Equal(got, []Stat{{Server: "s", Breaker: "closed"}, {Server: "a", Breaker: "closed"}}) {
@@ -341,6 +341,45 @@ func echoServer(b *testing.B) string {
 	return "http://" + l.Addr().String() + "/mcp"
 }
 
+// cpu reports the CPU time of the whole process per operation, which does not
+// depend on what else the machine does, or on how many run at once.
+func cpu(b *testing.B) func() {
+	used := func() time.Duration {
+		var u syscall.Rusage
+		if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+			b.Fatal(err)
+		}
+		return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+	}
+	start := used()
+	return func() { b.ReportMetric(float64(used()-start)/1e3/float64(b.N), "cpu-µs/op") }
+}
+
+// BenchmarkTransport is what net/http alone costs for the same exchange: the
+// part of BenchmarkHandle that is not ours.
+func BenchmarkTransport(b *testing.B) {
+	r := newRig(b, nil)
+	url := echoServer(b)
+	e := r.call("write")
+	body := strings.Replace(string(e.Body), "9007199254740993", `"`+string(e.Call)+`"`, 1)
+	var t http.Transport
+	defer t.CloseIdleConnections()
+	b.ReportAllocs()
+	defer cpu(b)()
+	for b.Loop() {
+		req, err := http.NewRequest(http.MethodPost, url, strings.NewReader(body))
+		if err != nil {
+			b.Fatal(err)
+		}
+		resp, err := t.RoundTrip(req)
+		if err != nil {
+			b.Fatal(err)
+		}
+		_, _ = io.Copy(io.Discard, resp.Body)
+		resp.Body.Close()
+	}
+}
+
 // BenchmarkHandle: one call against an upstream on loopback, the log costing
 // nothing. The upstream's part is in the figure.
 func BenchmarkHandle(b *testing.B) {
@@ -364,6 +403,7 @@ func BenchmarkHandle(b *testing.B) {
 		e.Data.(*schemas.Authorized).Deadline = time.Now().Add(time.Hour)
 		b.Run(tool, func(b *testing.B) {
 			b.ReportAllocs()
+			defer cpu(b)()
 			for b.Loop() {
 				handle()
 			}
@@ -371,6 +411,7 @@ func BenchmarkHandle(b *testing.B) {
 		b.Run(tool+"-parallel", func(b *testing.B) {
 			b.ReportAllocs()
 			b.SetParallelism(16)
+			defer cpu(b)()
 			b.RunParallel(func(pb *testing.PB) {
 				for pb.Next() {
 					handle()

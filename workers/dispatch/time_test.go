@@ -62,7 +62,7 @@ func TestStoppedInPause(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t, nil, func(o *Options) { o.Pause = 10 * time.Second })
 		r.use(r.d, func(context.Context, Call, func([]byte) error) (Answer, error) {
-			return Answer{}, fault(Unsent, "dial")
+			return Answer{}, faultf(Unsent, "dial")
 		})
 		e := r.call("write")
 		go func() {
@@ -83,7 +83,7 @@ func TestBreaker(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t, nil, func(o *Options) { o.Attempts = 1 })
 		calls := 0
-		err := error(fault(Garbled, "rubbish"))
+		err := error(faultf(Garbled, "rubbish"))
 		connected := make(chan bool)
 		r.use(r.d, func(ctx context.Context, c Call, _ func([]byte) error) (Answer, error) {
 			calls++
@@ -143,7 +143,7 @@ func TestWishesAge(t *testing.T) {
 		var c calls
 		e := schemas.Event{Tenant: "acme", Call: "c"}
 		remembered := func() bool {
-			ctx, leave := c.enter(t.Context(), e)
+			ctx, _, leave := c.enter(t.Context(), e)
 			defer leave()
 			_, ok := wishOf(ctx)
 			return ok

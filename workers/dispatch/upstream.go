@@ -40,8 +40,9 @@ type Answer struct {
 	Body      []byte   // otherwise verbatim; nil for a one-way call
 
 	// Release gives the connection back. It may take a moment and is called
-	// once the answer is stored, and before ctx is cancelled; may be nil.
-	Release func()
+	// once the answer is stored, before ctx is cancelled; hangUp cancels ctx.
+	// May be nil.
+	Release func(hangUp func())
 }
 
 // Fault is why there is no answer.
@@ -54,7 +55,7 @@ type Fault struct {
 func (f *Fault) Error() string { return f.Err.Error() }
 func (f *Fault) Unwrap() error { return f.Err }
 
-func fault(k FaultKind, format string, a ...any) *Fault {
+func faultf(k FaultKind, format string, a ...any) *Fault {
 	return &Fault{Kind: k, Err: fmt.Errorf(format, a...)}
 }
 
