@@ -26,7 +26,7 @@ const queued = 16
 
 // waiter is one call that an edge waits for.
 type waiter struct {
-	events chan schemas.Event
+	events chan *schemas.Event
 	behind bool // owned by Asker.mu: events were left in the log
 }
 
@@ -56,7 +56,7 @@ func (a *Asker) route(e schemas.Event) {
 		return
 	}
 	select {
-	case w.events <- e:
+	case w.events <- &e:
 	default:
 		w.behind = true
 	}
@@ -72,7 +72,7 @@ func (a *Asker) Ask(ctx context.Context, e schemas.Event, emit schemas.Emit) err
 		return fmt.Errorf("%w: %s", schemas.ErrOverloaded, *why)
 	}
 	e.Edge = a.replica
-	w := &waiter{events: make(chan schemas.Event, queued)}
+	w := &waiter{events: make(chan *schemas.Event, queued)}
 	a.mu.Lock()
 	a.waiting[e.Call] = w
 	a.mu.Unlock()
@@ -104,7 +104,7 @@ func (a *Asker) Ask(ctx context.Context, e schemas.Event, emit schemas.Emit) err
 			a.cancel(ctx, e, context.Cause(ctx).Error())
 			return ctx.Err()
 		case got := <-w.events:
-			if ended, err := take(got); ended {
+			if ended, err := take(*got); ended {
 				return err
 			} else if err != nil {
 				a.cancel(ctx, e, err.Error())

@@ -30,8 +30,6 @@ func (l *Log) Publish(ctx context.Context, e schemas.Event) (schemas.Receipt, er
 	if err != nil {
 		return schemas.Receipt{}, fmt.Errorf("store %s: %w", idOf(e), err)
 	}
-	ctx, cancel := context.WithTimeout(ctx, publishFor)
-	defer cancel()
 	var ack *jetstream.PubAck
 	try := func() error {
 		if l.o.Fault != nil {
@@ -51,7 +49,10 @@ func (l *Log) Publish(ctx context.Context, e schemas.Event) (schemas.Receipt, er
 		}
 		return err
 	}
-	if err = try(); err != nil {
+	if err = try(); err != nil && ctx.Err() == nil {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, publishFor) // try uses it too
+		defer cancel()
 		wait := backoff.NewExponentialBackOff(backoff.WithInitialInterval(20*time.Millisecond), backoff.WithMaxInterval(time.Second))
 		err = backoff.Retry(try, backoff.WithContext(wait, ctx))
 	}

@@ -132,7 +132,24 @@ func (m *metrics) gauges() error {
 	if err != nil {
 		return err
 	}
+	upstream, err := m.meter.Int64ObservableGauge("waybill.upstream.calls", metric.WithDescription("Calls and streams at an upstream now, and calls that wait for their turn."), metric.WithUnit("{call}"))
+	if err != nil {
+		return err
+	}
+	breaker, err := m.meter.Int64ObservableGauge("waybill.upstream.breaker", metric.WithDescription("0 closed, 1 half open, 2 open: the upstream is left alone."))
+	if err != nil {
+		return err
+	}
 	_, err = m.meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
+		if m.g.dispatcher != nil {
+			for _, s := range m.g.dispatcher.Stats() {
+				server := attribute.String("server", s.Server)
+				o.ObserveInt64(upstream, int64(s.InFlight), metric.WithAttributes(server, attribute.String("state", "in_flight")))
+				o.ObserveInt64(upstream, int64(s.Waiting), metric.WithAttributes(server, attribute.String("state", "waiting")))
+				o.ObserveInt64(upstream, int64(s.Streams), metric.WithAttributes(server, attribute.String("state", "streams")))
+				o.ObserveInt64(breaker, map[string]int64{"half-open": 1, "open": 2}[s.Breaker], metric.WithAttributes(server))
+			}
+		}
 		if m.g.front == nil {
 			return nil
 		}
@@ -142,7 +159,7 @@ func (m *metrics) gauges() error {
 			o.ObserveInt64(refused, int64(n), metric.WithAttributes(attribute.String("cause", cause.String())))
 		}
 		return nil
-	}, inflight, refused)
+	}, inflight, refused, upstream, breaker)
 	return err
 }
 
