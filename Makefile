@@ -31,9 +31,10 @@ build: need-go ## Build bin/waybill
 	@mkdir -p bin
 	go build -trimpath -o bin/ ./cmd/...
 
+# A shell without job control starts `make run &` with SIGINT ignored, which a script could not undo for itself.
 .PHONY: run
 run: build $(EVERYTHING) ## Run the gateway with an MCP server behind it; Ctrl-C stops both
-	@exec deploy/run.sh
+	@exec env --default-signal=INT deploy/run.sh
 
 .PHONY: test
 test: need-go peers ## Run every test (RACE=1: with the race detector)

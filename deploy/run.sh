@@ -2,9 +2,9 @@
 # What `make run` runs: the example's MCP server, and the gateway in front of it. They live and die together:
 # when either ends, or this script is told to stop (Ctrl-C, TERM, a closed terminal), both are stopped.
 #
-# With job control (set -m) each child is in a process group of its own. So Ctrl-C reaches only this script, and
-# the gateway is told once to stop, not twice: a second signal would cut short the calls it is ending.
-set -um
+# Each child is in a session of its own (setsid). So Ctrl-C reaches only this script, and the gateway is told once
+# to stop, not twice: a second signal would cut short the calls it is ending.
+set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 upstream=127.0.0.1:3001 # as in deploy/waybill.yaml
@@ -14,20 +14,21 @@ pids=()
 alive() { kill -0 "$1" 2>/dev/null; }
 listening() { (exec 3<>"/dev/tcp/${upstream/:/\/}") 2>/dev/null; }
 
+# The gateway first: the calls that it is ending may still want an answer from the server behind it.
 stop() {
-	# Signalled again, stop at once.
-	trap 'kill -KILL "${pids[@]}" 2>/dev/null' INT TERM HUP
-	((${#pids[@]})) || return
-	kill -TERM "${pids[@]}" 2>/dev/null
-	# The gateway ends its calls before it goes; 20 s is more than it allows itself.
-	for ((i = 0; i < 200; i++)); do
-		any=
-		for pid in "${pids[@]}"; do alive "$pid" && any=1; done
-		[[ $any ]] || break
-		sleep 0.1
+	trap 'kill -KILL "${pids[@]}"' INT TERM HUP # told twice: at once
+	exec 2>/dev/null                             # what is left to say is bash's own "Terminated"
+	local i n pid
+	for ((i = ${#pids[@]} - 1; i >= 0; i--)); do
+		pid=${pids[i]}
+		kill -TERM "$pid"
+		for ((n = 0; n < 200; n++)); do # 20 s, more than the gateway allows itself
+			alive "$pid" || continue 2
+			sleep 0.1
+		done
+		kill -KILL "$pid"
 	done
-	[[ $any ]] && kill -KILL "${pids[@]}" 2>/dev/null
-	wait 2>/dev/null
+	wait
 }
 trap stop EXIT
 trap 'exit 130' INT
@@ -38,7 +39,7 @@ if listening; then
 	echo "run: $upstream is in use, and the example's MCP server needs it: stop what listens there (perhaps another 'make run')" >&2
 	exit 1
 fi
-build/bin/everything-server -http "$upstream" -stateless=true </dev/null >"$log" 2>&1 &
+setsid build/bin/everything-server -http "$upstream" -stateless=true </dev/null >"$log" 2>&1 &
 pids+=($!)
 until listening; do
 	if ! alive "${pids[0]}"; then
@@ -49,7 +50,7 @@ until listening; do
 	sleep 0.05
 done
 
-bin/waybill up --config deploy/waybill.yaml </dev/null &
+setsid bin/waybill up --config deploy/waybill.yaml </dev/null &
 pids+=($!)
 wait -n -p ended
 code=$?
