@@ -885,3 +885,20 @@ func TestStoppedInQueue(t *testing.T) {
 		t.Error(err, r.log)
 	}
 }
+
+// A stream that breaks is not taken up again here; the client asks again.
+func TestBrokenStream(t *testing.T) {
+	for method, want := range map[string]string{"subscriptions/listen": "unavailable", "tools/call": "unknown"} {
+		r := newRig(t, nil)
+		calls := 0
+		r.use(r.d, func(context.Context, Call, func([]byte) error) (Answer, error) {
+			calls++
+			return Answer{}, errors.New("reset")
+		})
+		r.handle(r.method(method, "write", "", stream))
+		r.want(want)
+		if calls != 1 {
+			t.Errorf("%s: %d calls", method, calls)
+		}
+	}
+}
