@@ -7,10 +7,11 @@ import (
 
 	"waybill.dev/test/gateway"
 	"waybill.dev/test/peers"
+	"waybill.dev/test/upstream"
 )
 
 func TestMain(m *testing.M) {
-	gateway.Main(m, map[string]func(context.Context) error{})
+	gateway.Main(m, map[string]func(context.Context) error{upstream.Child: upstream.Run})
 }
 
 // The official peers work through the gateway as they do without it.
