@@ -69,6 +69,11 @@ const (
 	CodeHeaderMismatch                  = -32020 // a header does not say what the body says; HTTP 400
 	CodeMissingRequiredClientCapability = -32021 // data.requiredCapabilities; HTTP 400
 	CodeUnsupportedProtocolVersion      = -32022 // data.supported, data.requested; HTTP 400
+
+	// MCP 2025-11-25, schema: URL_ELICITATION_REQUIRED.
+	CodeURLElicitationRequired = -32042 // data.elicitations
+	// MCP up to 2025-11-25, server/resources; since then it is CodeInvalidParams.
+	CodeResourceNotFound = -32002
 )
 
 // Code returns the error code with which a message that Decode refused is to be

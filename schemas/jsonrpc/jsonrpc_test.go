@@ -313,6 +313,12 @@ func TestValue(t *testing.T) {
 	for range p.Members() { // leaving early must be possible
 		break
 	}
+	for e := range p.Get("name2").Elements() {
+		if string(e.Raw()) != "1" {
+			t.Error("went on")
+		}
+		break
+	}
 	for range p.Elements() {
 		t.Error("an object has elements")
 	}
@@ -351,11 +357,14 @@ func TestGetDoesNotAllocate(t *testing.T) {
 	}
 }
 
-// Texts at the limit of size, each of which takes minutes, or for ever, if
-// anything in the way is quadratic. There is no clock in it: the test binary's
-// own time limit is the guard.
+// Large texts, each of which takes minutes if anything in the way is quadratic.
+// There is no clock in it: the test binary's own time limit is the guard.
+// TestManyNamesAreHashed counts.
 func TestLinear(t *testing.T) {
-	const size = DefaultBytes
+	size := 1 << 20
+	if raceEnabled {
+		size = 1 << 16
+	}
 	fill := func(head string, unit func(i int) string, tail string) []byte {
 		var b bytes.Buffer
 		b.WriteString(head)
