@@ -32,7 +32,7 @@ var failures = map[schemas.Failure]reply{
 	schemas.FailExpired: {status: 200, code: jsonrpc.CodeInternalError,
 		message: "The deadline passed before the server was called. The call was not carried out; it is safe to try again."},
 	schemas.FailUnavailable: {status: 503, code: jsonrpc.CodeInternalError, retry: 5,
-		message: "The server cannot be reached at the moment. The call was not carried out; try again later."},
+		message: "The server cannot be reached at the moment. It is safe to try again later."},
 	schemas.FailOverloaded: {status: 503, code: jsonrpc.CodeInternalError, retry: 1,
 		message: "Too many calls at the moment. The call was not carried out; try again later."},
 	schemas.FailInvalid: {status: 400, code: jsonrpc.CodeInvalidRequest,

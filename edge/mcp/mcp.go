@@ -159,8 +159,10 @@ func (a *Adapter) post(w http.ResponseWriter, r *http.Request, p edge.Principal)
 		Edge: a.o.Edge, Time: now, Trace: trace(r.Header, req.meta), Data: &req.Requested, Body: body,
 	}
 	h := w.Header()
+	// Not Waybill-Session: with that a client names a session, and one that
+	// sent the key back would name another.
 	h["Waybill-Call"] = []string{string(call)}
-	h["Waybill-Session"] = []string{string(session.key)}
+	h["Waybill-Session-Key"] = []string{string(session.key)}
 
 	parent := r.Context()
 	if stream {
