@@ -22,6 +22,8 @@ import (
 
 	"waybill.dev/edge"
 	"waybill.dev/schemas"
+	"waybill.dev/workers/dispatch"
+	"waybill.dev/workers/policy"
 )
 
 // Config is the configuration file: strict YAML, in which an unknown key is an
@@ -57,7 +59,7 @@ type BusConfig struct {
 	Creds    string          `yaml:"creds" json:"creds,omitempty"`       // NATS credentials file, with url
 	Replicas int             `yaml:"replicas" json:"replicas,omitempty"` // of the streams, with url; default 3
 	MaxBytes int64           `yaml:"max_bytes" json:"max_bytes"`         // of the event stream; default 4294967296
-	MaxAge   time.Duration   `yaml:"max_age" json:"max_age"`             // of the event stream; default 24h
+	MaxAge   Duration        `yaml:"max_age" json:"max_age"`             // of the event stream; default 24h
 }
 
 // EmbeddedConfig is the NATS server inside the process.
@@ -88,15 +90,15 @@ type AuthConfig struct {
 
 // ServerConfig is an upstream.
 type ServerConfig struct {
-	Name       string        `yaml:"name" json:"name"`
-	MCP        *MCPConfig    `yaml:"mcp" json:"mcp,omitempty"`
-	OpenAPI    any           `yaml:"openapi" json:"-"`                                     // not built yet
-	Approve    string        `yaml:"approve" json:"approve,omitempty"`                     // first-use or manual; takes effect with the registry
-	Idempotent []string      `yaml:"idempotent" json:"idempotent,omitempty"`               // tools (* stands for any run) that may be called again when the outcome is unknown
-	Trust      bool          `yaml:"trust_annotations" json:"trust_annotations,omitempty"` // not built yet
-	Deadline   time.Duration `yaml:"deadline" json:"deadline,omitempty"`                   // of one call; default limits.deadline
-	Concurrent int           `yaml:"concurrency" json:"concurrency,omitempty"`             // calls at once; default 64
-	Queue      int           `yaml:"queue" json:"queue,omitempty"`                         // calls waiting for their turn; default 256; more are refused
+	Name       string     `yaml:"name" json:"name"`
+	MCP        *MCPConfig `yaml:"mcp" json:"mcp,omitempty"`
+	OpenAPI    any        `yaml:"openapi" json:"-"`                                     // not built yet
+	Approve    string     `yaml:"approve" json:"approve,omitempty"`                     // first-use or manual; takes effect with the registry
+	Idempotent []string   `yaml:"idempotent" json:"idempotent,omitempty"`               // tools (* stands for any run) that may be called again when the outcome is unknown
+	Trust      bool       `yaml:"trust_annotations" json:"trust_annotations,omitempty"` // not built yet
+	Deadline   Duration   `yaml:"deadline" json:"deadline,omitzero"`                    // of one call; default limits.deadline
+	Concurrent int        `yaml:"concurrency" json:"concurrency,omitempty"`             // calls at once; default 64
+	Queue      int        `yaml:"queue" json:"queue,omitempty"`                         // calls waiting for their turn; default 256; more are refused
 }
 
 // MCPConfig says how to reach an MCP server.
@@ -125,19 +127,32 @@ type AllowConfig struct {
 
 // LimitsConfig bounds what one process takes on.
 type LimitsConfig struct {
-	Body           int64         `yaml:"body" json:"body"`                                 // bytes of a request; default 4194304, which is also the most
-	InFlight       int           `yaml:"in_flight" json:"in_flight"`                       // calls at once; default 1024
-	InFlightTenant int           `yaml:"in_flight_per_tenant" json:"in_flight_per_tenant"` // default 512
-	Deadline       time.Duration `yaml:"deadline" json:"deadline"`                         // of one call; default 60s
-	Drain          time.Duration `yaml:"drain" json:"drain"`                               // how long calls may finish at shutdown; default 10s
+	Body           int64    `yaml:"body" json:"body"`                                 // bytes of a request; default 4194304, which is also the most
+	InFlight       int      `yaml:"in_flight" json:"in_flight"`                       // calls at once; default 1024
+	InFlightTenant int      `yaml:"in_flight_per_tenant" json:"in_flight_per_tenant"` // default 512
+	Deadline       Duration `yaml:"deadline" json:"deadline"`                         // of one call; default 60s
+	Drain          Duration `yaml:"drain" json:"drain"`                               // how long calls may finish at shutdown; default 10s
 }
+
+// Duration is written as Go writes it, 90s or 1h30m, in the file and in what
+// `config check` prints alike.
+type Duration struct{ time.Duration }
+
+// UnmarshalText reads a duration.
+func (d *Duration) UnmarshalText(text []byte) (err error) {
+	d.Duration, err = time.ParseDuration(string(text))
+	return err
+}
+
+// MarshalText writes a duration.
+func (d Duration) MarshalText() ([]byte, error) { return []byte(d.String()), nil }
 
 // defaults is the configuration of an empty file.
 func defaults() Config {
 	return Config{
 		Listen: "127.0.0.1:8080", Admin: "127.0.0.1:8081", Data: "data",
-		Bus:    BusConfig{MaxBytes: 4 << 30, MaxAge: 24 * time.Hour},
-		Limits: LimitsConfig{Body: 4 << 20, InFlight: 1024, InFlightTenant: 512, Deadline: time.Minute, Drain: 10 * time.Second},
+		Bus:    BusConfig{MaxBytes: 4 << 30, MaxAge: Duration{24 * time.Hour}},
+		Limits: LimitsConfig{Body: 4 << 20, InFlight: 1024, InFlightTenant: 512, Deadline: Duration{time.Minute}, Drain: Duration{10 * time.Second}},
 	}
 }
 
@@ -220,7 +235,7 @@ func (c *Config) check() error {
 	if c.Bus.MaxBytes < 64<<20 {
 		bad("bus.max_bytes: %d is less than 67108864", c.Bus.MaxBytes)
 	}
-	if c.Bus.MaxAge < 5*time.Minute {
+	if c.Bus.MaxAge.Duration < 5*time.Minute {
 		bad("bus.max_age: %s is less than 5m", c.Bus.MaxAge)
 	}
 	for _, l := range []struct{ key, addr string }{{"listen", c.Listen}, {"admin", c.Admin}} {
@@ -285,7 +300,7 @@ func (c *Config) check() error {
 		if s.Approve != "" && s.Approve != "first-use" && s.Approve != "manual" {
 			bad("%s.approve: %q is neither first-use nor manual", key, s.Approve)
 		}
-		if s.Deadline < 0 || s.Concurrent < 0 || s.Queue < 0 {
+		if s.Deadline.Duration < 0 || s.Concurrent < 0 || s.Queue < 0 {
 			bad("%s: deadline, concurrency and queue cannot be negative", key)
 		}
 		if s.MCP == nil {
@@ -315,10 +330,58 @@ func (c *Config) check() error {
 			bad("allow[%d]: needs agents, servers, and tools or methods; as it is it allows nothing", i)
 		}
 	}
-	if l := c.Limits; l.Body <= 0 || l.Body > 4<<20 || l.InFlight <= 0 || l.InFlightTenant <= 0 || l.Deadline <= 0 || l.Drain < 0 {
+	if l := c.Limits; l.Body <= 0 || l.Body > 4<<20 || l.InFlight <= 0 || l.InFlightTenant <= 0 || l.Deadline.Duration <= 0 || l.Drain.Duration < 0 {
 		bad("limits: body must be 1 to 4194304, in_flight, in_flight_per_tenant and deadline positive, drain not negative")
 	}
+	if len(errs) == 0 {
+		errs = append(errs, c.build())
+	}
 	return errors.Join(errs...)
+}
+
+// build makes of a configuration what the roles will make of it, and throws it
+// away: what one of them refuses must not wait until the gateway starts. The
+// secrets are left out, since they may be on another machine.
+func (c *Config) build() error {
+	if _, err := c.rules(); err != nil {
+		return err
+	}
+	if _, err := edge.New(edge.Options{Hosts: c.Hosts, Origins: c.Origins}); err != nil {
+		return err
+	}
+	var servers []dispatch.Server
+	for _, s := range c.Servers {
+		header := http.Header{}
+		for name := range s.MCP.Headers {
+			header.Set(name, "secret")
+		}
+		servers = append(servers, dispatch.Server{Name: s.Name, URL: s.MCP.URL, Header: header})
+	}
+	d, err := dispatch.New(dispatch.Options{
+		Servers: servers,
+		Load:    func(context.Context, uint64) (e schemas.Event, err error) { return e, errors.ErrUnsupported },
+		Past:    func(context.Context, schemas.Event) ([]schemas.Event, error) { return nil, errors.ErrUnsupported },
+	})
+	if err != nil {
+		return err
+	}
+	d.Close()
+	return nil
+}
+
+// rules are the policy. Every kind of rule stands in this list.
+func (c *Config) rules() ([]policy.Rule, error) {
+	var rules []policy.Rule
+	for i, a := range c.Allow {
+		r, err := policy.Allow{
+			ID: fmt.Sprintf("allow[%d]", i), Agents: a.Agents, Servers: a.Servers, Tools: a.Tools, Methods: a.Methods,
+		}.Rule()
+		if err != nil {
+			return nil, err
+		}
+		rules = append(rules, r)
+	}
+	return rules, nil
 }
 
 // sync is how often, or always, the embedded log is flushed to disk.

@@ -129,7 +129,7 @@ func (g *gateway) run(ctx context.Context, started func(*gateway, net.Addr, net.
 	}
 	<-failed.Done()
 	if ctx.Err() != nil {
-		g.log.Info("stopping: calls in flight may finish", "within", g.c.Limits.Drain)
+		g.log.Info("stopping: calls in flight may finish", "within", g.c.Limits.Drain.Duration)
 	}
 	edgesErr := edges.Wait()
 	stopWorkers()
@@ -172,7 +172,7 @@ func (g *gateway) openLog(ctx context.Context) (func() error, error) {
 func (g *gateway) options(r bus.Role) bus.Options {
 	return bus.Options{
 		Dial: g.dial, Role: r, Replicas: g.c.Bus.Replicas,
-		MaxBytes: g.c.Bus.MaxBytes, MaxAge: g.c.Bus.MaxAge,
+		MaxBytes: g.c.Bus.MaxBytes, MaxAge: g.c.Bus.MaxAge.Duration,
 		Log: g.log, Fault: g.fault,
 	}
 }
@@ -244,16 +244,9 @@ func (g *gateway) addPolicy(ctx context.Context, _ net.Listener) error {
 	if err != nil {
 		return err
 	}
-	// Every kind of rule stands in this list.
-	var rules []policy.Rule
-	for i, a := range g.c.Allow {
-		r, err := policy.Allow{
-			ID: fmt.Sprintf("allow[%d]", i), Agents: a.Agents, Servers: a.Servers, Tools: a.Tools, Methods: a.Methods,
-		}.Rule()
-		if err != nil {
-			return err
-		}
-		rules = append(rules, r)
+	rules, err := g.c.rules()
+	if err != nil {
+		return err
 	}
 	var servers []string
 	for _, s := range g.c.Servers {
@@ -269,7 +262,7 @@ func (g *gateway) addPolicy(ctx context.Context, _ net.Listener) error {
 	g.workers = append(g.workers, part{"policy", func(ctx context.Context) error {
 		return l.Run(ctx, bus.Work{
 			Name: "policy", Kinds: []schemas.Kind{schemas.KindRequested}, InFlight: 256,
-			Drain: g.c.Limits.Drain, Up: ready.Store,
+			Drain: g.c.Limits.Drain.Duration, Up: ready.Store,
 		}, p.Handle)
 	}})
 	return nil
@@ -308,7 +301,7 @@ func (g *gateway) addDispatch(ctx context.Context, _ net.Listener) error {
 			defer d.Close()
 			return l.Run(ctx, bus.Work{
 				Name: "dispatch", Kinds: []schemas.Kind{schemas.KindAuthorized}, InFlight: 4096,
-				Drain: g.c.Limits.Drain, Up: ready.Store,
+				Drain: g.c.Limits.Drain.Duration, Up: ready.Store,
 			}, d.Handle)
 		}},
 		part{"cancel", func(ctx context.Context) error {
@@ -338,7 +331,7 @@ func (g *gateway) addEdge(ctx context.Context, ln net.Listener) error {
 	asker := l.Asker(replica)
 	deadline := map[string]time.Duration{}
 	for _, s := range g.c.Servers {
-		deadline[s.Name] = s.Deadline
+		deadline[s.Name] = s.Deadline.Duration
 	}
 	// Every protocol stands in this list.
 	var routes []edge.Route
@@ -348,7 +341,7 @@ func (g *gateway) addEdge(ctx context.Context, ln net.Listener) error {
 			if d := deadline[server]; d > 0 {
 				return d
 			}
-			return g.c.Limits.Deadline
+			return g.c.Limits.Deadline.Duration
 		},
 		Now: time.Now, Limits: jsonrpc.Limits{Bytes: int(g.c.Limits.Body)}, Log: g.log,
 	}).Routes()...)
@@ -357,7 +350,7 @@ func (g *gateway) addEdge(ctx context.Context, ln net.Listener) error {
 	g.front, err = edge.New(edge.Options{
 		Hosts: g.c.Hosts, Origins: g.c.Origins, Tokens: tokens, Anonymous: anonymous,
 		MaxBody: g.c.Limits.Body, MaxInFlight: g.c.Limits.InFlight, MaxInFlightTenant: g.c.Limits.InFlightTenant,
-		DrainTimeout: g.c.Limits.Drain, Log: g.log,
+		DrainTimeout: g.c.Limits.Drain.Duration, Log: g.log,
 	}, routes...)
 	if err != nil {
 		return err
