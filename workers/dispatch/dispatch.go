@@ -395,7 +395,7 @@ func (r *run) call(ctx context.Context, body []byte) (ending, error) {
 
 		answer, fault := r.attempt(ctx, body, settle)
 		if r.lastLog != nil {
-			return ending{}, r.lastLog
+			return ending{release: answer.Release}, r.lastLog
 		}
 		if fault == nil {
 			return ending{
