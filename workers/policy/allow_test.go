@@ -106,8 +106,13 @@ func TestAllowRefuses(t *testing.T) {
 
 func TestAllowKeepsItsLists(t *testing.T) {
 	tools := []string{"read"}
-	p := newPolicy(t, compile(t, Allow{Agents: []string{"*"}, Servers: []string{"*"}, Tools: tools})...)
+	p := newPolicy(t, compile(t, Allow{
+		Agents: []string{"*"}, Servers: []string{"*"}, Tools: tools, Methods: []string{"tools/list"},
+	})...)
 	tools[0] = "*"
+	if v := p.Decide(call("tools/list", "")); !reflect.DeepEqual(v.Only, []string{"read"}) {
+		t.Errorf("the list changed behind the policy's back: %+v", v)
+	}
 	if v := p.Decide(call("tools/call", "write")); v.Permit {
 		t.Errorf("the rule changed behind the policy's back: %+v", v)
 	}

@@ -110,6 +110,9 @@ func TestCombine(t *testing.T) {
 		if v.Permit != tt.permit || v.Rule != tt.rule || len(v.Faults) != tt.faults || !strings.Contains(v.Reason, tt.reason) {
 			t.Errorf("%s: %+v", tt.name, v)
 		}
+		if strings.Contains(v.Reason, "pointer") {
+			t.Errorf("%s: what a rule panicked with is in the decision: %q", tt.name, v.Reason)
+		}
 		if v.Permit != (v.Reason == "") {
 			t.Errorf("%s: permit %t with reason %q", tt.name, v.Permit, v.Reason)
 		}

@@ -71,7 +71,7 @@ func New(o Options) (*Policy, error) {
 		p.log = slog.New(slog.DiscardHandler)
 	}
 	for _, s := range o.Servers {
-		p.servers[s] = s != ""
+		p.servers[s] = true
 	}
 	seen := make(map[string]bool, len(o.Rules))
 	for i, r := range o.Rules {
