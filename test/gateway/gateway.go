@@ -29,6 +29,7 @@ import (
 const (
 	envChild  = "WAYBILL_TEST_CHILD" // what the process is to be
 	envConfig = "WAYBILL_TEST_CONFIG"
+	envRoles  = "WAYBILL_TEST_ROLES"  // "edge,policy"; all when empty
 	envFaults = "WAYBILL_TEST_FAULTS" // "0.01,0.01": shares of publishes that fail, and that fail after they were stored
 )
 
@@ -57,8 +58,18 @@ func Main(m *testing.M, children map[string]func(context.Context) error) {
 }
 
 func gateway(ctx context.Context) error {
-	return cli.Up(ctx, os.Getenv(envConfig), cli.Env{Getenv: os.Getenv, Stdout: os.Stdout, Stderr: os.Stderr},
-		cli.Test{Fault: faults(os.Getenv(envFaults))})
+	env := cli.Env{Getenv: os.Getenv, Stdout: os.Stdout, Stderr: os.Stderr}
+	if roles := os.Getenv(envRoles); roles != "" {
+		args := []string{"up", "--config", os.Getenv(envConfig)}
+		for r := range strings.SplitSeq(roles, ",") {
+			args = append(args, "--role", r)
+		}
+		if exit := cli.Run(ctx, args, env); exit != 0 {
+			return fmt.Errorf("exit %d", exit)
+		}
+		return nil
+	}
+	return cli.Up(ctx, os.Getenv(envConfig), env, cli.Test{Fault: faults(os.Getenv(envFaults))})
 }
 
 // faults fails a share of the publishes, before or after they are stored.
@@ -139,6 +150,9 @@ func Start(t testing.TB, config string, env ...string) *Gateway {
 // Faults is the environment with which a share of a gateway's publishes fail,
 // and another fail after they were stored.
 func Faults(before, after float64) string { return fmt.Sprintf("%s=%g,%g", envFaults, before, after) }
+
+// Roles is the environment of a gateway process that runs only some roles.
+func Roles(roles ...string) string { return envRoles + "=" + strings.Join(roles, ",") }
 
 // File is the configuration file.
 func (g *Gateway) File() string { return filepath.Join(g.Dir, "waybill.yaml") }
