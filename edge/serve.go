@@ -201,7 +201,7 @@ func (s *Server) recovered(w *response, r *http.Request) {
 		return
 	}
 	if err, ok := p.(error); ok && errors.Is(err, http.ErrAbortHandler) {
-		panic(p)
+		panic(http.ErrAbortHandler)
 	}
 	s.stats.panics.Add(1)
 	s.o.Log.Error("handler panicked", "panic", p, "method", r.Method, "path", cut(r.URL.Path), "stack", string(debug.Stack()))

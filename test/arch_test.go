@@ -54,10 +54,7 @@ var archPolicy = []string{
 }
 
 // archExceptions: "rule path" → why it is right there.
-var archExceptions = map[string]string{
-	"exit edge/serve.go":                  "passes on http.ErrAbortHandler, which a handler further in has panicked with",
-	"logger workers/dispatch/dispatch.go": "the fallback for a caller without a logger; to become slog.DiscardHandler",
-}
+var archExceptions = map[string]string{}
 
 type archRule struct {
 	name  string

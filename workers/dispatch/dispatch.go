@@ -88,7 +88,7 @@ type Options struct {
 	Breaker Breaker
 
 	Now func() time.Time // default time.Now
-	Log *slog.Logger     // default slog.Default
+	Log *slog.Logger     // default: none
 }
 
 const (
@@ -127,7 +127,7 @@ func New(opt Options) (*Dispatcher, error) {
 		opt.Now = time.Now
 	}
 	if opt.Log == nil {
-		opt.Log = slog.Default()
+		opt.Log = slog.New(slog.DiscardHandler)
 	}
 	opt.Duplicates = positive(opt.Duplicates, 2*time.Minute)
 	opt.MaxAnswer = positive(opt.MaxAnswer, 4<<20)
