@@ -179,6 +179,10 @@ func (a *admin) sessions(w http.ResponseWriter, r *http.Request) {
 		limit = n
 	}
 	f := bus.Filter{Tenant: schemas.Tenant(q.Get("tenant")), Kinds: []schemas.Kind{schemas.KindOpened}}
+	if f.Tenant != "" && schemas.CheckToken(string(f.Tenant)) != nil {
+		http.Error(w, "tenant: not a tenant's id", http.StatusBadRequest)
+		return
+	}
 	// The first opened of a session counts; a later one repeats it.
 	var lines []sessionLine
 	seen := map[schemas.SessionKey]bool{}
@@ -232,6 +236,10 @@ func (a *admin) sessions(w http.ResponseWriter, r *http.Request) {
 // session writes the events of one session.
 func (a *admin) session(w http.ResponseWriter, r *http.Request) {
 	key := schemas.SessionKey(r.PathValue("session"))
+	if schemas.CheckToken(string(key)) != nil {
+		http.Error(w, "not a session's key", http.StatusBadRequest)
+		return
+	}
 	found := false
 	out := json.NewEncoder(w)
 	for e, err := range a.l.Read(r.Context(), bus.Filter{Session: key}, 0) {

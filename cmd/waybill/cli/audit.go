@@ -2,7 +2,6 @@ package cli
 
 import (
 	"context"
-	"encoding/json"
 	"flag"
 	"fmt"
 	"net/url"
@@ -31,38 +30,65 @@ func auditTail(ctx context.Context, env Env, args []string) error {
 	if err != nil {
 		return err
 	}
+	// The stream has no end of its own.
+	over := fmt.Errorf("the gateway at %s ended the stream: what it stores from now on is not shown", c.base)
 	if *asJSON {
-		for line, err := range lines[json.RawMessage](ctx, c, "/api/v1/events", q) {
-			if err != nil {
-				return err
-			}
-			if _, err := fmt.Fprintf(env.Stdout, "%s\n", line); err != nil {
-				return err
-			}
-		}
-		return nil
+		err = copyLines(ctx, c, env.Stdout, "/api/v1/events", q)
+	} else {
+		err = auditLines(ctx, env, c, q)
 	}
+	switch {
+	case ctx.Err() != nil:
+		return nil // Ctrl-C is how one leaves
+	case err == nil:
+		return over
+	}
+	return err
+}
+
+// auditLines prints one line for each event, in columns.
+func auditLines(ctx context.Context, env Env, c *client, q url.Values) error {
 	p := &printer{w: env.Stdout, color: env.Terminal}
-	for e, err := range lines[schemas.Event](ctx, c, "/api/v1/events", q) {
-		if err != nil && e.Data == nil {
+	for e, err := range lines[record](ctx, c, "/api/v1/events", q) {
+		if err != nil {
 			return err
 		}
-		what := ""
-		if r, ok := e.Data.(*schemas.Requested); ok {
-			what = join(visible(r.Method), visible(r.Name), visible(r.Server))
+		if e.Undecodable != "" {
+			p.line("%12s %8d %s", "", e.Seq, p.paint(red, "undecodable: "+visible(e.Undecodable)))
+			continue
 		}
-		color := dim
-		switch e.Kind() {
-		case schemas.KindDenied, schemas.KindFailed:
-			color = red
-		case schemas.KindCompleted:
-			color = green
+		call := string(e.Call)
+		if call == "" {
+			call = "–"
 		}
-		p.line("%s %8d %s/%s %s %s %s %s  %s", e.Stored.Local().Format("15:04:05.000"), e.Seq, e.Tenant, e.Agent,
-			e.Session, e.Call, p.paint(color, fmt.Sprintf("%-10s", e.Kind())), size(e), join(what, detail(e)))
+		p.line("%s %8d  %s %9s  %s/%s  %s  %-27s  %s", e.Stored.Local().Format("15:04:05.000"), e.Seq,
+			p.paint(kindColor(e.Event), fmt.Sprintf("%-10s", e.Kind())), size(len(e.Body)), e.Tenant, e.Agent,
+			e.Session, call, join(what(e.Event), detail(e.Event)))
 		if p.err != nil {
 			return p.err
 		}
 	}
 	return p.err
+}
+
+// what an event is about, where it says so.
+func what(e schemas.Event) string {
+	var t schemas.Target
+	switch d := e.Data.(type) {
+	case *schemas.Requested:
+		t = d.Target
+	case *schemas.Authorized:
+		t = d.Target
+	case *schemas.Completed:
+		t = d.Target
+	case *schemas.Failed:
+		t = d.Target
+	case *schemas.Denied:
+		t = d.Target
+	case *schemas.Cancelled:
+		t = d.Target
+	case *schemas.Opened:
+		return visible(d.Client)
+	}
+	return target(t)
 }

@@ -9,11 +9,14 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
+	"text/tabwriter"
 )
 
 // Env is what the process has around it.
 type Env struct {
+	Program        string // how it was called; default waybill. For commands to copy
 	Getenv         func(string) string
 	Stdout, Stderr io.Writer
 	Terminal       bool // Stdout is a terminal that may have colours
@@ -24,7 +27,7 @@ type command struct {
 	name string // may have two words
 	args string
 	help string
-	run  func(ctx context.Context, env Env, args []string) error
+	run  func(ctx context.Context, env Env, args []string) error // nil: not built yet
 }
 
 // commands in the order in which help shows them.
@@ -34,8 +37,17 @@ func commands() []command {
 		{"config check", "[--config FILE] [--json]", "check the configuration and print what is in effect", configCheck},
 		{"sessions", "[--tenant T] [--limit N] [--json]", "list the sessions in the log, newest last", sessions},
 		{"replay", "SESSION [--full] [--json]", "print a session from the log, as a tree of calls", replay},
-		{"audit tail", "[--tenant T] [--session S] [--json]", "print events as they are stored", auditTail},
+		{"audit tail", "[--tenant T] [--session S] [--kind K]... [--json]", "print events as they are stored", auditTail},
 		{"version", "", "print the version", version},
+	}
+}
+
+// later are the commands to come: who types one learns that it is not a
+// mistake of theirs.
+func later() []string {
+	return []string{
+		"export", "import", "erase", "rebuild", "audit verify", "audit prove", "audit checkpoint", "query",
+		"policy check", "policy test", "policy explain", "approvals", "tools", "agents", "connect",
 	}
 }
 
@@ -56,44 +68,124 @@ func usagef(format string, args ...any) error {
 
 // Run runs one command and returns the exit code.
 func Run(ctx context.Context, args []string, env Env) int {
-	if len(args) == 0 {
-		usage(env.Stderr)
-		return exitUsage
+	if env.Program == "" {
+		env.Program = "waybill"
 	}
-	if args[0] == "help" || args[0] == "--help" || args[0] == "-h" {
-		usage(env.Stdout)
-		return exitOK
+	lead, words := leading(args)
+	if len(words) > 0 && words[0] == "help" {
+		lead, words = append(lead, "--help"), words[1:]
 	}
 	for _, c := range commands() {
-		words := strings.Fields(c.name)
-		if len(args) < len(words) || strings.Join(args[:len(words)], " ") != c.name {
+		rest, ok := named(c.name, words)
+		if !ok {
 			continue
 		}
-		err := c.run(ctx, env, args[len(words):])
+		err := c.run(ctx, env, slices.Concat(lead, rest))
 		switch {
-		case err == nil:
-			return exitOK
-		case errors.Is(err, flag.ErrHelp):
+		case err == nil, errors.Is(err, flag.ErrHelp):
 			return exitOK
 		case errors.Is(err, errUsage):
-			_, _ = fmt.Fprintf(env.Stderr, "waybill %s: %s\nusage: waybill %s %s\n", c.name, strings.TrimPrefix(err.Error(), "usage: "), c.name, c.args)
+			_, _ = fmt.Fprintf(env.Stderr, "waybill %s: %s\nusage: %s\n", c.name, strings.TrimPrefix(err.Error(), "usage: "), c.usage())
 			return exitUsage
 		default:
 			_, _ = fmt.Fprintf(env.Stderr, "waybill %s: %v\n", c.name, err)
 			return exitError
 		}
 	}
-	_, _ = fmt.Fprintf(env.Stderr, "waybill: no command %q\n\n", strings.Join(args, " "))
-	usage(env.Stderr)
+	asked := slices.ContainsFunc(slices.Concat(lead, words), func(a string) bool { return a == "--help" || a == "-help" || a == "-h" })
+	switch {
+	case len(words) == 0 && slices.ContainsFunc(lead, func(a string) bool { return a == "--version" || a == "-version" }):
+		_ = version(ctx, env, nil) // the writer is the caller's business
+		return exitOK
+	case len(words) == 0 && asked:
+		usage(env.Stdout, commands())
+		return exitOK
+	case len(args) == 0:
+		usage(env.Stderr, commands())
+		return exitUsage
+	case len(words) == 0:
+		_, _ = fmt.Fprintf(env.Stderr, "waybill: %s: no command; `waybill --help` lists them\n", strings.Join(args, " "))
+		return exitUsage
+	}
+	for _, name := range later() {
+		if _, ok := named(name, words); ok {
+			_, _ = fmt.Fprintf(env.Stderr, "waybill %s: not built yet\n", name)
+			return exitUsage
+		}
+	}
+	// The first word of a command of two.
+	family := slices.DeleteFunc(commands(), func(c command) bool { return !strings.HasPrefix(c.name, words[0]+" ") })
+	switch {
+	case len(family) > 0 && asked:
+		usage(env.Stdout, family)
+		return exitOK
+	case len(family) > 0:
+		_, _ = fmt.Fprintf(env.Stderr, "waybill: no command %q\n\n", strings.Join(words[:min(2, len(words))], " "))
+		usage(env.Stderr, family)
+	default:
+		_, _ = fmt.Fprintf(env.Stderr, "waybill: no command %q; `waybill --help` lists them\n", words[0])
+	}
 	return exitUsage
 }
 
-func usage(w io.Writer) {
-	_, _ = fmt.Fprint(w, "Waybill is a gateway for AI agents: every call is stored before it is done.\n\nusage:\n")
-	for _, c := range commands() {
-		_, _ = fmt.Fprintf(w, "  waybill %-52s %s\n", strings.TrimSpace(c.name+" "+c.args), c.help)
+// named tells whether words begin with a command's name, and what follows.
+func named(name string, words []string) (rest []string, ok bool) {
+	n := strings.Count(name, " ") + 1
+	if len(words) < n || strings.Join(words[:n], " ") != name {
+		return nil, false
 	}
-	_, _ = fmt.Fprint(w, "\nwaybill COMMAND --help shows the flags of a command. Flags stand before or after arguments.\n")
+	return words[n:], true
+}
+
+// leading takes off the flags that stand before the command. Of all flags only
+// these have no value.
+func leading(args []string) (lead, rest []string) {
+	n := 0
+	for n < len(args) && strings.HasPrefix(args[n], "-") {
+		switch flag := strings.TrimLeft(args[n], "-"); {
+		case strings.Contains(flag, "="):
+		case slices.Contains([]string{"json", "full", "log-json", "help", "h", "version"}, flag):
+		default:
+			n++ // and its value
+		}
+		n++
+	}
+	n = min(n, len(args))
+	return slices.Clone(args[:n]), args[n:]
+}
+
+func (c command) usage() string { return strings.TrimSpace("waybill " + c.name + " " + c.args) }
+
+func usage(w io.Writer, list []command) {
+	_, _ = fmt.Fprint(w, "Waybill is a gateway for AI agents: every call is stored before it is done.\n\nusage:\n")
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	for _, c := range list {
+		_, _ = fmt.Fprintf(t, "  %s\t%s\n", c.usage(), c.help)
+	}
+	_ = t.Flush() // the writer is the caller's business
+	_, _ = fmt.Fprint(w, "\n`waybill COMMAND --help` shows all flags of a command. Flags stand before or after arguments.\n")
+}
+
+// help prints what a command is for, and its flags.
+func help(w io.Writer, name string, fs *flag.FlagSet) {
+	for _, c := range commands() {
+		if c.name == name {
+			_, _ = fmt.Fprintf(w, "usage: %s\n\n  %s\n", c.usage(), c.help)
+		}
+	}
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	n := 0
+	fs.VisitAll(func(f *flag.Flag) {
+		if n++; n == 1 {
+			_, _ = fmt.Fprint(t, "\nflags:\n")
+		}
+		value, text := flag.UnquoteUsage(f)
+		if d := strings.ToLower(f.DefValue); d != "" && d != "false" {
+			text += " (default " + d + ")"
+		}
+		_, _ = fmt.Fprintf(t, "  %s\t%s\n", strings.TrimSpace("--"+f.Name+" "+value), text)
+	})
+	_ = t.Flush() // the writer is the caller's business
 }
 
 // parse reads flags that stand before, between or after the arguments, and
@@ -104,16 +196,14 @@ func parse(env Env, fs *flag.FlagSet, args []string) ([]string, error) {
 	for {
 		switch err := fs.Parse(args); {
 		case errors.Is(err, flag.ErrHelp):
-			fs.SetOutput(env.Stdout)
-			for _, c := range commands() {
-				if c.name == fs.Name() {
-					_, _ = fmt.Fprintf(env.Stdout, "waybill %s %s\n  %s\n\nflags:\n", c.name, c.args, c.help)
-				}
-			}
-			fs.PrintDefaults()
+			help(env.Stdout, fs.Name(), fs)
 			return nil, flag.ErrHelp
 		case err != nil:
-			return nil, usagef("%v", err)
+			// flag writes names with one hyphen, all else here with two.
+			return nil, usagef("%s", strings.NewReplacer(
+				"flag provided but not defined: -", "no such flag: --",
+				"for flag -", "for --", "flag needs an argument: -", "a value is missing after --",
+			).Replace(err.Error()))
 		}
 		if fs.NArg() == 0 {
 			return rest, nil

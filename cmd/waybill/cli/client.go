@@ -14,18 +14,25 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+
+	"waybill.dev/schemas"
 )
 
 // client talks to a running gateway's admin API.
 type client struct {
-	base, token string
+	base  string
+	token string
+	from  string // where the token is from
 }
+
+// adminToken is the environment variable that may hold the token.
+const adminToken = "WAYBILL_ADMIN_TOKEN"
 
 // clientFlags adds the flags by which a command finds the gateway.
 func clientFlags(fs *flag.FlagSet) func(env Env) (*client, error) {
-	file := fs.String("config", "", "configuration `FILE` of the running gateway (default waybill.yaml, where there is one)")
+	file := fs.String("config", "", "configuration `FILE` of the running gateway (default: waybill.yaml, where there is one)")
 	addr := fs.String("admin", "", "admin `URL` of the running gateway (default: from the configuration)")
-	token := fs.String("token-file", "", "`FILE` with the admin token (default: in the data directory)")
+	token := fs.String("token-file", "", "`FILE` with the admin token (default: $"+adminToken+", or the file in the data directory)")
 	return func(env Env) (*client, error) {
 		c := defaults()
 		name := *file
@@ -44,48 +51,109 @@ func clientFlags(fs *flag.FlagSet) func(env Env) (*client, error) {
 		base := "http://" + c.Admin
 		if *addr != "" {
 			u, err := url.Parse(*addr)
-			if err != nil || u.Host == "" {
+			if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
 				return nil, usagef("--admin %q: not a URL such as http://127.0.0.1:8081", *addr)
 			}
 			base = strings.TrimSuffix(*addr, "/")
 		}
-		secret := env.Getenv("WAYBILL_ADMIN_TOKEN")
-		if secret == "" {
-			from := *token
-			if from == "" {
-				from = filepath.Join(c.Data, tokenFile)
-			}
-			b, err := os.ReadFile(from)
-			if err != nil {
-				return nil, fmt.Errorf("admin token: %w; name the gateway's configuration with --config, or the file with --token-file", err)
-			}
-			secret = strings.TrimSpace(string(b))
+		if secret := env.Getenv(adminToken); secret != "" && *token == "" {
+			return &client{base, secret, "$" + adminToken}, nil
 		}
-		return &client{base: base, token: secret}, nil
+		from := *token
+		if from == "" {
+			from = filepath.Join(c.Data, tokenFile)
+		}
+		b, err := os.ReadFile(from)
+		switch {
+		case errors.Is(err, os.ErrNotExist) && *token == "" && name == "":
+			return nil, fmt.Errorf("there is neither waybill.yaml nor %s here: name the gateway's configuration with --config", from)
+		case errors.Is(err, os.ErrNotExist) && *token == "":
+			return nil, fmt.Errorf("no admin token in %s: `waybill up` makes it when it first runs with %s", from, name)
+		case err != nil:
+			return nil, fmt.Errorf("admin token: %w", err)
+		}
+		return &client{base, strings.TrimSpace(string(b)), from}, nil
 	}
 }
 
+// refused is the error of an answer that is none.
+func (c *client) refused(resp *http.Response) error {
+	text, _ := io.ReadAll(io.LimitReader(resp.Body, 4096)) // what there is of it
+	what := visible(strings.TrimSpace(string(text)))
+	switch {
+	case resp.StatusCode == http.StatusUnauthorized:
+		return fmt.Errorf("the gateway at %s has another admin token than %s: name its configuration with --config, or its token with --token-file", c.base, c.from)
+	case resp.StatusCode == http.StatusNotFound && what != "" && what != "404 page not found":
+		return errors.New(what)
+	}
+	return fmt.Errorf("%s answers %s: %s", c.base, resp.Status, what)
+}
+
+// record is one line of the events API: an event, or what is said of a
+// message that is none.
+type record struct {
+	schemas.Event
+	Undecodable string
+}
+
+// UnmarshalJSON reads a line.
+func (r *record) UnmarshalJSON(b []byte) error {
+	var odd struct {
+		Seq         uint64
+		Undecodable string
+	}
+	if err := json.Unmarshal(b, &odd); err != nil {
+		return err
+	}
+	if odd.Undecodable != "" {
+		r.Seq, r.Undecodable = odd.Seq, odd.Undecodable
+		return nil
+	}
+	return r.Event.UnmarshalJSON(b)
+}
+
+// copyLines prints what a path answers, line by line as it comes.
+func copyLines(ctx context.Context, c *client, w io.Writer, path string, query url.Values) error {
+	for line, err := range lines[json.RawMessage](ctx, c, path, query) {
+		if err != nil {
+			return err
+		}
+		if _, err := fmt.Fprintf(w, "%s\n", line); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // lines asks for a path and yields the answer's lines, each decoded into a T.
+// It holds one line at a time. An error is the last; an end without one is the
+// end of the answer.
 func lines[T any](ctx context.Context, c *client, path string, query url.Values) iter.Seq2[T, error] {
 	return func(yield func(T, error) bool) {
 		var zero T
+		fail := func(err error) {
+			if ctx.Err() != nil {
+				err = errInterrupted
+			}
+			yield(zero, err)
+		}
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.base+path+"?"+query.Encode(), nil)
 		if err != nil {
-			yield(zero, err)
+			fail(err)
 			return
 		}
 		req.Header.Set("Authorization", "Bearer "+c.token)
 		resp, err := http.DefaultClient.Do(req)
 		if err != nil {
-			if ctx.Err() == nil {
-				yield(zero, fmt.Errorf("no gateway answers at %s (%w); is `waybill up` running?", c.base, err))
+			if outer := new(url.Error); errors.As(err, &outer) {
+				err = outer.Err // the rest of it repeats the address
 			}
+			fail(fmt.Errorf("no gateway answers at %s: %w; is `waybill up` running?", c.base, err))
 			return
 		}
 		defer func() { _ = resp.Body.Close() }()
 		if resp.StatusCode != http.StatusOK {
-			text, _ := io.ReadAll(io.LimitReader(resp.Body, 4096)) // what there is of it
-			yield(zero, errors.New(strings.TrimSpace(string(text))))
+			fail(c.refused(resp))
 			return
 		}
 		in := bufio.NewReader(resp.Body)
@@ -95,18 +163,13 @@ func lines[T any](ctx context.Context, c *client, path string, query url.Values)
 				return
 			}
 			if err != nil {
-				if ctx.Err() == nil {
-					yield(zero, fmt.Errorf("the gateway's answer broke off: %w", err))
-				}
+				fail(fmt.Errorf("the gateway's answer broke off: %w", err))
 				return
 			}
 			var v T
 			if err := json.Unmarshal(line, &v); err != nil {
-				err = fmt.Errorf("line from the gateway: %w", err)
-				if !yield(zero, err) {
-					return
-				}
-				continue
+				fail(fmt.Errorf("line from the gateway: %w", err))
+				return
 			}
 			if !yield(v, nil) {
 				return
@@ -114,3 +177,6 @@ func lines[T any](ctx context.Context, c *client, path string, query url.Values)
 		}
 	}
 }
+
+// errInterrupted: what was printed is not all.
+var errInterrupted = errors.New("interrupted")

@@ -15,10 +15,13 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/goccy/go-yaml"
+	"github.com/goccy/go-yaml/ast"
+	"github.com/goccy/go-yaml/parser"
 
 	"waybill.dev/edge"
 	"waybill.dev/schemas"
@@ -38,12 +41,12 @@ type Config struct {
 	Origins []string `yaml:"origins" json:"origins,omitempty"` // web origins that may call
 
 	Bus        BusConfig      `yaml:"bus" json:"bus"`
-	ClickHouse any            `yaml:"clickhouse" json:"clickhouse"` // false; the rest is not built yet
-	Tenants    []TenantConfig `yaml:"tenants" json:"tenants"`
-	Agents     []AgentConfig  `yaml:"agents" json:"agents"`
-	Auth       AuthConfig     `yaml:"auth" json:"auth"`
-	Servers    []ServerConfig `yaml:"servers" json:"servers"`
-	Allow      []AllowConfig  `yaml:"allow" json:"allow"` // nothing is allowed that no rule allows
+	ClickHouse any            `yaml:"clickhouse" json:"clickhouse,omitempty"` // false; the rest is not built yet
+	Tenants    []TenantConfig `yaml:"tenants" json:"tenants,omitempty"`
+	Agents     []AgentConfig  `yaml:"agents" json:"agents,omitempty"`
+	Auth       AuthConfig     `yaml:"auth" json:"auth,omitzero"`
+	Servers    []ServerConfig `yaml:"servers" json:"servers,omitempty"`
+	Allow      []AllowConfig  `yaml:"allow" json:"allow,omitempty"` // nothing is allowed that no rule allows
 	Limits     LimitsConfig   `yaml:"limits" json:"limits"`
 
 	Views    any `yaml:"views" json:"-"`    // not built yet
@@ -136,12 +139,15 @@ type LimitsConfig struct {
 
 // Duration is written as Go writes it, 90s or 1h30m, in the file and in what
 // `config check` prints alike.
-type Duration struct{ time.Duration }
+type Duration struct {
+	time.Duration
+	bad error // what is wrong with the text, for check to say with the key
+}
 
 // UnmarshalText reads a duration.
-func (d *Duration) UnmarshalText(text []byte) (err error) {
-	d.Duration, err = time.ParseDuration(string(text))
-	return err
+func (d *Duration) UnmarshalText(text []byte) error {
+	d.Duration, d.bad = time.ParseDuration(string(text))
+	return nil
 }
 
 // MarshalText writes a duration.
@@ -151,8 +157,8 @@ func (d Duration) MarshalText() ([]byte, error) { return []byte(d.String()), nil
 func defaults() Config {
 	return Config{
 		Listen: "127.0.0.1:8080", Admin: "127.0.0.1:8081", Data: "data",
-		Bus:    BusConfig{MaxBytes: 4 << 30, MaxAge: Duration{24 * time.Hour}},
-		Limits: LimitsConfig{Body: 4 << 20, InFlight: 1024, InFlightTenant: 512, Deadline: Duration{time.Minute}, Drain: Duration{10 * time.Second}},
+		Bus:    BusConfig{MaxBytes: 4 << 30, MaxAge: Duration{Duration: 24 * time.Hour}},
+		Limits: LimitsConfig{Body: 4 << 20, InFlight: 1024, InFlightTenant: 512, Deadline: Duration{Duration: time.Minute}, Drain: Duration{Duration: 10 * time.Second}},
 	}
 }
 
@@ -176,8 +182,23 @@ func loadConfig(file string) (*Config, error) {
 // parseConfig decodes and checks a configuration.
 func parseConfig(b []byte, dir string) (*Config, error) {
 	c := defaults()
-	if err := yaml.UnmarshalWithOptions(b, &c, yaml.Strict()); err != nil {
-		return nil, errors.New(strings.TrimSpace(yaml.FormatError(err, false, true)))
+	worded := func(err error) error {
+		text := strings.TrimSpace(yaml.FormatError(err, false, true))
+		if strings.Contains(text, "not implemented Unmarshaler") { // what yaml says of a list or map for a text
+			text = "a duration is a text such as 30s"
+		}
+		return errors.New(text)
+	}
+	f, err := parser.ParseBytes(b, 0)
+	switch {
+	case err != nil:
+		return nil, worded(err)
+	case len(f.Docs) > 1:
+		return nil, fmt.Errorf("[%d:1] a second YAML document begins here; a configuration is one", f.Docs[1].GetToken().Position.Line)
+	case len(f.Docs) == 1 && !empty(f.Docs[0].Body): // of nothing, yaml makes a Config of zeroes
+		if err := yaml.UnmarshalWithOptions(b, &c, yaml.Strict()); err != nil {
+			return nil, worded(err)
+		}
 	}
 	abs, err := filepath.Abs(dir)
 	if err != nil {
@@ -200,6 +221,15 @@ func parseConfig(b []byte, dir string) (*Config, error) {
 		e.KeyFile = c.path(e.KeyFile)
 	}
 	return &c, c.check()
+}
+
+// empty tells whether a document says nothing.
+func empty(n ast.Node) bool {
+	switch n.(type) {
+	case nil, *ast.NullNode, *ast.CommentGroupNode:
+		return true
+	}
+	return false
 }
 
 func (c *Config) path(p string) string {
@@ -235,13 +265,36 @@ func (c *Config) check() error {
 	if c.Bus.MaxBytes < 64<<20 {
 		bad("bus.max_bytes: %d is less than 67108864", c.Bus.MaxBytes)
 	}
-	if c.Bus.MaxAge.Duration < 5*time.Minute {
+	badly := func(key string, d Duration) bool {
+		if d.bad != nil {
+			bad("%s: %w", key, d.bad)
+		}
+		return d.bad != nil
+	}
+	if !badly("bus.max_age", c.Bus.MaxAge) && c.Bus.MaxAge.Duration < 5*time.Minute {
 		bad("bus.max_age: %s is less than 5m", c.Bus.MaxAge)
 	}
-	for _, l := range []struct{ key, addr string }{{"listen", c.Listen}, {"admin", c.Admin}} {
-		if _, _, err := net.SplitHostPort(l.addr); err != nil {
+	type listener struct{ key, addr string }
+	listeners := []listener{{"listen", c.Listen}, {"admin", c.Admin}}
+	if c.Bus.Embedded != nil && c.Bus.Embedded.Listen != "" {
+		listeners = append(listeners, listener{"bus.embedded.listen", c.Bus.Embedded.Listen})
+	}
+	taken := map[string]string{}
+	for _, l := range listeners {
+		_, port, err := net.SplitHostPort(l.addr)
+		if err != nil {
 			bad("%s: %q is not host:port", l.key, l.addr)
+			continue
 		}
+		if n, err := strconv.ParseUint(port, 10, 16); err != nil {
+			bad("%s: port %q is not a number up to 65535", l.key, port)
+		} else if n == 0 {
+			continue // a free one, of the system's choice
+		}
+		if other := taken[l.addr]; other != "" {
+			bad("%s: %s is the address of %s too", l.key, l.addr, other)
+		}
+		taken[l.addr] = l.key
 	}
 
 	tenants := map[schemas.Tenant]bool{}
@@ -300,6 +353,7 @@ func (c *Config) check() error {
 		if s.Approve != "" && s.Approve != "first-use" && s.Approve != "manual" {
 			bad("%s.approve: %q is neither first-use nor manual", key, s.Approve)
 		}
+		badly(key+".deadline", s.Deadline)
 		if s.Deadline.Duration < 0 || s.Concurrent < 0 || s.Queue < 0 {
 			bad("%s: deadline, concurrency and queue cannot be negative", key)
 		}
@@ -329,6 +383,9 @@ func (c *Config) check() error {
 		if len(a.Agents) == 0 || len(a.Servers) == 0 || len(a.Tools)+len(a.Methods) == 0 {
 			bad("allow[%d]: needs agents, servers, and tools or methods; as it is it allows nothing", i)
 		}
+	}
+	if badly("limits.deadline", c.Limits.Deadline) || badly("limits.drain", c.Limits.Drain) {
+		return errors.Join(errs...)
 	}
 	if l := c.Limits; l.Body <= 0 || l.Body > 4<<20 || l.InFlight <= 0 || l.InFlightTenant <= 0 || l.Deadline.Duration <= 0 || l.Drain.Duration < 0 {
 		bad("limits: body must be 1 to 4194304, in_flight, in_flight_per_tenant and deadline positive, drain not negative")
@@ -437,6 +494,21 @@ func (c *Config) headers(m *MCPConfig, getenv func(string) string) (http.Header,
 	return h, nil
 }
 
+// notes are what is valid and still hardly meant.
+func (c *Config) notes() []string {
+	var notes []string
+	if !slices.ContainsFunc(c.Agents, func(a AgentConfig) bool { return a.Token != "" || a.ID == c.Auth.Anonymous }) {
+		notes = append(notes, "no agent has a token and none is auth.anonymous, so nobody can call")
+	}
+	if len(c.Servers) == 0 {
+		notes = append(notes, "there are no servers to call")
+	}
+	if len(c.Allow) == 0 {
+		notes = append(notes, "there is no rule in allow, so every call is denied")
+	}
+	return notes
+}
+
 // configCheck is `waybill config check`.
 func configCheck(_ context.Context, env Env, args []string) error {
 	fs := flag.NewFlagSet("config check", flag.ContinueOnError)
@@ -459,6 +531,14 @@ func configCheck(_ context.Context, env Env, args []string) error {
 	if err != nil {
 		return err
 	}
-	_, err = fmt.Fprintf(env.Stdout, "# %s is valid. In effect:\n%s", *file, out)
+	if _, err = fmt.Fprintf(env.Stdout, "# %s is valid.\n", *file); err != nil {
+		return err
+	}
+	for _, n := range c.notes() {
+		if _, err = fmt.Fprintf(env.Stdout, "# Note: %s.\n", n); err != nil {
+			return err
+		}
+	}
+	_, err = fmt.Fprintf(env.Stdout, "# In effect:\n%s", out)
 	return err
 }

@@ -1,8 +1,8 @@
 package cli
 
 import (
+	"bytes"
 	"context"
-	"encoding/json"
 	"flag"
 	"fmt"
 	"io"
@@ -36,49 +36,56 @@ func replay(ctx context.Context, env Env, args []string) error {
 	}
 	path := "/api/v1/sessions/" + rest[0] + "/events"
 	if *asJSON {
-		for line, err := range lines[json.RawMessage](ctx, c, path, nil) {
-			if err != nil {
-				return err
-			}
-			if _, err := fmt.Fprintf(env.Stdout, "%s\n", line); err != nil {
-				return err
-			}
-		}
-		return nil
+		return copyLines(ctx, c, env.Stdout, path, nil)
 	}
-	s := newStory()
-	for e, err := range lines[schemas.Event](ctx, c, path, nil) {
-		if err != nil && e.Data == nil {
+	s := newStory(*full)
+	for e, err := range lines[record](ctx, c, path, nil) {
+		if err != nil {
 			return err
 		}
 		s.add(e)
 	}
-	return s.print(env, *full)
+	return s.print(env)
 }
 
 // story is a session as a tree: calls under the calls that caused them, the
 // events of a call in the order of the log.
 type story struct {
+	full   bool // bodies are wanted; else only their size is kept
 	first  schemas.Event
 	opened *schemas.Opened
-	beside []schemas.Event // of no call
+	beside []entry // of no call
 	roots  []*call
 	calls  map[schemas.CallID]*call
 	events int
 	last   time.Time
 }
 
+// entry is an event, which may have left its body behind.
+type entry struct {
+	record
+	size int
+}
+
 type call struct {
 	id     schemas.CallID
-	events []schemas.Event
+	events []entry
 	caused []*call
 }
 
-func newStory() *story { return &story{calls: map[schemas.CallID]*call{}} }
+func newStory(full bool) *story { return &story{full: full, calls: map[schemas.CallID]*call{}} }
 
-func (s *story) add(e schemas.Event) {
+func (s *story) add(r record) {
+	e := entry{r, len(r.Body)}
+	if !s.full {
+		e.Body = nil
+	}
+	if e.Undecodable != "" {
+		s.beside = append(s.beside, e)
+		return
+	}
 	if s.events++; s.events == 1 {
-		s.first = e
+		s.first = e.Event
 	}
 	s.last = e.Stored
 	if o, ok := e.Data.(*schemas.Opened); ok && s.opened == nil {
@@ -131,21 +138,65 @@ const (
 	yellow = 33
 )
 
-func (s *story) print(env Env, full bool) error {
+func (s *story) print(env Env) error {
 	p := &printer{w: env.Stdout, color: env.Terminal}
 	f := s.first
 	p.line("%s  %s/%s", p.paint(bold, "session "+string(f.Session)), f.Tenant, f.Agent)
 	if s.opened != nil {
-		p.line("%s %s, client %s", s.opened.Protocol, strconv.Quote(s.opened.Name), visible(s.opened.Client))
+		p.line("%s \"%s\", client %s", s.opened.Protocol, visible(s.opened.Name), visible(s.opened.Client))
 	}
-	p.line("%s to %s, %d calls, %d events", f.Stored.Local().Format("2006-01-02 15:04:05.000"), s.last.Local().Format("15:04:05.000"), len(s.calls), s.events)
+	until := s.last.Local().Format("15:04:05.000")
+	if s.last.Sub(f.Stored) > 12*time.Hour {
+		until = s.last.Local().Format("2006-01-02 15:04:05.000")
+	}
+	p.line("%s to %s, %s: %s", f.Stored.Local().Format("2006-01-02 15:04:05.000"), until, count(s.events, "event"), s.outcomes())
 	for _, e := range s.beside {
-		p.line("%s %s  %s", e.Stored.Local().Format("15:04:05.000"), e.Kind(), size(e))
+		if e.Undecodable != "" {
+			p.line("%12s  %s", "", p.paint(red, "undecodable: "+visible(e.Undecodable)))
+			continue
+		}
+		p.line("%s  %s  %s", e.Stored.Local().Format("15:04:05.000"), e.Kind(), size(e.size))
 	}
 	for i, c := range s.roots {
-		c.print(p, "", i == len(s.roots)-1, full)
+		c.print(p, "", i == len(s.roots)-1, s.full)
 	}
 	return p.err
+}
+
+// outcomes counts the calls by how they ended.
+func (s *story) outcomes() string {
+	n := map[string]int{}
+	for _, c := range s.calls {
+		end := "open"
+		if e, ok := c.end(); ok {
+			end = string(e.Kind())
+		}
+		n[end]++
+	}
+	var parts []string
+	for _, end := range []schemas.Kind{schemas.KindCompleted, schemas.KindDenied, schemas.KindFailed, schemas.KindCancelled, "open"} {
+		if k := n[string(end)]; k > 0 {
+			parts = append(parts, fmt.Sprintf("%d %s", k, end))
+		}
+	}
+	return strings.TrimSuffix(count(len(s.calls), "call")+", "+strings.Join(parts, ", "), ", ")
+}
+
+func count(n int, of string) string {
+	if n != 1 {
+		of += "s"
+	}
+	return strconv.Itoa(n) + " " + of
+}
+
+// end is the event that ended the call: the first counts.
+func (c *call) end() (schemas.Event, bool) {
+	for _, e := range c.events {
+		if e.Kind().Ends() {
+			return e.Event, true
+		}
+	}
+	return schemas.Event{}, false
 }
 
 // print writes a call, its events and what it caused.
@@ -159,26 +210,30 @@ func (c *call) print(p *printer, indent string, last, full bool) {
 	start := c.events[0].Stored
 	for i := 0; i < len(c.events); i++ {
 		e := c.events[i]
-		mark := "├─ "
 		// Progress is folded into one line, unless bodies are wanted.
 		n := 1
 		for !full && e.Kind() == schemas.KindProgressed && i+1 < len(c.events) && c.events[i+1].Kind() == schemas.KindProgressed {
 			i++
 			n++
 		}
+		mark, beside := "├─ ", "│  "
 		if i == len(c.events)-1 && len(c.caused) == 0 {
-			mark = "└─ "
+			mark, beside = "└─ ", "   "
 		}
-		text := fmt.Sprintf("%-10s %10s %9s", e.Kind(), "+"+duration(e.Stored.Sub(start)), size(e))
+		text := fmt.Sprintf("%-10s %10s %9s", e.Kind(), "+"+duration(e.Stored.Sub(start)), size(e.size))
 		if n > 1 {
 			text += fmt.Sprintf("  and %d more until +%s", n-1, duration(c.events[i].Stored.Sub(start)))
 		}
-		if d := detail(e); d != "" {
+		if d := detail(e.Event); d != "" {
 			text += "  " + d
 		}
 		p.line("%s%s%s", indent, mark, strings.TrimRight(text, " "))
-		if full && len(e.Body) > 0 {
-			p.line("%s   %s", indent, p.paint(dim, visible(string(e.Body))))
+		switch {
+		case !full || len(e.Body) == 0:
+		case i > 0 && e.Kind() == schemas.KindAuthorized && bytes.Equal(e.Body, c.events[0].Body):
+			p.line("%s%s%s", indent, beside, p.paint(dim, "(the request, as above)"))
+		default:
+			p.line("%s%s%s", indent, beside, p.paint(dim, visible(string(e.Body))))
 		}
 	}
 	for i, sub := range c.caused {
@@ -188,50 +243,81 @@ func (c *call) print(p *printer, indent string, last, full bool) {
 
 // title says what the call was and how it ended.
 func (c *call) title(p *printer) string {
-	first := c.events[0]
-	what := string(first.Kind())
-	if r, ok := first.Data.(*schemas.Requested); ok {
-		what = strings.TrimSpace(visible(r.Method)+" "+visible(r.Name)) + " → " + visible(r.Server)
+	first := c.events[0].Event
+	name := what(first)
+	if name == "" {
+		name = string(first.Kind())
 	}
-	end, color := "open", yellow
-	var took time.Duration
-	for _, e := range c.events {
-		if !e.Kind().Ends() {
-			continue
-		}
-		took = e.Stored.Sub(first.Stored)
-		end, color = string(e.Kind()), red
+	outcome, color := "open", yellow
+	if e, ok := c.end(); ok {
+		outcome, color = string(e.Kind()), kindColor(e)
 		switch d := e.Data.(type) {
 		case *schemas.Completed:
-			if color = green; d.ErrorCode != 0 {
-				end, color = fmt.Sprintf("completed with error %d", d.ErrorCode), red
+			if d.ErrorCode != 0 {
+				outcome = fmt.Sprintf("completed with error %d", d.ErrorCode)
 			}
 		case *schemas.Failed:
-			end = "failed: " + string(d.Code)
+			outcome = "failed: " + string(d.Code)
 		}
-		break // the first ending counts
+		if took := e.Stored.Sub(first.Stored); took > 0 {
+			outcome += " in " + duration(took)
+		}
 	}
-	text := fmt.Sprintf("%s  %s  %s", first.Stored.Local().Format("15:04:05.000"), p.paint(bold, what), p.paint(color, end))
-	if took > 0 {
-		text += " in " + duration(took)
+	return fmt.Sprintf("%s  %s  %s  %s", first.Stored.Local().Format("15:04:05.000"), p.paint(bold, name), p.paint(color, outcome), p.paint(dim, string(c.id)))
+}
+
+// kindColor is the colour of an event: red for what needs a look.
+func kindColor(e schemas.Event) int {
+	switch d := e.Data.(type) {
+	case *schemas.Completed:
+		if d.ErrorCode != 0 {
+			return red
+		}
+		return green
+	case *schemas.Denied, *schemas.Failed:
+		return red
+	case *schemas.Cancelled, *schemas.Held:
+		return yellow
 	}
-	return text + "  " + p.paint(dim, string(c.id))
+	return dim
+}
+
+// target is what a call is for, with its upstream.
+func target(t schemas.Target) string {
+	if t.Method == "" {
+		return ""
+	}
+	return strings.TrimSpace(visible(t.Method)+" "+visible(t.Name)) + " → " + visible(t.Server)
 }
 
 // detail is what a line says beyond kind, time and size.
 func detail(e schemas.Event) string {
 	switch d := e.Data.(type) {
 	case *schemas.Authorized:
-		return join("by "+d.Rule, d.Reason)
+		behind := ""
+		if d.BodySize > 0 {
+			behind = fmt.Sprintf("body of %s stays at event %d", size(d.BodySize), d.RequestedSeq)
+		}
+		return join("by "+d.Rule, d.Reason, behind)
 	case *schemas.Denied:
 		if d.Rule == "" {
-			return join("by default", d.Reason)
+			return join("no rule allows it", d.Reason)
 		}
 		return join("by "+d.Rule, d.Reason)
 	case *schemas.Started:
-		return "attempt " + strconv.Itoa(d.Attempt) + " by " + d.By
+		return "claimed by " + visible(d.By)
 	case *schemas.Completed:
-		return join("HTTP "+strconv.Itoa(d.Status), parts(d.Summary))
+		status, code, removed := "", "", ""
+		if d.Status != 0 {
+			status = "HTTP " + strconv.Itoa(d.Status)
+		}
+		if d.ErrorCode != 0 {
+			code = "error " + strconv.Itoa(d.ErrorCode)
+		}
+		if n := len(d.Removed); n > 0 {
+			removed = count(n, "name") + " kept from the caller"
+		}
+		return join(status, code, visible(d.Result), removed, parts(d.Summary))
 	case *schemas.Failed:
 		return join(string(d.Code), visible(d.Detail), parts(d.Summary))
 	case *schemas.Cancelled:
@@ -267,8 +353,8 @@ func join(parts ...string) string {
 	return strings.Join(there, "; ")
 }
 
-func size(e schemas.Event) string {
-	switch n := len(e.Body); {
+func size(n int) string {
+	switch {
 	case n == 0:
 		return "–"
 	case n < 10_000:

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -190,16 +191,24 @@ func (g *gateway) open(ctx context.Context, r bus.Role) (*bus.Log, error) {
 func (g *gateway) listeners() (public, admin net.Listener, err error) {
 	if g.roles[bus.RoleEdge] {
 		if public, err = net.Listen("tcp", g.c.Listen); err != nil {
-			return nil, nil, fmt.Errorf("listen: %w", err)
+			return nil, nil, inUse("listen", g.c.Listen, err)
 		}
 	}
 	if admin, err = net.Listen("tcp", g.c.Admin); err != nil {
 		if public != nil {
 			_ = public.Close()
 		}
-		return nil, nil, fmt.Errorf("admin: %w", err)
+		return nil, nil, inUse("admin", g.c.Admin, err)
 	}
 	return public, admin, nil
+}
+
+// inUse words the usual error of a listener.
+func inUse(key, addr string, err error) error {
+	if errors.Is(err, syscall.EADDRINUSE) {
+		return fmt.Errorf("%s: %s is in use: stop what listens there, or set another `%s:`", key, addr, key)
+	}
+	return fmt.Errorf("%s: %w", key, err)
 }
 
 // up makes a flag of readiness.

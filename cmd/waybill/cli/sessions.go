@@ -23,6 +23,11 @@ func sessions(ctx context.Context, env Env, args []string) error {
 	if err := none(parse(env, fs, args)); err != nil {
 		return err
 	}
+	if *tenant != "" {
+		if err := schemas.CheckToken(*tenant); err != nil {
+			return usagef("--tenant %q: %v", *tenant, err)
+		}
+	}
 	if *limit < 0 {
 		return usagef("--limit %d: cannot be negative", *limit)
 	}
@@ -43,18 +48,30 @@ func sessions(ctx context.Context, env Env, args []string) error {
 			continue
 		}
 		if n == 1 {
-			_, _ = fmt.Fprintln(out, "SESSION\tOPENED\tTENANT\tAGENT\tCALLS\tDENIED\tFAILED\tEVENTS\tCLIENT")
+			_, _ = fmt.Fprintln(out, "SESSION\tOPENED\tTENANT\tAGENT\tCALLS\tOPEN\tDENIED\tFAILED\tEVENTS\tCLIENT")
 		}
-		var events uint64
-		for _, k := range s.Events {
-			events += k
+		var events, ended uint64
+		for kind, k := range s.Events {
+			if events += k; kind.Ends() {
+				ended += k
+			}
 		}
-		_, _ = fmt.Fprintf(out, "%s\t%s\t%s\t%s\t%d\t%d\t%d\t%d\t%s\n", s.Session, s.Opened.Local().Format(time.DateTime),
-			s.Tenant, s.Agent, s.Events[schemas.KindRequested], s.Events[schemas.KindDenied], s.Events[schemas.KindFailed],
+		calls := max(s.Events[schemas.KindRequested], ended) // of old calls only the ending may be left
+		_, _ = fmt.Fprintf(out, "%s\t%s\t%s\t%s\t%d\t%d\t%d\t%d\t%d\t%s\n", s.Session, s.Opened.Local().Format(time.DateTime),
+			s.Tenant, s.Agent, calls, calls-ended, s.Events[schemas.KindDenied], s.Events[schemas.KindFailed],
 			events, visible(s.Client))
 	}
-	if n == 0 && !*asJSON {
-		_, _ = fmt.Fprintln(env.Stderr, "no sessions yet; connect a client to the gateway's MCP endpoint")
+	if err := out.Flush(); err != nil {
+		return err
 	}
-	return out.Flush()
+	switch {
+	case *asJSON:
+	case n == 0 && *tenant != "":
+		_, _ = fmt.Fprintf(env.Stderr, "no sessions of tenant %s\n", *tenant)
+	case n == 0:
+		_, _ = fmt.Fprintln(env.Stderr, "no sessions yet; connect a client to the gateway's MCP endpoint")
+	case n == *limit:
+		_, _ = fmt.Fprintf(env.Stderr, "the newest %d; --limit 0 shows all\n", n)
+	}
+	return nil
 }

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"flag"
 	"fmt"
@@ -10,11 +11,13 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"strings"
 
 	"waybill.dev/bus"
+	"waybill.dev/edge/mcp"
 	"waybill.dev/schemas"
 )
 
@@ -23,10 +26,10 @@ func up(ctx context.Context, env Env, args []string) error {
 	fs := flag.NewFlagSet("up", flag.ContinueOnError)
 	file := fs.String("config", "waybill.yaml", "configuration `FILE`")
 	level := slog.LevelInfo
-	fs.TextVar(&level, "log-level", level, "debug, info, warn or error")
+	fs.TextVar(&level, "log-level", level, "`LEVEL` of the process log: debug, info, warn or error")
 	asJSON := fs.Bool("log-json", false, "write the process log as JSON")
 	roles := map[bus.Role]bool{}
-	fs.Func("role", "`ROLE` to run: all, edge, policy, dispatch or project; may be repeated (default all)", func(s string) error {
+	fs.Func("role", "`ROLE` to run: all, edge, policy or dispatch; may be repeated (default: all)", func(s string) error {
 		all := []bus.Role{bus.RoleEdge, bus.RolePolicy, bus.RoleDispatch}
 		switch r := bus.Role(s); {
 		case s == "all":
@@ -38,7 +41,7 @@ func up(ctx context.Context, env Env, args []string) error {
 		case r == bus.RoleProject:
 			return fmt.Errorf("not built yet")
 		default:
-			return fmt.Errorf("no such role; there are all, edge, policy, dispatch and project")
+			return fmt.Errorf("no such role; there are all, edge, policy and dispatch")
 		}
 		return nil
 	})
@@ -113,7 +116,11 @@ func banner(w io.Writer, g *gateway, file string, public, admin net.Addr) {
 			p("  MCP endpoint   http://%s/mcp/%s", public, s.Name)
 		}
 	}
-	p("  operators      http://%s  (/healthz /readyz /metrics; the API's token is in %s)", admin, filepath.Join(g.c.Data, tokenFile))
+	if a := g.c.Auth.Anonymous; a != "" && public != nil {
+		p("  callers        without a token they are the agent %s", a)
+	}
+	p("  operators      http://%s  (/healthz /readyz /metrics)", admin)
+	p("  admin token    %s", filepath.Join(g.c.Data, tokenFile))
 	if g.c.Bus.URL != "" {
 		p("  log            %s", g.c.Bus.URL)
 	} else {
@@ -122,16 +129,22 @@ func banner(w io.Writer, g *gateway, file string, public, admin net.Addr) {
 	if !g.roles[bus.RoleProject] {
 		p("  projections    off: the log keeps %s or %d MB, whichever is less; older events are gone", g.c.Bus.MaxAge, g.c.Bus.MaxBytes>>20)
 	}
+	for _, n := range g.c.notes() {
+		p("  note           %s", n)
+	}
 	if public != nil && len(g.c.Servers) > 0 {
 		name := g.c.Servers[0].Name
 		p("")
-		p("Connect a client (Cursor, VS Code and others read this form):")
+		p("Connect a client of MCP revision %s (older ones are not served yet). Many read this form:", mcp.Revision)
 		p(`  {"mcpServers": {%q: {"url": "http://%s/mcp/%s"}}}`, name, public, name)
+		if g.c.Auth.Anonymous == "" {
+			p("with a header for the agent's token: Authorization: Bearer TOKEN")
+		}
 	}
 	p("")
 	p("Look into it:")
 	for _, c := range []string{"sessions", "replay SESSION", "audit tail"} {
-		p("  waybill %s --config %s", c, shellQuote(file))
+		p("  %s %s --config %s", shellQuote(cmp.Or(g.env.Program, "waybill")), c, shellQuote(file))
 	}
 	p("")
 	p("Ctrl-C stops it.")
@@ -150,10 +163,15 @@ func version(_ context.Context, env Env, args []string) error {
 	if err := none(parse(env, fs, args)); err != nil {
 		return err
 	}
-	v := "(devel)"
+	v, commit := "(devel)", ""
 	if b, ok := debug.ReadBuildInfo(); ok {
 		v = b.Main.Version
+		for _, s := range b.Settings {
+			if s.Key == "vcs.revision" {
+				commit = ", commit " + s.Value[:min(12, len(s.Value))]
+			}
+		}
 	}
-	_, err := fmt.Fprintf(env.Stdout, "waybill %s\n", v)
+	_, err := fmt.Fprintf(env.Stdout, "waybill %s (%s %s/%s%s)\n", v, runtime.Version(), runtime.GOOS, runtime.GOARCH, commit)
 	return err
 }
