@@ -41,6 +41,12 @@ func (l *Log) batches(ctx context.Context, name string, max int, wait time.Durat
 	if err != nil {
 		return err
 	}
+	// What a puller that is gone was given and did not acknowledge would come
+	// after the AckWait only, and what follows it before: a gap, over which the
+	// next acknowledgement would pass.
+	if _, err := l.js.ResetConsumer(ctx, events, name); err != nil {
+		return err
+	}
 	for ctx.Err() == nil {
 		got, err := c.Fetch(max, jetstream.FetchMaxWait(wait))
 		if err != nil {
@@ -52,6 +58,9 @@ func (l *Log) batches(ctx context.Context, name string, max int, wait time.Durat
 			e, md, err := decodeMsg(m)
 			if md == nil {
 				continue
+			}
+			if md.Sequence.Stream <= b.Last {
+				return fmt.Errorf("sequence %d came after %d", md.Sequence.Stream, b.Last)
 			}
 			if b.First == 0 {
 				b.First = md.Sequence.Stream
