@@ -5,8 +5,11 @@ package embed
 
 import (
 	"context"
+	"crypto/hmac"
 	"crypto/rand"
+	"crypto/sha256"
 	"encoding/base64"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -77,6 +80,9 @@ func Start(o Options) (*Server, error) {
 			unlock()
 		}
 	}()
+	if err := checkKey(filepath.Join(o.Dir, "key.check"), key); err != nil {
+		return nil, err
+	}
 	if s.unclean, err = markBoot(filepath.Join(o.Dir, "boot")); err != nil {
 		return nil, err
 	}
@@ -225,6 +231,29 @@ func (o Options) key() (string, error) {
 		return "", fmt.Errorf("bus.embedded.key_file %s holds %d characters; it needs at least 32", file, len(k))
 	}
 	return k, nil
+}
+
+// checkKey refuses a key that is not the one of the stored data, of which file
+// keeps a fingerprint. The server would not refuse it: it leaves out the
+// streams that it cannot read, and making them anew then destroys them.
+func checkKey(file, key string) error {
+	mac := hmac.New(sha256.New, []byte(key))
+	mac.Write([]byte("waybill.dev: the key of this log"))
+	print := hex.EncodeToString(mac.Sum(nil)) + "\n"
+	before, err := os.ReadFile(file)
+	switch {
+	case errors.Is(err, os.ErrNotExist) && key == "":
+		return nil
+	case errors.Is(err, os.ErrNotExist):
+		return os.WriteFile(file, []byte(print), 0o600)
+	case err != nil:
+		return err
+	case key == "":
+		return fmt.Errorf("the log in %s is encrypted: set bus.embedded.key_file", filepath.Dir(file))
+	case !hmac.Equal(before, []byte(print)):
+		return fmt.Errorf("bus.embedded.key_file holds another key than the one that encrypts %s", filepath.Dir(file))
+	}
+	return nil
 }
 
 // markBoot notes in file that a server runs in this boot of the machine, and
