@@ -77,6 +77,7 @@ type Log struct {
 	js     jetstream.JetStream
 	stream jetstream.Stream // EVENTS
 	full   atomic.Pointer[string]
+	pasts  pasts
 	lost   atomic.Uint64 // errors of the connection that nobody waits for
 }
 
