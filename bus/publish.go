@@ -21,7 +21,7 @@ const publishFor = 15 * time.Second
 // a [schemas.Emit]: what may pass is retried with the same ID, which makes the
 // repetition vanish if the first try was stored after all. It returns
 // [schemas.ErrTooLarge], [schemas.ErrInvalid], or [schemas.ErrOverloaded] when
-// the log does not take the event.
+// the log has not taken the event; after any other error it may have.
 func (l *Log) Publish(ctx context.Context, e schemas.Event) (schemas.Receipt, error) {
 	if e.Time.IsZero() {
 		e.Time = time.Now().UTC()
@@ -31,6 +31,7 @@ func (l *Log) Publish(ctx context.Context, e schemas.Event) (schemas.Receipt, er
 		return schemas.Receipt{}, fmt.Errorf("store %s: %w", idOf(e), err)
 	}
 	var ack *jetstream.PubAck
+	stored := false // perhaps
 	try := func() error {
 		if l.o.Fault != nil {
 			if err := l.o.Fault(e, false); err != nil {
@@ -44,6 +45,7 @@ func (l *Log) Publish(ctx context.Context, e schemas.Event) (schemas.Receipt, er
 		if err == nil && l.o.Fault != nil {
 			err = l.o.Fault(e, true)
 		}
+		stored = stored || !refuses(err)
 		if err != nil && l.o.Fault == nil && !passing(err) {
 			return backoff.Permanent(err)
 		}
@@ -56,7 +58,10 @@ func (l *Log) Publish(ctx context.Context, e schemas.Event) (schemas.Receipt, er
 		wait := backoff.NewExponentialBackOff(backoff.WithInitialInterval(20*time.Millisecond), backoff.WithMaxInterval(time.Second))
 		err = backoff.Retry(try, backoff.WithContext(wait, ctx))
 	}
-	if err != nil {
+	switch {
+	case err != nil && stored:
+		return schemas.Receipt{}, fmt.Errorf("store %s: not known to be stored: %w", e.ID(), err)
+	case err != nil:
 		return schemas.Receipt{}, fmt.Errorf("store %s: %w", e.ID(), refused(err))
 	}
 	return schemas.Receipt{Seq: ack.Sequence, Duplicate: ack.Duplicate}, nil
@@ -67,6 +72,14 @@ func idOf(e schemas.Event) schemas.EventID {
 		return "an event without payload"
 	}
 	return e.ID()
+}
+
+// refuses tells whether an error means that this try has stored nothing: the
+// server has said so, or has not been sent the event.
+func refuses(err error) bool {
+	var api *jetstream.APIError
+	return errors.As(err, &api) || errors.Is(err, nats.ErrNoResponders) || errors.Is(err, jetstream.ErrNoStreamResponse) ||
+		errors.Is(err, nats.ErrMaxPayload) || errors.Is(err, nats.ErrConnectionClosed)
 }
 
 // refused names the cause in the vocabulary of the callers.
