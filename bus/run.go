@@ -176,7 +176,7 @@ func (r *runner) handle(ctx context.Context, m jetstream.Msg) {
 		default:
 			r.l.o.Log.Warn("handler failed, event will be delivered again", "work", r.w.Name,
 				"session", e.Session, "call", e.Call, "kind", e.Kind(), "delivery", md.NumDelivered, "error", err)
-			err = m.NakWithDelay(min(100*time.Millisecond<<md.NumDelivered, 5*time.Second))
+			err = m.NakWithDelay(min(r.l.o.AckWait/50<<md.NumDelivered, r.l.o.AckWait))
 		}
 	}
 	if err != nil {
