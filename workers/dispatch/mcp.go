@@ -255,23 +255,17 @@ func (m *mcpServer) answer(resp *http.Response, c Call, progress func([]byte) er
 			return Answer{}, faultf(Garbled, "a stream in answer to a one-way message")
 		}
 		a, err := m.stream(resp.Body, c, progress)
-		// Only a response that was read to its end leaves a connection that
-		// can be used again.
-		a.Release = func(hangUp func()) {
-			t := time.AfterFunc(linger, hangUp)
-			defer t.Stop()
-			defer resp.Body.Close()
-			_, _ = io.CopyN(io.Discard, resp.Body, 4<<10)
-		}
+		a.Release = drain(resp)
 		return a, err
+	}
+	if ok && c.Requested.OneWay {
+		// Nothing is expected in the body, so nothing waits for it to end.
+		return Answer{Release: drain(resp)}, nil
 	}
 	body, err := m.read(resp)
 	resp.Body.Close()
 	if err != nil {
 		return Answer{}, err
-	}
-	if ok && c.Requested.OneWay {
-		return Answer{}, nil
 	}
 	refused := refusal(resp)
 	if refused != nil && refused.After > 0 {
@@ -337,6 +331,17 @@ func retryAfter(v string) time.Duration {
 		return max(time.Until(at), 1)
 	}
 	return 1
+}
+
+// drain is the Release of a response: only one that was read to its end leaves
+// a connection that can be used again.
+func drain(resp *http.Response) func(hangUp func()) {
+	return func(hangUp func()) {
+		t := time.AfterFunc(linger, hangUp)
+		defer t.Stop()
+		defer resp.Body.Close()
+		_, _ = io.CopyN(io.Discard, resp.Body, 4<<10)
+	}
 }
 
 func (m *mcpServer) read(resp *http.Response) ([]byte, error) {
@@ -406,6 +411,9 @@ func (m *mcpServer) done(msg *jsonrpc.Message, c Call) (Answer, error) {
 		return Answer{}, &Fault{Kind: Garbled, Err: err}
 	}
 	a.ErrorCode, _ = msg.ErrorCode()
+	if a.ErrorCode == 0 && msg.Error().Exists() {
+		a.ErrorCode = jsonrpc.CodeInternalError // an error all the same, whatever its code is
+	}
 	if result, _ := msg.Result().Get("resultType").Text(); result != "complete" {
 		a.Result = result
 	}
