@@ -30,6 +30,7 @@ func auditTail(ctx context.Context, env Env, args []string) error {
 	if err != nil {
 		return err
 	}
+	c.connected = func() { _, _ = fmt.Fprintf(env.Stderr, "listening at %s; Ctrl-C ends it\n", c.base) }
 	// The stream has no end of its own.
 	over := fmt.Errorf("the gateway at %s ended the stream: what it stores from now on is not shown", c.base)
 	if *asJSON {

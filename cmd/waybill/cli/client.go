@@ -23,6 +23,8 @@ type client struct {
 	base  string
 	token string
 	from  string // where the token is from
+
+	connected func() // told when an answer begins; may be nil
 }
 
 // adminToken is the environment variable that may hold the token.
@@ -57,7 +59,7 @@ func clientFlags(fs *flag.FlagSet) func(env Env) (*client, error) {
 			base = strings.TrimSuffix(*addr, "/")
 		}
 		if secret := env.Getenv(adminToken); secret != "" && *token == "" {
-			return &client{base, secret, "$" + adminToken}, nil
+			return &client{base: base, token: secret, from: "$" + adminToken}, nil
 		}
 		from := *token
 		if from == "" {
@@ -72,7 +74,7 @@ func clientFlags(fs *flag.FlagSet) func(env Env) (*client, error) {
 		case err != nil:
 			return nil, fmt.Errorf("admin token: %w", err)
 		}
-		return &client{base, strings.TrimSpace(string(b)), from}, nil
+		return &client{base: base, token: strings.TrimSpace(string(b)), from: from}, nil
 	}
 }
 
@@ -155,6 +157,9 @@ func lines[T any](ctx context.Context, c *client, path string, query url.Values)
 		if resp.StatusCode != http.StatusOK {
 			fail(c.refused(resp))
 			return
+		}
+		if c.connected != nil {
+			c.connected()
 		}
 		in := bufio.NewReader(resp.Body)
 		for {

@@ -14,6 +14,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -187,7 +188,7 @@ func parseConfig(b []byte, dir string) (*Config, error) {
 		if strings.Contains(text, "not implemented Unmarshaler") { // what yaml says of a list or map for a text
 			text = "a duration is a text such as 30s"
 		}
-		return errors.New(text)
+		return errors.New(wrongType.ReplaceAllString(text, "wrong type: it must be $1"))
 	}
 	f, err := parser.ParseBytes(b, 0)
 	switch {
@@ -222,6 +223,9 @@ func parseConfig(b []byte, dir string) (*Config, error) {
 	}
 	return &c, c.check()
 }
+
+// wrongType is what yaml says of a value that does not fit its field.
+var wrongType = regexp.MustCompile(`cannot unmarshal .* into Go .* of type (\S+)`)
 
 // empty tells whether a document says nothing.
 func empty(n ast.Node) bool {
@@ -385,7 +389,7 @@ func (c *Config) check() error {
 		}
 	}
 	if badly("limits.deadline", c.Limits.Deadline) || badly("limits.drain", c.Limits.Drain) {
-		return errors.Join(errs...)
+		return together(errs)
 	}
 	if l := c.Limits; l.Body <= 0 || l.Body > 4<<20 || l.InFlight <= 0 || l.InFlightTenant <= 0 || l.Deadline.Duration <= 0 || l.Drain.Duration < 0 {
 		bad("limits: body must be 1 to 4194304, in_flight, in_flight_per_tenant and deadline positive, drain not negative")
@@ -393,7 +397,15 @@ func (c *Config) check() error {
 	if len(errs) == 0 {
 		errs = append(errs, c.build())
 	}
-	return errors.Join(errs...)
+	return together(errs)
+}
+
+// together is one error of many, each on a line of its own.
+func together(errs []error) error {
+	if len(errs) < 2 {
+		return errors.Join(errs...)
+	}
+	return fmt.Errorf("%d errors:\n  %s", len(errs), strings.ReplaceAll(errors.Join(errs...).Error(), "\n", "\n  "))
 }
 
 // build makes of a configuration what the roles will make of it, and throws it

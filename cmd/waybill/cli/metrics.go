@@ -174,7 +174,7 @@ func (m *metrics) watchLog(l *bus.Log) error {
 	events := gauge("waybill.log.events", "{event}", "Events in the log.")
 	bytes := gauge("waybill.log.size", "By", "Bytes in the log.")
 	depth := gauge("waybill.queue.depth", "{event}", "Events that a kind of work has not settled.")
-	refusing := gauge("waybill.log.refusing", "1", "1 while new calls are refused because the log is not read.")
+	refusing := gauge("waybill.log.refusing", "", "1 while new calls are refused because the log is not read.")
 	if errs != nil {
 		return errs
 	}

@@ -143,7 +143,11 @@ func (s *story) print(env Env) error {
 	f := s.first
 	p.line("%s  %s/%s", p.paint(bold, "session "+string(f.Session)), f.Tenant, f.Agent)
 	if s.opened != nil {
-		p.line("%s \"%s\", client %s", s.opened.Protocol, visible(s.opened.Name), visible(s.opened.Client))
+		text := fmt.Sprintf("%s \"%s\"", s.opened.Protocol, visible(s.opened.Name))
+		if s.opened.Client != "" {
+			text += ", client " + visible(s.opened.Client)
+		}
+		p.line("%s", text)
 	}
 	until := s.last.Local().Format("15:04:05.000")
 	if s.last.Sub(f.Stored) > 12*time.Hour {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/url"
 	"strconv"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -48,7 +49,7 @@ func sessions(ctx context.Context, env Env, args []string) error {
 			continue
 		}
 		if n == 1 {
-			_, _ = fmt.Fprintln(out, "SESSION\tOPENED\tTENANT\tAGENT\tCALLS\tOPEN\tDENIED\tFAILED\tEVENTS\tCLIENT")
+			_, _ = fmt.Fprintln(out, "SESSION\tOPENED\tTENANT\tAGENT\tCALLS\tOPEN\tDENIED\tFAILED\tEVENTS\tNAME")
 		}
 		var events, ended uint64
 		for kind, k := range s.Events {
@@ -57,9 +58,13 @@ func sessions(ctx context.Context, env Env, args []string) error {
 			}
 		}
 		calls := max(s.Events[schemas.KindRequested], ended) // of old calls only the ending may be left
+		name := s.Name
+		if !strings.HasPrefix(name, s.Client) {
+			name += " (" + s.Client + ")"
+		}
 		_, _ = fmt.Fprintf(out, "%s\t%s\t%s\t%s\t%d\t%d\t%d\t%d\t%d\t%s\n", s.Session, s.Opened.Local().Format(time.DateTime),
 			s.Tenant, s.Agent, calls, calls-ended, s.Events[schemas.KindDenied], s.Events[schemas.KindFailed],
-			events, visible(s.Client))
+			events, visible(name))
 	}
 	if err := out.Flush(); err != nil {
 		return err
