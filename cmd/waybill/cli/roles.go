@@ -58,6 +58,7 @@ type part struct {
 // run builds the roles and keeps them until ctx is done or a part fails.
 // started is called when every role works.
 func (g *gateway) run(ctx context.Context, started func(*gateway, net.Addr, net.Addr)) (err error) {
+	tune(g.env)
 	g.ready = map[string]*atomic.Bool{}
 	g.instance = string(schemas.NewReplica())
 	closeLog, err := g.openLog(ctx)
