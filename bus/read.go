@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"strings"
 	"sync"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -19,6 +20,12 @@ var ErrNotFound = errors.New("no such event in the log")
 // on, oldest first, up to the newest at the time of the call. Errors are as in
 // [Log.Listen].
 func (l *Log) Read(ctx context.Context, f Filter, from uint64) iter.Seq2[schemas.Event, error] {
+	return l.read(ctx, f, from, func(schemas.EventID) bool { return true })
+}
+
+// read is Read of those events whose ID is wanted. The others are not decoded,
+// which is most of the work.
+func (l *Log) read(ctx context.Context, f Filter, from uint64, wanted func(schemas.EventID) bool) iter.Seq2[schemas.Event, error] {
 	return func(yield func(schemas.Event, error) bool) {
 		fail := func(err error) { yield(schemas.Event{}, err) }
 		last, err := l.Last(ctx)
@@ -54,11 +61,16 @@ func (l *Log) Read(ctx context.Context, f Filter, from uint64) iter.Seq2[schemas
 				fail(fmt.Errorf("read the log: %w", err))
 				return
 			}
-			e, md, err := decodeMsg(m)
-			if md == nil || e.Seq > last {
+			md, err := m.Metadata()
+			if err != nil || md.Sequence.Stream > last {
 				return
 			}
-			if !yield(e, err) || md.NumPending == 0 || e.Seq == last {
+			if wanted(schemas.EventID(m.Headers().Get(jetstream.MsgIDHeader))) {
+				if e, _, err := decodeMsg(m); !yield(e, err) {
+					return
+				}
+			}
+			if md.NumPending == 0 || md.Sequence.Stream == last {
 				return
 			}
 		}
@@ -112,16 +124,19 @@ func (l *Log) Past(ctx context.Context, e schemas.Event) ([]schemas.Event, error
 }
 
 func (l *Log) readPast(ctx context.Context, of Filter, r *reading) error {
-	for p, err := range l.Read(ctx, of, r.from) {
+	asked := func(id schemas.EventID) bool {
+		call, _, _ := strings.Cut(string(id), "/")
+		_, ok := r.calls[schemas.CallID(call)]
+		return ok
+	}
+	for p, err := range l.read(ctx, of, r.from, asked) {
 		if errors.Is(err, ErrUndecodable) {
 			continue
 		}
 		if err != nil {
 			return err
 		}
-		if _, asked := r.calls[p.Call]; asked {
-			r.calls[p.Call] = append(r.calls[p.Call], p)
-		}
+		r.calls[p.Call] = append(r.calls[p.Call], p)
 	}
 	return nil
 }
