@@ -27,6 +27,10 @@ type Work struct {
 // among the dead letters and its call is ended.
 const deliveries = 8
 
+// patience multiplies that where the log itself is what failed and may be back
+// soon, and where the deliveries may have been to processes that died.
+const patience = 10
+
 // Run gives every event of the work's kinds to the handler, each at least
 // once, and acknowledges it when the handler has returned nil. Work that runs
 // longer than the AckWait is kept alive; work of a process that died is given
@@ -166,7 +170,7 @@ func (r *runner) handle(ctx context.Context, m jetstream.Msg) {
 			err = m.Ack()
 		case ctx.Err() != nil:
 			err = m.Nak() // shutting down: another takes it now
-		case md.NumDelivered >= deliveries:
+		case md.NumDelivered >= deliveries*patience, md.NumDelivered >= deliveries && !passing(err):
 			// A call that was authorized may have been carried out.
 			code := schemas.FailInternal
 			if e.Kind() == schemas.KindAuthorized {

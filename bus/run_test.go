@@ -125,9 +125,9 @@ func (w *world) settled(consumer string) {
 
 func TestHandlerIsTriedAgainThenBuried(t *testing.T) {
 	w := start(t, embed.Options{})
-	l := w.open(bus.Options{Role: bus.RolePolicy, AckWait: 500 * time.Millisecond})
+	l := w.open(bus.Options{Role: bus.RolePolicy, AckWait: 250 * time.Millisecond})
 	edge := w.open(bus.Options{Role: bus.RoleEdge})
-	fails, panics, second, fine := request("fails"), request("panics"), request("second"), request("fine")
+	fails, panics, second, patient, fine := request("fails"), request("panics"), request("second"), request("patient"), request("fine")
 	var tries sync.Map
 	w.run(l, requests, func(ctx context.Context, e schemas.Event, emit schemas.Emit) error {
 		n, _ := tries.LoadOrStore(e.Call, new(atomic.Int32))
@@ -135,13 +135,15 @@ func TestHandlerIsTriedAgainThenBuried(t *testing.T) {
 		switch {
 		case e.Call == fails.Call, e.Call == second.Call && nth < 3:
 			return errors.New("not today")
+		case e.Call == patient.Call && nth < 12:
+			return fmt.Errorf("reading the past: %w", context.DeadlineExceeded)
 		case e.Call == panics.Call:
 			panic("out of order")
 		}
 		_, err := emit(ctx, e.Next(&schemas.Denied{Decision: schemas.Decision{N: 1}}, nil))
 		return err
 	})
-	for _, e := range []schemas.Event{fails, panics, second, fine} {
+	for _, e := range []schemas.Event{fails, panics, second, patient, fine} {
 		if _, err := edge.Publish(t.Context(), e); err != nil {
 			t.Fatal(err)
 		}
@@ -153,6 +155,7 @@ func TestHandlerIsTriedAgainThenBuried(t *testing.T) {
 		why  string
 	}{
 		{fine, schemas.KindDenied, 1, ""}, {second, schemas.KindDenied, 3, ""},
+		{patient, schemas.KindDenied, 12, ""}, // it was the log's fault
 		{fails, schemas.KindFailed, 8, "not today"}, {panics, schemas.KindFailed, 8, "panicked: out of order"},
 	} {
 		end := w.ended(c.e.Call)
