@@ -22,13 +22,15 @@ import (
 	"waybill.dev/bus"
 	"waybill.dev/schemas"
 	"waybill.dev/test/gateway"
+	"waybill.dev/test/peers"
 	"waybill.dev/test/upstream"
 )
 
 // within is the time in which every call must have its ending after the gateway
 // was killed and is ready again. Half of it is the log's patience with a worker
-// that says nothing.
-const within = 10 * time.Second
+// that says nothing. (Under the race detector the gateway does a fraction of its
+// work in that time; slowdown allows for that.)
+const within = 10 * time.Second * slowdown
 
 // Promises 1 to 3 over crashes: 64 callers, and a gateway that is killed 50
 // times and started again on the same data.
@@ -45,13 +47,13 @@ func kills(t *testing.T, n int, env ...string) {
 
 	begun := time.Now()
 	u, g := counting(t, env...)
-	processes := []*gateway.Gateway{{Process: g.Process}}
+	processes := []*peers.Process{g.Process}
 	c := callers(t, g, 64, seed)
 	var l ledger
 	var longest time.Duration
-	recover := func(killed uint64) {
+	settle := func(upTo uint64) {
 		t.Helper()
-		took, err := l.settle(t, g, killed)
+		took, err := l.settle(t, g, upTo)
 		if longest = max(longest, took); err != nil {
 			t.Errorf("after kill %d: %v", len(processes)-1, err)
 		}
@@ -65,16 +67,18 @@ func kills(t *testing.T, n int, env ...string) {
 		c.shut(last)
 		g.Kill()
 		g.Restart()
-		processes = append(processes, &gateway.Gateway{Process: g.Process})
+		processes = append(processes, g.Process)
 		c.open()
 		if i%10 == 9 && !last {
-			recover(l.last(t, g)) // under load
+			settle(l.last(t, g)) // under load
 		}
 	}
 	replies := c.wait()
-	recover(1 << 62)
+	settle(1 << 62)
 
-	l.audit(t, g, replies, u.Effects())
+	if unknown := l.audit(t, g, replies, u.Effects()); unknown == 0 {
+		t.Error("no call ended as unknown: no kill came between a claim and its ending")
+	}
 	redelivered, dead := l.inspect(t, g)
 	if dead != 0 {
 		t.Errorf("%d dead letters", dead)
@@ -89,7 +93,7 @@ func kills(t *testing.T, n int, env ...string) {
 			}
 		}
 	}
-	t.Logf("%d kills in %s; calls open after a kill ended within %s of ready; %d redelivered to the last process, %d dead letters",
+	t.Logf("%d kills in %s; calls open after a kill ended within %s of ready; %d deliveries were repeated, %d dead letters",
 		n, time.Since(begun).Round(time.Second), longest.Round(10*time.Millisecond), redelivered, dead)
 }
 
@@ -102,10 +106,13 @@ func TestDrain(t *testing.T) {
 	for round := range 3 {
 		c := callers(t, g, 64, uint64(round))
 		<-time.After(700 * time.Millisecond)
-		c.shut(true)
+		// They go on calling while the gateway is on its way out.
+		leave := time.AfterFunc(100*time.Millisecond, func() { c.shut(true) })
 		if err := g.Stop(); err != nil {
 			t.Errorf("stopping: %v", err)
 		}
+		leave.Stop()
+		c.shut(true)
 		g.Restart()
 		l.read(t, g)
 		if open := l.open(1 << 62); len(open) > 0 {
@@ -133,7 +140,7 @@ func TestDrain(t *testing.T) {
 			t.Errorf("call %s was taken and its caller left without an answer: %v", asked[r.args.Key], r.err)
 		}
 	}
-	t.Logf("%d callers' calls, %d of them not taken any more", len(replies), cut)
+	t.Logf("%d calls found the connection closed, none of which was taken", cut)
 	if _, dead := l.inspect(t, g); dead != 0 {
 		t.Errorf("%d dead letters", dead)
 	}
@@ -366,8 +373,8 @@ func (l *ledger) settle(t *testing.T, g *gateway.Gateway, upTo uint64) (time.Dur
 	}
 }
 
-// inspect counts the deliveries that were repeated and still are open or were,
-// and the dead letters.
+// inspect counts the deliveries that were repeated, as far as the consumers
+// know after a crash, and the dead letters.
 func (l *ledger) inspect(t *testing.T, g *gateway.Gateway) (redelivered, dead int) {
 	t.Helper()
 	nc, err := nats.Connect(observer(t, g))
@@ -414,8 +421,8 @@ func count(events []schemas.Event, upTo uint64, work string) (n int) {
 }
 
 // audit checks the whole log against what the callers know and what the
-// upstream did.
-func (l *ledger) audit(t *testing.T, g *gateway.Gateway, replies []reply, effects []upstream.Effect) {
+// upstream did, and returns how many calls ended as unknown.
+func (l *ledger) audit(t *testing.T, g *gateway.Gateway, replies []reply, effects []upstream.Effect) int {
 	t.Helper()
 	// What was in the log once is in it now.
 	var again ledger
@@ -432,7 +439,9 @@ func (l *ledger) audit(t *testing.T, g *gateway.Gateway, replies []reply, effect
 
 	ids := map[schemas.EventID]uint64{}
 	for _, e := range l.events {
-		if first := ids[e.ID()]; first != 0 {
+		// A session is opened by each process that sees it, and the log
+		// recognises that for a while only; the first counts.
+		if first := ids[e.ID()]; first != 0 && e.Kind() != schemas.KindOpened {
 			t.Errorf("%s is stored at %d and at %d", e.ID(), first, e.Seq)
 		}
 		ids[e.ID()] = e.Seq
@@ -542,12 +551,10 @@ func (l *ledger) audit(t *testing.T, g *gateway.Gateway, replies []reply, effect
 			t.Errorf("%s: HTTP %d: %.300s", r.args.Key, r.status, r.body)
 		}
 	}
-	if t.Name() != "TestDrain" && len(unknown) == 0 {
-		t.Error("no call ended as unknown: no kill came between a claim and its ending")
-	}
 	t.Logf("%d calls of the callers, who know %s", len(replies), counts(knows))
 	t.Logf("%d events, %d calls: %s; %d late answers", len(l.events), len(l.calls), counts(outcome), late)
 	t.Logf("%d effects; of the unknown %d were carried out; %d idempotent calls more than once", len(effects), unknownDone, repeated)
+	return len(unknown)
 }
 
 // success holds an answer against the ending in the log.
