@@ -2,6 +2,7 @@ package cli
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"flag"
 	"fmt"
@@ -305,7 +306,7 @@ func detail(e schemas.Event) string {
 		return join("by "+d.Rule, d.Reason, behind)
 	case *schemas.Denied:
 		if d.Rule == "" {
-			return join("no rule allows it", d.Reason)
+			return cmp.Or(d.Reason, "no rule allows it")
 		}
 		return join("by "+d.Rule, d.Reason)
 	case *schemas.Started:
