@@ -24,6 +24,8 @@ type Asker struct {
 // behind reads on from the log, which is the real queue.
 const queued = 16
 
+var errLeft = errors.New("the caller left")
+
 // waiter is one call that an edge waits for.
 type waiter struct {
 	events chan *schemas.Event
@@ -101,7 +103,11 @@ func (a *Asker) Ask(ctx context.Context, e schemas.Event, emit schemas.Emit) err
 	for {
 		select {
 		case <-ctx.Done():
-			a.cancel(ctx, e, context.Cause(ctx).Error())
+			why := context.Cause(ctx)
+			if errors.Is(why, context.Canceled) {
+				why = errLeft
+			}
+			a.cancel(ctx, e, why.Error())
 			return ctx.Err()
 		case got := <-w.events:
 			if ended, err := take(*got); ended {

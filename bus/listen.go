@@ -12,6 +12,10 @@ import (
 	"waybill.dev/schemas"
 )
 
+// ahead is how many bytes a reader may be sent before it has asked for them: by
+// number, large bodies would fill the memory.
+const ahead = 16 << 20
+
 // Listen hears the events that fit the filter and are stored after the
 // sequence `after` ([Log.Last] for "from now on"). Nothing is missed and nothing comes
 // twice while the iteration lasts, over reconnects too. It ends when ctx is
@@ -24,7 +28,7 @@ func (l *Log) Listen(ctx context.Context, f Filter, after uint64) (iter.Seq2[sch
 	if err != nil {
 		return nil, err
 	}
-	it, err := c.Messages(jetstream.PullMaxMessages(512))
+	it, err := c.Messages(jetstream.PullMaxBytes(ahead))
 	if err != nil {
 		return nil, fmt.Errorf("listen: %w", err)
 	}

@@ -49,7 +49,7 @@ func (l *Log) read(ctx context.Context, f Filter, from uint64, wanted func(schem
 		if info.NumPending == 0 {
 			return
 		}
-		it, err := c.Messages(jetstream.PullMaxMessages(1000))
+		it, err := c.Messages(jetstream.PullMaxBytes(ahead))
 		if err != nil {
 			fail(fmt.Errorf("read the log: %w", err))
 			return
