@@ -162,7 +162,12 @@ func (r *runner) handle(ctx context.Context, m jetstream.Msg) {
 	case md == nil:
 		err = m.Term() // no message of a stream: nothing to keep
 	case err != nil:
-		err = r.bury(ctx, m, md, e, schemas.FailUndecodable, err)
+		// A newer program may have begun what this one cannot read.
+		code := schemas.FailUndecodable
+		if _, _, kind, ok := parts(m.Subject()); !ok || kind == schemas.KindAuthorized {
+			code = schemas.FailUnknown
+		}
+		err = r.bury(ctx, m, md, e, code, err)
 	default:
 		err = r.guarded(ctx, e)
 		switch {

@@ -238,7 +238,7 @@ func exchange(t *testing.T, request, script string) (stored, response string) {
 	fmt.Fprintf(&b, "\n%s\n", strings.ReplaceAll(string(body), "\r", `\r`))
 	mu.Lock()
 	defer mu.Unlock()
-	hide := func(s string) string { return s }
+	var hide func(string) string
 	if event != nil {
 		if sent := wire(request); !bytes.HasSuffix(sent, append([]byte("\r\n\r\n"), event.Body...)) {
 			t.Errorf("stored body %q, sent %q", event.Body, sent)

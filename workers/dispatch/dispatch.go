@@ -110,7 +110,8 @@ type Dispatcher struct {
 	opt       Options
 	upstreams map[string]*upstream
 	order     []*upstream // as configured, for Stats
-	name      string      // of this process in claims, unique for each Dispatcher
+	began     time.Time
+	name      string // of this process in claims, unique for each Dispatcher
 	runs      atomic.Uint64
 	calls     calls
 }
@@ -136,7 +137,7 @@ func New(opt Options) (*Dispatcher, error) {
 	opt.Pause = positive(opt.Pause, 100*time.Millisecond)
 	opt.Breaker = opt.Breaker.withDefaults()
 
-	d := &Dispatcher{opt: opt, upstreams: make(map[string]*upstream)}
+	d := &Dispatcher{opt: opt, upstreams: make(map[string]*upstream), began: opt.Now()}
 	// The random part tells two processes of one name apart, and a process
 	// from what it was before a restart: nobody may take a dead claimant's
 	// claim for its own.
@@ -294,7 +295,10 @@ func (r *run) carry(ctx context.Context) (ending, error) {
 	late := !r.a.Deadline.IsZero() && now.After(r.a.Deadline)
 	wish, withdrawn := wishOf(ctx)
 
-	if lost || late || r.old() {
+	// What was stored before this process began may have been carried out by
+	// the one before it, whose acknowledgements a crash can take with it.
+	inherited := r.e.Stored.Before(r.d.began)
+	if lost || late || inherited || r.old() {
 		past, err := r.recall(ctx)
 		if err != nil {
 			return ending{}, err
