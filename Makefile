@@ -43,7 +43,7 @@ test: need-go peers ## Run every test (RACE=1: with the race detector)
 
 .PHONY: bench
 bench: need-go peers ## Measure a call: direct, through a plain proxy, through the gateway
-	go test -run '^$$' -bench . -benchmem -timeout 30m ./test/bench
+	go test -run '^$$' -bench . -benchmem -timeout 60m ./bus ./test/bench
 
 .PHONY: lint
 lint: need-go $(STATICCHECK) ## gofmt, go vet, staticcheck (staticcheck.conf)

@@ -100,10 +100,10 @@ type figures struct {
 	rate, p50, p99, cpu, mallocs, bytes float64 // calls/s, µs, µs, µs per call, per call, per call
 }
 
-func (t target) measure(b *testing.B, conns int, body string) figures {
+// caller makes a function that does one call, and one that lets go of the connections.
+func (t target) caller(conns int, body string) (call func() error, done func()) {
 	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: conns, MaxConnsPerHost: conns}}
-	defer client.CloseIdleConnections()
-	call := func() error {
+	return func() error {
 		req, err := http.NewRequest(http.MethodPost, t.url, strings.NewReader(body))
 		if err != nil {
 			return err
@@ -122,7 +122,32 @@ func (t target) measure(b *testing.B, conns int, body string) figures {
 			err = fmt.Errorf("%s answered %d %s", t.name, resp.StatusCode, answer)
 		}
 		return err
+	}, client.CloseIdleConnections
+}
+
+// paced is the median time of a call, in µs, when 100 come in a second.
+func (t target) paced(b *testing.B, body string) float64 {
+	call, done := t.caller(4, body)
+	defer done()
+	var all []float64
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for range 300 {
+		<-tick.C
+		start := time.Now()
+		if err := call(); err != nil {
+			b.Fatal(err)
+		}
+		all = append(all, float64(time.Since(start).Nanoseconds())/1e3)
 	}
+	slices.Sort(all)
+	return all[len(all)/2]
+}
+
+// measure calls from so many connections at once, as fast as it can.
+func (t target) measure(b *testing.B, conns int, body string) figures {
+	call, done := t.caller(conns, body)
+	defer done()
 	run := func(d time.Duration) []time.Duration {
 		var mu sync.Mutex
 		var all []time.Duration
@@ -244,8 +269,10 @@ func BenchmarkCall(b *testing.B) {
 	body := fmt.Sprintf(`{"jsonrpc":"2.0","id":7,"method":"tools/call","params":{"name":"echo","arguments":{"text":%q},%s}}`,
 		strings.Repeat("x", 800), gateway.Meta)
 
-	b.Logf("a tools/call of %d bytes; median of %d rounds of %s each; CPU and allocations are of the proxy or gateway process", len(body), rounds, window)
-	b.Logf("%-17s %5s %9s %9s %9s %8s %8s %9s %7s", "", "conns", "calls/s", "p50 µs", "p99 µs", "CPU µs", "mallocs", "bytes", "/proxy")
+	// Not b.Log, of which a benchmark shows ten lines only.
+	line := func(format string, args ...any) { fmt.Printf(format+"\n", args...) }
+	line("\na tools/call of %d bytes; median of %d rounds of %s each; CPU and allocations are of the proxy or gateway process", len(body), rounds, window)
+	line("%-17s %5s %9s %9s %9s %8s %8s %9s %7s", "", "conns", "calls/s", "p50 µs", "p99 µs", "CPU µs", "mallocs", "bytes", "/proxy")
 	for _, conns := range []int{1, 32, 256} {
 		got := make([][]figures, len(targets))
 		for range rounds {
@@ -260,8 +287,12 @@ func BenchmarkCall(b *testing.B) {
 		}
 		for i, t := range targets {
 			f := med[i]
-			b.Logf("%-17s %5d %9.0f %9.0f %9.0f %8.0f %8.0f %9.0f %6.0f%%", t.name, conns, f.rate, f.p50, f.p99, f.cpu, f.mallocs, f.bytes, 100*f.rate/med[1].rate)
+			line("%-17s %5d %9.0f %9.0f %9.0f %8.0f %8.0f %9.0f %6.0f%%", t.name, conns, f.rate, f.p50, f.p99, f.cpu, f.mallocs, f.bytes, 100*f.rate/med[1].rate)
 			b.ReportMetric(f.rate, fmt.Sprintf("%s/%d-calls/s", strings.ReplaceAll(t.name, ", ", "-"), conns))
 		}
+	}
+	line("at 100 calls/s, p50 µs:")
+	for _, t := range targets {
+		line("%-17s %9.0f", t.name, t.paced(b, body))
 	}
 }

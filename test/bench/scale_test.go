@@ -34,13 +34,13 @@ func BenchmarkScale(b *testing.B) {
 	}
 	start := time.Now()
 	fill(b, filepath.Join(g.Dir, "data", "log"))
-	b.Logf("%d events of %d sessions stored in %s", sessions*(callsOfASession*3+2), sessions, time.Since(start).Round(time.Second))
+	fmt.Printf("\n%d events of %d sessions stored in %s", sessions*(callsOfASession*3+2), sessions, time.Since(start).Round(time.Second))
 
 	restart := func(what string) {
 		start := time.Now()
 		g.Restart()
 		took := time.Since(start)
-		b.Logf("%-28s ready after %6s, RSS %4d MB", what, took.Round(10*time.Millisecond), rss(b, g.Process)>>20)
+		fmt.Printf("\n%-28s ready after %6s, RSS %4d MB", what, took.Round(10*time.Millisecond), rss(b, g.Process)>>20)
 		b.ReportMetric(took.Seconds(), strings.ReplaceAll(what, " ", "-")+"-s")
 	}
 	restart("after a clean stop")
@@ -56,18 +56,18 @@ func BenchmarkScale(b *testing.B) {
 		if exit != 0 || !strings.Contains(out, fmt.Sprintf("%d calls", callsOfASession)) {
 			b.Fatalf("replay: %s%s", out, errs)
 		}
-		b.Logf("replay of session %-6d      %6s", i, time.Since(start).Round(100*time.Microsecond))
+		fmt.Printf("\nreplay of session %-6d      %6s", i, time.Since(start).Round(100*time.Microsecond))
 	}
 	start = time.Now()
 	if out, errs, exit := g.CLI("sessions", "--limit", "0"); exit != 0 || strings.Count(out, "\n") != sessions+1 {
 		b.Fatalf("sessions: %d lines, %s", strings.Count(out, "\n"), errs)
 	}
-	b.Logf("all sessions listed           %6s, RSS %4d MB", time.Since(start).Round(time.Millisecond), rss(b, g.Process)>>20)
+	fmt.Printf("\nall sessions listed           %6s, RSS %4d MB", time.Since(start).Round(time.Millisecond), rss(b, g.Process)>>20)
 	start = time.Now()
 	if _, errs, exit := g.CLI("sessions"); exit != 0 {
 		b.Fatal(errs)
 	}
-	b.Logf("the newest 50 listed          %6s", time.Since(start).Round(time.Millisecond))
+	fmt.Printf("\nthe newest 50 listed          %6s", time.Since(start).Round(time.Millisecond))
 }
 
 // fill stores the events as the roles would.
