@@ -20,6 +20,7 @@ var (
 	noStore  = []string{"no-store"}
 	nosniff  = []string{"nosniff"}
 	jsonType = []string{"application/json"}
+	closing  = []string{"close"}
 )
 
 // ServeHTTP is the way in for every request, whatever its path.
@@ -35,6 +36,13 @@ func (s *Server) ServeHTTP(hw http.ResponseWriter, r *http.Request) {
 	h := w.Header()
 	h["Cache-Control"] = noStore
 	h["X-Content-Type-Options"] = nosniff
+	if len(r.TransferEncoding) > 0 {
+		// There may have been a Content-Length beside it, which net/http
+		// drops without a word. Somebody in front who went by that takes
+		// what follows on the connection for the rest of this request, and
+		// we would take it for another (RFC 9112 §6.1).
+		h["Connection"] = closing
+	}
 	f := s.checkHost(r)
 	if !f.yes() {
 		f = s.checkOrigin(r)
