@@ -288,6 +288,12 @@ func (m *mcpServer) answer(resp *http.Response, c Call, progress func([]byte) er
 			err = errors.New("it answers another request")
 		}
 	}
+	switch resp.StatusCode {
+	case http.StatusMovedPermanently, http.StatusFound, http.StatusSeeOther, http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
+		err = errors.New("redirects are not followed; set the url of the server to where it is")
+	case http.StatusUnauthorized, http.StatusForbidden, http.StatusProxyAuthRequired:
+		err = errors.New("it did not accept the gateway; see the headers that are set for the server")
+	}
 	if refused == nil {
 		refused = &Fault{Kind: Garbled}
 	}
