@@ -203,27 +203,20 @@ func (p *pasts) close(line *pastLine, r *reading) {
 	}
 }
 
-// Counts tells how many events each session of the filter has, by kind.
-func (l *Log) Counts(ctx context.Context, f Filter) (map[schemas.SessionKey]map[schemas.Kind]uint64, error) {
-	counts := map[schemas.SessionKey]map[schemas.Kind]uint64{}
-	subjects, err := f.subjects()
+// Counts tells how many events a session has, by kind.
+func (l *Log) Counts(ctx context.Context, t schemas.Tenant, s schemas.SessionKey) (map[schemas.Kind]uint64, error) {
+	subjects, err := Filter{Tenant: t, Session: s}.subjects()
 	if err != nil {
 		return nil, err
 	}
-	for _, s := range subjects {
-		info, err := l.stream.Info(ctx, jetstream.WithSubjectFilter(s))
-		if err != nil {
-			return nil, fmt.Errorf("count events: %w", err)
-		}
-		for subj, n := range info.State.Subjects {
-			_, session, kind, ok := parts(subj)
-			if !ok {
-				continue
-			}
-			if counts[session] == nil {
-				counts[session] = map[schemas.Kind]uint64{}
-			}
-			counts[session][kind] += n
+	info, err := l.stream.Info(ctx, jetstream.WithSubjectFilter(subjects[0]))
+	if err != nil {
+		return nil, fmt.Errorf("count the events of session %s: %w", s, err)
+	}
+	counts := map[schemas.Kind]uint64{}
+	for subj, n := range info.State.Subjects {
+		if _, _, kind, ok := parts(subj); ok {
+			counts[kind] += n
 		}
 	}
 	return counts, nil

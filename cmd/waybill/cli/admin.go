@@ -183,52 +183,64 @@ func (a *admin) sessions(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "tenant: not a tenant's id", http.StatusBadRequest)
 		return
 	}
-	// The first opened of a session counts; a later one repeats it.
-	var lines []sessionLine
-	seen := map[schemas.SessionKey]bool{}
-	for e, err := range a.l.Read(r.Context(), f, 0) {
-		if errors.Is(err, bus.ErrUndecodable) {
-			continue
-		}
-		if err != nil {
-			a.fail(w, err)
-			return
-		}
-		o, ok := e.Data.(*schemas.Opened)
-		if !ok || seen[e.Session] {
-			continue
-		}
-		seen[e.Session] = true
-		lines = append(lines, sessionLine{
-			Session: e.Session, Tenant: e.Tenant, Agent: e.Agent, Protocol: o.Protocol,
-			Name: o.Name, Client: o.Client, Opened: e.Stored,
-		})
+	lines, err := a.opened(r.Context(), f, limit)
+	if err != nil {
+		a.fail(w, err)
+		return
 	}
 	if limit > 0 && len(lines) > limit {
 		lines = lines[len(lines)-limit:]
 	}
-	// Few sessions are asked for one by one; many in one go.
-	var all map[schemas.SessionKey]map[schemas.Kind]uint64
-	if len(lines) > 200 {
-		var err error
-		if all, err = a.l.Counts(r.Context(), bus.Filter{Tenant: f.Tenant}); err != nil {
-			a.fail(w, err)
-			return
-		}
-	}
+	// Asked for one by one, at half a millisecond each: the counts of a whole
+	// log in one go hold it up for seconds (measured with 600,000 subjects).
 	w.Header().Set("Content-Type", "application/x-ndjson")
 	out := json.NewEncoder(w)
 	for _, line := range lines {
-		line.Events = all[line.Session]
-		if all == nil {
-			one, err := a.l.Counts(r.Context(), bus.Filter{Tenant: line.Tenant, Session: line.Session})
-			if err != nil {
-				panic(http.ErrAbortHandler) // a list cut short must not look whole
-			}
-			line.Events = one[line.Session]
+		var err error
+		if line.Events, err = a.l.Counts(r.Context(), line.Tenant, line.Session); err != nil {
+			panic(http.ErrAbortHandler) // a list cut short must not look whole
 		}
 		if out.Encode(line) != nil {
 			return // the client left
+		}
+	}
+}
+
+// opened lists at least the newest limit sessions, or all for 0, the newest
+// last. It looks at the end of the log first and further back only as long as
+// it must: reading a long log for its opened events loads all of it.
+func (a *admin) opened(ctx context.Context, f bus.Filter, limit int) ([]sessionLine, error) {
+	last, err := a.l.Last(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for window := uint64(10_000); ; window *= 4 {
+		from := uint64(1)
+		if limit > 0 && window < last {
+			from = last - window
+		}
+		// The first opened of a session counts; a later one repeats it.
+		var lines []sessionLine
+		seen := map[schemas.SessionKey]bool{}
+		for e, err := range a.l.Read(ctx, f, from) {
+			if errors.Is(err, bus.ErrUndecodable) {
+				continue
+			}
+			if err != nil {
+				return nil, err
+			}
+			o, ok := e.Data.(*schemas.Opened)
+			if !ok || seen[e.Session] {
+				continue
+			}
+			seen[e.Session] = true
+			lines = append(lines, sessionLine{
+				Session: e.Session, Tenant: e.Tenant, Agent: e.Agent, Protocol: o.Protocol,
+				Name: o.Name, Client: o.Client, Opened: e.Stored,
+			})
+		}
+		if from == 1 || len(lines) >= limit {
+			return lines, nil
 		}
 	}
 }

@@ -91,9 +91,10 @@ func newLog(w io.Writer, level slog.Level, asJSON bool) *slog.Logger {
 
 // tune sets the garbage collector where the operator has not: a call makes 70 kB
 // of garbage and leaves next to nothing, so collecting at four times the small
-// live heap instead of at twice costs little memory and saves a tenth of the
-// CPU; and the memory limit is half of the machine, so that the caches of the
-// embedded log give memory back.
+// live heap instead of at twice costs little memory and saves some CPU. The
+// memory limit is what the caches of the embedded log, which a reader of the
+// whole log would fill with all of it, have to keep to: 1 GiB, or half of a
+// small machine.
 func tune(env Env) {
 	if env.Getenv("GOGC") == "" {
 		debug.SetGCPercent(400)
@@ -107,7 +108,7 @@ func tune(env Env) {
 	}
 	var kb int64
 	if _, err := fmt.Sscanf(string(b), "MemTotal: %d kB", &kb); err == nil && kb > 0 && kb < math.MaxInt64>>11 {
-		debug.SetMemoryLimit(kb << 10 / 2)
+		debug.SetMemoryLimit(min(kb<<10/2, 1<<30))
 	}
 }
 
