@@ -377,7 +377,12 @@ func raw(g *gateway.Gateway, session, head, body string) string {
 // chunked is a body in pieces that heed no border of a token or character.
 func chunked(body string) string {
 	var b strings.Builder
-	for piece := range slices.Chunk([]byte(body), 7) {
+	b.Grow(len(body))
+	size := 7
+	if len(body) > 1<<20 {
+		size = 64<<10 - 1
+	}
+	for piece := range slices.Chunk([]byte(body), size) {
 		fmt.Fprintf(&b, "%x\r\n%s\r\n", len(piece), piece)
 	}
 	return b.String() + "0\r\n\r\n"
