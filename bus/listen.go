@@ -28,7 +28,7 @@ func (l *Log) Listen(ctx context.Context, f Filter, after uint64) (iter.Seq2[sch
 	if err != nil {
 		return nil, err
 	}
-	it, err := c.Messages(jetstream.PullMaxBytes(ahead))
+	it, err := c.Messages(jetstream.PullMaxMessagesWithBytesLimit(512, ahead))
 	if err != nil {
 		return nil, fmt.Errorf("listen: %w", err)
 	}
