@@ -86,7 +86,7 @@ func (a *Asker) Ask(ctx context.Context, e schemas.Event, emit schemas.Emit) err
 
 	receipt, err := a.l.Publish(ctx, e)
 	if err != nil {
-		if !errors.Is(err, schemas.ErrTooLarge) && !errors.Is(err, schemas.ErrInvalid) {
+		if !errors.Is(err, schemas.ErrTooLarge) && !errors.Is(err, schemas.ErrInvalid) && !errors.Is(err, schemas.ErrOverloaded) {
 			a.cancel(ctx, e, "its request is not known to be stored") // it may be
 		}
 		return err

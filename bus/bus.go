@@ -67,6 +67,7 @@ const (
 
 	events = "EVENTS"
 	system = "SYSTEM"
+	dead   = "DEAD"
 )
 
 // Log is a role's connection to the streams. Its methods may be used by many
@@ -134,7 +135,7 @@ func Setup(ctx context.Context, o Options) error {
 	if err != nil {
 		return err
 	}
-	for _, c := range []jetstream.StreamConfig{o.events(), o.system()} {
+	for _, c := range []jetstream.StreamConfig{o.events(), o.system(), o.dead()} {
 		for {
 			_, err = js.CreateOrUpdateStream(ctx, c)
 			// A cluster elects its leader first; an embedded server may still
@@ -176,18 +177,44 @@ func (o Options) events() jetstream.StreamConfig {
 
 func (o Options) system() jetstream.StreamConfig {
 	return jetstream.StreamConfig{
-		Name: system, Description: "what the gateway is made of: registry, policy, approvals, dead letters",
+		Name: system, Description: "what the gateway is made of: registry, policy, approvals",
 		Subjects:  []string{"sys.>"},
 		DenyPurge: true, AllowDirect: true, Duplicates: Duplicates,
 		Storage: jetstream.FileStorage, Replicas: max(o.Replicas, 1), MaxConsumers: -1,
 	}
 }
 
+// dead is for dead letters. They come of what others did, so they are bounded:
+// the oldest go first.
+func (o Options) dead() jetstream.StreamConfig {
+	return jetstream.StreamConfig{
+		Name: dead, Description: "events that could not be read, or that a worker kept failing on",
+		Subjects: []string{"dead.>"},
+		MaxBytes: 256 << 20, MaxAge: 30 * 24 * time.Hour, Discard: jetstream.DiscardOld,
+		AllowDirect: true, Duplicates: Duplicates,
+		Storage: jetstream.FileStorage, Replicas: max(o.Replicas, 1), MaxConsumers: -1,
+	}
+}
+
+// Codes of the server's errors for which its client has no names.
+const (
+	codeStorage   = 10047 // insufficient storage
+	codeResources = 10023 // insufficient resources
+	codeHeaders   = 10097 // header size exceeds 64 KiB
+	codeTooFast   = 10167 // more is published than can be stored; this try was not
+)
+
 // passing tells whether an error may be gone at the next try.
 func passing(err error) bool {
 	var api *jetstream.APIError
 	if errors.As(err, &api) {
-		return api.Code >= 500 && api.ErrorCode != 10047 && api.ErrorCode != 10023 // not: insufficient storage or resources
+		switch api.ErrorCode {
+		case codeStorage, codeResources:
+			return false
+		case codeTooFast:
+			return true
+		}
+		return api.Code >= 500
 	}
 	return errors.Is(err, nats.ErrTimeout) || errors.Is(err, nats.ErrNoResponders) ||
 		errors.Is(err, context.DeadlineExceeded) || errors.Is(err, jetstream.ErrNoStreamResponse) ||

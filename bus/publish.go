@@ -84,8 +84,10 @@ func refuses(err error) bool {
 
 // refused names the cause in the vocabulary of the callers.
 func refused(err error) error {
+	var api *jetstream.APIError
 	switch {
-	case errors.Is(err, nats.ErrMaxPayload), errors.Is(err, jetstream.ErrStreamMessageExceedsMaximum):
+	case errors.As(err, &api) && api.ErrorCode == codeHeaders,
+		errors.Is(err, nats.ErrMaxPayload), errors.Is(err, jetstream.ErrStreamMessageExceedsMaximum):
 		return fmt.Errorf("%w: %w", schemas.ErrTooLarge, err)
 	default:
 		return fmt.Errorf("%w: the log does not take events now: %w", schemas.ErrOverloaded, err)

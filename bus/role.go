@@ -1,6 +1,10 @@
 package bus
 
-import "waybill.dev/schemas"
+import (
+	"slices"
+
+	"waybill.dev/schemas"
+)
 
 // Role is a user of the log. Who may write which kind of event is a rule of
 // the server, not of our good manners: only policy can authorize, only policy
@@ -36,21 +40,46 @@ var writes = map[Role][]schemas.Kind{
 	},
 }
 
-// Permissions are the subjects that a role may publish and subscribe to.
-func (r Role) Permissions() (publish, subscribe []string) {
+// durables are the consumers that a role works through. Nobody else may pull
+// from them, acknowledge, change or delete them: whoever could, could make
+// calls vanish.
+var durables = map[Role]string{
+	RolePolicy:   "policy",
+	RoleDispatch: "dispatch",
+	RoleProject:  "project",
+}
+
+// Subjects are what a role may and may not publish to, and subscribe to.
+type Subjects struct{ Publish, Never, Subscribe []string }
+
+// Permissions are the subjects of a role.
+func (r Role) Permissions() Subjects {
 	if r == RoleAdmin {
-		return []string{">"}, []string{">"}
+		return Subjects{Publish: []string{">"}, Subscribe: []string{">"}}
 	}
-	publish = []string{
-		"$JS.API.INFO", "$JS.API.STREAM.INFO.*", "$JS.API.STREAM.NAMES",
-		"$JS.API.STREAM.MSG.GET.*", "$JS.API.DIRECT.GET.>",
-		"$JS.API.CONSUMER.>", "$JS.ACK.>", "$JS.FC.>",
+	p := Subjects{
+		// Reading, through consumers of one's own that need no acknowledging.
+		Publish: []string{
+			"$JS.API.INFO", "$JS.API.STREAM.INFO.*", "$JS.API.STREAM.NAMES",
+			"$JS.API.STREAM.MSG.GET.*", "$JS.API.DIRECT.GET.>",
+			"$JS.API.CONSUMER.CREATE.*.>", "$JS.API.CONSUMER.DELETE.*.*",
+			"$JS.API.CONSUMER.INFO.*.*", "$JS.API.CONSUMER.LIST.*", "$JS.API.CONSUMER.NAMES.*",
+			"$JS.API.CONSUMER.MSG.NEXT.*.*",
+		},
+		Subscribe: []string{"_INBOX.>", "ev.>", "sys.>", "dead.>"},
+	}
+	for role, name := range durables {
+		if role == r {
+			p.Publish = append(p.Publish, "$JS.ACK."+events+"."+name+".>", "$JS.API.CONSUMER.RESET."+events+"."+name, "dead."+name)
+			continue
+		}
+		p.Never = append(p.Never,
+			"$JS.API.CONSUMER.CREATE.*."+name, "$JS.API.CONSUMER.CREATE.*."+name+".>",
+			"$JS.API.CONSUMER.DELETE.*."+name, "$JS.API.CONSUMER.MSG.NEXT.*."+name)
 	}
 	for _, k := range writes[r] {
-		publish = append(publish, "ev.*.*."+string(k)+".*")
+		p.Publish = append(p.Publish, "ev.*.*."+string(k)+".*")
 	}
-	if r != RoleObserver {
-		publish = append(publish, "sys.dead.>")
-	}
-	return publish, []string{"_INBOX.>", "ev.>", "sys.>"}
+	slices.Sort(p.Never)
+	return p
 }

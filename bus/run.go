@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"time"
 
@@ -37,7 +38,7 @@ const patience = 10
 // to another. Run blocks until ctx is done and the handlers have returned.
 //
 // What cannot be decoded, and what a handler keeps failing on, is stored as a
-// dead letter (SYSTEM, sys.dead.<name>) and its call ends as failed, so that
+// dead letter (DEAD, dead.<name>) and its call ends as failed, so that
 // nobody waits for it.
 func (l *Log) Run(ctx context.Context, w Work, h schemas.Handler) error {
 	if w.InFlight == 0 {
@@ -143,7 +144,7 @@ func (r *runner) beat(ctx context.Context) {
 		}
 		r.mu.Unlock()
 		for _, m := range late {
-			if err := m.InProgress(); err != nil {
+			if err := m.InProgress(); err != nil && !errors.Is(err, jetstream.ErrMsgAlreadyAckd) {
 				r.l.o.Log.Warn("heartbeat", "work", r.w.Name, "error", err)
 			}
 		}
@@ -185,7 +186,7 @@ func (r *runner) handle(ctx context.Context, m jetstream.Msg) {
 		default:
 			r.l.o.Log.Warn("handler failed, event will be delivered again", "work", r.w.Name,
 				"session", e.Session, "call", e.Call, "kind", e.Kind(), "delivery", md.NumDelivered, "error", err)
-			err = m.NakWithDelay(min(r.l.o.AckWait/50<<md.NumDelivered, r.l.o.AckWait))
+			err = m.NakWithDelay(again(r.l.o.AckWait, md.NumDelivered))
 		}
 	}
 	if err != nil {
@@ -205,37 +206,79 @@ func (r *runner) guarded(ctx context.Context, e schemas.Event) (err error) {
 	return r.h(ctx, e, r.l.Publish)
 }
 
-// bury stores a message among the dead letters, ends its call and takes it off
-// the work. If either cannot be stored the message stays and comes again.
+// again is the pause before the next delivery to a handler that failed: from
+// a 25th of the AckWait, doubling up to all of it.
+func again(ackWait time.Duration, delivered uint64) time.Duration {
+	return min(ackWait/50<<min(delivered, 6), ackWait)
+}
+
+// bury ends the call of a message that cannot be worked on, stores the message
+// among the dead letters and takes it off the work. Until the ending is stored
+// the message comes again; a dead letter that the log refuses for good is left
+// out, as a place among the work in hand must not be lost to it.
 func (r *runner) bury(ctx context.Context, m jetstream.Msg, md *jetstream.MsgMetadata, e schemas.Event, code schemas.Failure, cause error) error {
-	r.l.o.Log.Error("dead letter", "work", r.w.Name, "seq", md.Sequence.Stream, "subject", m.Subject(), "error", cause)
-	if err := r.l.bury(ctx, r.w.Name, m, md.Sequence.Stream, cause); err != nil {
-		return errors.Join(err, m.NakWithDelay(5*time.Second))
-	}
+	r.l.o.Log.Error("dead letter", "work", r.w.Name, "seq", md.Sequence.Stream, "subject", m.Subject(), "error", cut(cause.Error()))
 	if e.Data == nil {
 		e = salvage(m)
 	}
 	if e.Call != "" {
-		end := e.Next(&schemas.Failed{Code: code, Detail: cause.Error()}, nil)
-		if _, err := r.l.Publish(ctx, end); err != nil && !errors.Is(err, schemas.ErrInvalid) {
-			return errors.Join(err, m.NakWithDelay(5*time.Second))
+		end := e.Next(&schemas.Failed{Code: code, Detail: cut(cause.Error())}, nil)
+		if _, err := r.l.Publish(ctx, end); err != nil && !errors.Is(err, schemas.ErrInvalid) && !errors.Is(err, schemas.ErrTooLarge) {
+			return errors.Join(err, m.NakWithDelay(r.l.o.AckWait))
 		}
+	}
+	if err := r.l.bury(ctx, r.w.Name, m, md.Sequence.Stream, cause); err != nil {
+		if passing(err) {
+			return errors.Join(err, m.NakWithDelay(r.l.o.AckWait))
+		}
+		r.l.o.Log.Error("dead letter not stored", "work", r.w.Name, "seq", md.Sequence.Stream, "error", err)
 	}
 	return m.Term()
 }
 
-// bury stores a message as it is under sys.dead.<name>.
+// What of a message goes into its dead letter: the rest can be read at its
+// sequence, as long as that is there.
+const (
+	deadBody   = 64 << 10
+	deadHeader = 32 << 10
+)
+
+// bury stores a message under dead.<name>.
 func (l *Log) bury(ctx context.Context, name string, m jetstream.Msg, seq uint64, cause error) error {
-	dead := &nats.Msg{Subject: "sys.dead." + name, Header: nats.Header{}, Data: m.Data()}
-	for k, v := range m.Headers() {
-		dead.Header["Dead-"+k] = v
+	letter := nats.NewMsg("dead." + name)
+	if len(m.Data()) <= deadBody {
+		letter.Data = m.Data()
 	}
-	dead.Header.Set("Dead-Subject", m.Subject())
-	dead.Header.Set("Dead-Sequence", fmt.Sprint(seq))
-	dead.Header.Set("Dead-Cause", cause.Error())
-	dead.Header.Set(jetstream.MsgIDHeader, fmt.Sprintf("dead/%s/%d", name, seq))
-	if _, err := l.js.PublishMsg(ctx, dead); err != nil {
+	for k, v := range m.Headers() {
+		if len(k)+len(strings.Join(v, "")) <= deadHeader/4 {
+			letter.Header["Dead-"+k] = v
+		}
+	}
+	if size := len(m.Headers().Get(headerEnvelope)); size <= deadHeader {
+		letter.Header.Set("Dead-"+headerEnvelope, m.Headers().Get(headerEnvelope))
+	}
+	letter.Header.Set("Dead-Subject", m.Subject())
+	letter.Header.Set("Dead-Sequence", fmt.Sprint(seq))
+	letter.Header.Set("Dead-Cause", cut(cause.Error()))
+	letter.Header.Set(jetstream.MsgIDHeader, fmt.Sprintf("dead/%s/%d", name, seq))
+	if _, err := l.js.PublishMsg(ctx, letter); err != nil {
 		return fmt.Errorf("store dead letter of sequence %d: %w", seq, err)
 	}
 	return nil
+}
+
+// cut shortens a text that goes into an envelope or a header. What others said
+// may be in it.
+func cut(text string) string {
+	const most = 500
+	text = strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f {
+			return ' '
+		}
+		return r
+	}, strings.ToValidUTF8(text, "�"))
+	if len(text) <= most {
+		return text
+	}
+	return strings.ToValidUTF8(text[:most], "") + "…"
 }

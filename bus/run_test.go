@@ -82,12 +82,12 @@ func (w *world) dead() (all []*jetstream.RawStreamMsg) {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	s, err := js.Stream(w.t.Context(), "SYSTEM")
+	s, err := js.Stream(w.t.Context(), "DEAD")
 	if err != nil {
 		w.t.Fatal(err)
 	}
 	for seq := uint64(1); ; {
-		m, err := s.GetMsg(w.t.Context(), seq, jetstream.WithGetMsgSubject("sys.dead.>"))
+		m, err := s.GetMsg(w.t.Context(), seq, jetstream.WithGetMsgSubject("dead.>"))
 		if errors.Is(err, jetstream.ErrMsgNotFound) {
 			return all
 		}
@@ -178,7 +178,7 @@ func TestHandlerIsTriedAgainThenBuried(t *testing.T) {
 		t.Fatalf("%d dead letters, want 2", len(dead))
 	}
 	for _, m := range dead {
-		if body := string(m.Data); body != "fails" && body != "panics" || m.Subject != "sys.dead.policy" ||
+		if body := string(m.Data); body != "fails" && body != "panics" || m.Subject != "dead.policy" ||
 			!strings.HasPrefix(m.Header.Get("Dead-Subject"), "ev.acme.") || m.Header.Get("Dead-Waybill-Event") == "" {
 			t.Errorf("dead letter %q on %s: %v", m.Data, m.Subject, m.Header)
 		}

@@ -19,6 +19,14 @@ const (
 	headerTrace    = "traceparent"
 )
 
+// The server refuses a message whose headers take more than 64 KiB, and the
+// envelope is one of them. A request's is held to half of that: what policy
+// makes of it repeats it, and must fit too.
+const (
+	maxEnvelope = 60 << 10
+	maxRequest  = 32 << 10
+)
+
 // ErrUndecodable is returned for a stored message that is not an event this
 // program can read.
 var ErrUndecodable = errors.New("undecodable event")
@@ -36,6 +44,13 @@ func encode(e schemas.Event) (*nats.Msg, error) {
 	envelope, err := e.MarshalJSON()
 	if err != nil {
 		return nil, err
+	}
+	limit := maxEnvelope
+	if e.Kind() == schemas.KindRequested {
+		limit = maxRequest
+	}
+	if len(envelope) > limit {
+		return nil, fmt.Errorf("%w: envelope of %d bytes, the log takes %d for %s", schemas.ErrTooLarge, len(envelope), limit, e.Kind())
 	}
 	h := nats.Header{
 		headerEnvelope:        {string(envelope)},

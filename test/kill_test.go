@@ -431,11 +431,11 @@ func (l *ledger) inspect(t *testing.T, g *gateway.Gateway) (redelivered, dead in
 	if err != nil {
 		t.Fatal(err)
 	}
-	system, err := js.Stream(t.Context(), "SYSTEM")
+	system, err := js.Stream(t.Context(), "DEAD")
 	if err != nil {
 		t.Fatal(err)
 	}
-	info, err := system.Info(t.Context(), jetstream.WithSubjectFilter("sys.dead.>"))
+	info, err := system.Info(t.Context(), jetstream.WithSubjectFilter("dead.>"))
 	if err != nil {
 		t.Fatal(err)
 	}

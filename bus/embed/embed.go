@@ -98,7 +98,10 @@ func Start(o Options) (*Server, error) {
 		SyncAlways:   o.SyncAlways,
 		MaxPayload:   int32(o.MaxPayload),
 		MaxPending:   256 << 20,
-		Users:        []*server.User{},
+		// What is published and not yet stored. The edge lets in half of that,
+		// and answers come beside it.
+		StreamMaxBufferedSize: 256 << 20,
+		Users:                 []*server.User{},
 	}
 	if key != "" {
 		opts.JetStreamKey, opts.JetStreamCipher = key, server.AES
@@ -119,10 +122,10 @@ func Start(o Options) (*Server, error) {
 	for _, r := range bus.Roles() {
 		pass := rand.Text()
 		s.users[r] = pass
-		pub, sub := r.Permissions()
+		may := r.Permissions()
 		opts.Users = append(opts.Users, &server.User{Username: string(r), Password: pass, Permissions: &server.Permissions{
-			Publish:   &server.SubjectPermission{Allow: pub},
-			Subscribe: &server.SubjectPermission{Allow: sub},
+			Publish:   &server.SubjectPermission{Allow: may.Publish, Deny: may.Never},
+			Subscribe: &server.SubjectPermission{Allow: may.Subscribe},
 		}})
 	}
 	if s.ns, err = server.NewServer(opts); err != nil {
