@@ -102,8 +102,10 @@ type Completed struct {
 	Result    string `json:"result,omitempty"`     // its result type, when it is not "complete"
 
 	// Removed names what Authorized.Only took out of a list; the body is then
-	// the answer without these and otherwise verbatim.
-	Removed []string `json:"removed,omitempty"`
+	// the answer without these and otherwise verbatim. It has at most 50 names,
+	// long ones cut and ending in …, since an envelope has little room.
+	Removed     []string `json:"removed,omitempty"`
+	RemovedMore int      `json:"removed_more,omitempty"` // how many were taken out besides those named
 }
 
 // Failed: the gateway could not get an answer.

@@ -22,8 +22,10 @@ import (
 	"log/slog"
 	"net/http"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
+	"unicode/utf8"
 
 	"github.com/cenkalti/backoff/v4"
 
@@ -103,6 +105,10 @@ const (
 	// maxChunks bounds what an upstream may say before its answer, except on
 	// a stream: each message is an event of the log.
 	maxChunks = 10_000
+
+	// maxWords is how many bytes an ending repeats of what others said. The
+	// log holds little beside the body, and an ending must fit.
+	maxWords = 500
 )
 
 // Dispatcher is the worker. Its methods may be called concurrently.
@@ -211,7 +217,7 @@ func (d *Dispatcher) Handle(ctx context.Context, e schemas.Event, emit schemas.E
 // others remember it for a while, in case the call is still on its way to them.
 func (d *Dispatcher) Cancel(_ context.Context, e schemas.Event, _ schemas.Emit) error {
 	if c, ok := e.Data.(*schemas.Cancel); ok {
-		d.calls.cancel(e, c.Reason)
+		d.calls.cancel(e, clip(c.Reason, maxWords))
 	}
 	return nil
 }
@@ -259,10 +265,26 @@ type ending struct {
 }
 
 func failed(code schemas.Failure, detail string) ending {
-	return ending{data: &schemas.Failed{Code: code, Detail: detail}}
+	return ending{data: &schemas.Failed{Code: code, Detail: clip(detail, maxWords)}}
 }
 
-func cancelled(reason string) ending { return ending{data: &schemas.Cancelled{Reason: reason}} }
+func cancelled(reason string) ending {
+	return ending{data: &schemas.Cancelled{Reason: clip(reason, maxWords)}}
+}
+
+// clip is s as UTF-8 in at most n bytes, with … where it was cut.
+func clip(s string, n int) string {
+	const mark = "…"
+	s = strings.ToValidUTF8(s, "\uFFFD")
+	if len(s) <= n {
+		return s
+	}
+	at := n - len(mark)
+	for !utf8.RuneStart(s[at]) {
+		at--
+	}
+	return s[:at] + mark
+}
 
 // bound gives the run the time that the call has, after which stop is called.
 // The log's clock and ours are compared here; a difference shifts deadlines,
@@ -404,7 +426,8 @@ func (r *run) call(ctx context.Context, body []byte) (ending, error) {
 		if fault == nil {
 			return ending{
 				data: &schemas.Completed{
-					Status: answer.Status, ErrorCode: answer.ErrorCode, Result: answer.Result, Removed: answer.Removed,
+					Status: answer.Status, ErrorCode: answer.ErrorCode, Result: answer.Result,
+					Removed: answer.Removed, RemovedMore: answer.RemovedMore,
 				},
 				body: answer.Body, release: answer.Release,
 			}, nil

@@ -17,19 +17,27 @@ var lists = map[string]struct{ array, name string }{
 	"resources/templates/list": {"resourceTemplates", "uriTemplate"},
 }
 
+// What an ending names of the removed elements: with every byte escaped by
+// JSON this is 38 KB, of some 60 that the log takes beside the body.
+const (
+	maxRemoved     = 50
+	maxRemovedName = 128
+)
+
 var errList = errors.New("a list that cannot be filtered")
 
-// filterList takes out of a list what the caller may not see, and says what.
+// filterList takes out of a list what the caller may not see, and says what,
+// and how much more.
 // The other elements and everything around them keep their bytes. What has no
 // name cannot be allowed and goes too. Answers of other methods, and answers
 // that are errors, pass as they are.
 //
 // m must have been decoded without AllowCaseVariants: otherwise a client that
 // ignores case could read another name than was judged here.
-func filterList(m *jsonrpc.Message, method string, only []string) (body []byte, removed []string, err error) {
+func filterList(m *jsonrpc.Message, method string, only []string) (body []byte, removed []string, more int, err error) {
 	at, ok := lists[method]
 	if !ok || only == nil || !m.Result().Exists() {
-		return m.Raw(), nil, nil
+		return m.Raw(), nil, 0, nil
 	}
 	array := m.Result().Get(at.array)
 	if array.Kind() != jsonrpc.Array {
@@ -37,10 +45,10 @@ func filterList(m *jsonrpc.Message, method string, only []string) (body []byte, 
 		// one that only a careless client would find is not.
 		for name := range m.Result().Members() {
 			if strings.EqualFold(name, at.array) {
-				return nil, nil, fmt.Errorf("%w: %q is no array", errList, name)
+				return nil, nil, 0, fmt.Errorf("%w: %q is no array", errList, name)
 			}
 		}
-		return m.Raw(), nil, nil
+		return m.Raw(), nil, 0, nil
 	}
 	patch := m.Patch().Filter(array, func(_ int, element jsonrpc.Value) bool {
 		name, ok := element.Get(at.name).Text()
@@ -51,14 +59,18 @@ func filterList(m *jsonrpc.Message, method string, only []string) (body []byte, 
 				}
 			}
 		}
-		removed = append(removed, name)
+		if len(removed) < maxRemoved {
+			removed = append(removed, clip(name, maxRemovedName))
+		} else {
+			more++
+		}
 		return false
 	})
 	if removed == nil {
-		return m.Raw(), nil, nil
+		return m.Raw(), nil, 0, nil
 	}
 	if err := patch.Err(); err != nil {
-		return nil, nil, fmt.Errorf("%w: %w", errList, err)
+		return nil, nil, 0, fmt.Errorf("%w: %w", errList, err)
 	}
-	return patch.Bytes(), removed, nil
+	return patch.Bytes(), removed, more, nil
 }

@@ -53,6 +53,10 @@ var mcpNames = map[string]struct {
 // mcpRevision is sent when an event names none.
 const mcpRevision = "2026-07-28"
 
+// maxResultType is the longest result type that is taken for one: it becomes
+// part of an event's envelope, where little fits.
+const maxResultType = 64
+
 // linger is what a server gets to end a response whose answer has been read.
 const linger = 20 * time.Millisecond
 
@@ -413,7 +417,7 @@ func (m *mcpServer) decode(b []byte, c Call) (*jsonrpc.Message, error) {
 func (m *mcpServer) done(msg *jsonrpc.Message, c Call) (Answer, error) {
 	var a Answer
 	var err error
-	if a.Body, a.Removed, err = filterList(msg, c.Requested.Method, c.Only); err != nil {
+	if a.Body, a.Removed, a.RemovedMore, err = filterList(msg, c.Requested.Method, c.Only); err != nil {
 		return Answer{}, &Fault{Kind: Garbled, Err: err}
 	}
 	a.ErrorCode, _ = msg.ErrorCode()
@@ -421,6 +425,9 @@ func (m *mcpServer) done(msg *jsonrpc.Message, c Call) (Answer, error) {
 		a.ErrorCode = jsonrpc.CodeInternalError // an error all the same, whatever its code is
 	}
 	if result, _ := msg.Result().Get("resultType").Text(); result != "complete" {
+		if len(result) > maxResultType {
+			return Answer{}, faultf(Garbled, "its resultType has %d bytes", len(result))
+		}
 		a.Result = result
 	}
 	return a, nil

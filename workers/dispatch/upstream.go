@@ -33,11 +33,12 @@ type Call struct {
 
 // Answer is what the upstream said.
 type Answer struct {
-	Status    int
-	ErrorCode int
-	Result    string   // its result type, when it is not "complete"
-	Removed   []string // what Call.Only took out of it
-	Body      []byte   // otherwise verbatim; nil for a one-way call
+	Status      int
+	ErrorCode   int
+	Result      string   // its result type, when it is not "complete"; short
+	Removed     []string // what Call.Only took out of it, as far as there is room
+	RemovedMore int      // how many more
+	Body        []byte   // otherwise verbatim; nil for a one-way call
 
 	// Release gives the connection back. It may take a moment and is called
 	// once the answer is stored, before ctx is cancelled; hangUp cancels ctx.
