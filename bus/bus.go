@@ -76,10 +76,10 @@ type Log struct {
 	o      Options
 	nc     *nats.Conn
 	js     jetstream.JetStream
-	stream jetstream.Stream // EVENTS
-	full   atomic.Pointer[string]
+	stream jetstream.Stream       // EVENTS
+	full   atomic.Pointer[string] // why new calls are refused
+	stuck  atomic.Pointer[string] // which work stands still
 	pasts  pasts
-	lost   atomic.Uint64 // errors of the connection that nobody waits for
 }
 
 // Open connects a role to the log. The streams must be there ([Setup]).
@@ -95,7 +95,6 @@ func Open(ctx context.Context, o Options) (*Log, error) {
 		nats.MaxReconnects(-1),
 		nats.ReconnectWait(250*time.Millisecond),
 		nats.ErrorHandler(func(_ *nats.Conn, sub *nats.Subscription, err error) {
-			l.lost.Add(1)
 			subject := ""
 			if sub != nil {
 				subject = sub.Subject

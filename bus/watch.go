@@ -13,6 +13,8 @@ import (
 type Lag struct {
 	Consumer string
 	Events   uint64 // not delivered, or delivered and not acknowledged
+	Waiting  uint64 // not delivered
+	Reached  uint64 // the newest sequence that was delivered
 	Bytes    uint64 // of the log from its oldest such event on, estimated from the mean size
 }
 
@@ -42,7 +44,7 @@ func (l *Log) Status(ctx context.Context) (Status, error) {
 		if c.Config.Durable == "" {
 			continue
 		}
-		lag := Lag{Consumer: c.Name, Events: c.NumPending + uint64(c.NumAckPending)}
+		lag := Lag{Consumer: c.Name, Events: c.NumPending + uint64(c.NumAckPending), Waiting: c.NumPending, Reached: c.Delivered.Stream}
 		if lag.Events > 0 && s.Events > 0 {
 			oldest := max(c.AckFloor.Stream+1, s.FirstSeq)
 			lag.Bytes = uint64(float64(s.Bytes) / float64(s.Events) * float64(s.LastSeq+1-oldest))
@@ -57,12 +59,14 @@ func (l *Log) Status(ctx context.Context) (Status, error) {
 
 // Watch keeps the refusal rule: while the unread events of a guarded consumer
 // hold more than 80 % of what the log may hold, Ask takes no new call, so that
-// nothing ages out unread. It looks every period until ctx is done.
+// nothing ages out unread. And it notices work that stands still ([Log.Stuck]).
+// It looks every period until ctx is done.
 func (l *Log) Watch(ctx context.Context, period time.Duration) error {
 	guard := map[string]bool{}
 	for _, g := range l.o.Guard {
 		guard[g] = true
 	}
+	still := map[string]standstill{}
 	for {
 		s, err := l.Status(ctx)
 		if err != nil {
@@ -70,6 +74,7 @@ func (l *Log) Watch(ctx context.Context, period time.Duration) error {
 				l.o.Log.Warn("watch the log", "error", err)
 			}
 		} else {
+			l.stuck.Store(stands(still, s.Lags, time.Now()))
 			var why *string
 			for _, lag := range s.Lags {
 				if guard[lag.Consumer] && s.MaxBytes > 0 && lag.Bytes > s.MaxBytes/10*8 {
@@ -89,4 +94,39 @@ func (l *Log) Watch(ctx context.Context, period time.Duration) error {
 			return nil
 		}
 	}
+}
+
+// standstill is since when a consumer with events waiting has taken none.
+type standstill struct {
+	at    uint64
+	since time.Time
+}
+
+// patienceWithWork is how long a kind of work may take nothing, although
+// something waits: its workers are gone, paused, or all held up.
+const patienceWithWork = 10 * time.Second
+
+// stands names the work that stands still, or nil.
+func stands(still map[string]standstill, lags []Lag, now time.Time) *string {
+	var why *string
+	for _, lag := range lags {
+		before, ok := still[lag.Consumer]
+		if !ok || lag.Waiting == 0 || lag.Reached != before.at {
+			still[lag.Consumer] = standstill{lag.Reached, now}
+			continue
+		}
+		if idle := now.Sub(before.since); idle >= patienceWithWork {
+			text := fmt.Sprintf("%s has taken none of %d waiting events for %s", lag.Consumer, lag.Waiting, idle.Round(time.Second))
+			why = &text
+		}
+	}
+	return why
+}
+
+// Stuck says which work stands still, as Watch last saw it, or "".
+func (l *Log) Stuck() string {
+	if why := l.stuck.Load(); why != nil {
+		return *why
+	}
+	return ""
 }

@@ -80,7 +80,7 @@ func Start(o Options) (*Server, error) {
 			unlock()
 		}
 	}()
-	if err := checkKey(filepath.Join(o.Dir, "key.check"), key); err != nil {
+	if err := checkKey(filepath.Join(o.Dir, keyCheck), key); err != nil {
 		return nil, err
 	}
 	if s.unclean, err = markBoot(filepath.Join(o.Dir, "boot")); err != nil {
@@ -190,12 +190,6 @@ func (s *Server) Close() error {
 	return os.WriteFile(filepath.Join(s.dir, "boot"), []byte("clean\n"), 0o600)
 }
 
-// Run keeps the server until ctx is done, then closes it.
-func (s *Server) Run(ctx context.Context) error {
-	<-ctx.Done()
-	return s.Close()
-}
-
 // key reads or makes the key of encryption at rest.
 func (o Options) key() (string, error) {
 	if o.KeyFile == "" {
@@ -209,14 +203,17 @@ func (o Options) key() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if rel, err := filepath.Rel(dir, file); err == nil && rel != ".." && !strings.HasPrefix(rel, ".."+string(filepath.Separator)) {
-		return "", fmt.Errorf("bus.embedded.key_file %s lies in the data directory: whoever takes the data would take the key", file)
+	if err := KeyOutside(file, dir); err != nil {
+		return "", fmt.Errorf("bus.embedded.key_file: %w", err)
 	}
 	b, err := os.ReadFile(file)
 	switch {
 	case errors.Is(err, os.ErrNotExist):
 		if _, err := os.Stat(filepath.Join(dir, "jetstream")); err == nil {
-			return "", fmt.Errorf("bus.embedded.key_file %s is missing, but %s holds data already: restore the key, or start with an empty data directory", file, dir)
+			if _, err := os.Stat(filepath.Join(dir, keyCheck)); errors.Is(err, os.ErrNotExist) {
+				return "", fmt.Errorf("bus.embedded.key_file %s is missing, and the log in %s is not encrypted so far: to have it encrypted, make the key first, with: (umask 077; head -c 48 /dev/urandom | base64 -w0 > %[1]s)", file, dir)
+			}
+			return "", fmt.Errorf("bus.embedded.key_file %s is missing, and the log in %s is encrypted: restore the key, or start with an empty data directory", file, dir)
 		}
 		if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
 			return "", err
@@ -234,6 +231,50 @@ func (o Options) key() (string, error) {
 		return "", fmt.Errorf("bus.embedded.key_file %s holds %d characters; it needs at least 32", file, len(k))
 	}
 	return k, nil
+}
+
+// keyCheck holds a fingerprint of the key, where there is one.
+const keyCheck = "key.check"
+
+// KeyOutside refuses a key file that lies in a directory it is to protect,
+// there or behind symbolic links. Neither needs to exist.
+func KeyOutside(file, dir string) error {
+	at, err := real(file, 0)
+	if err != nil {
+		return err
+	}
+	in, err := real(dir, 0)
+	if err != nil {
+		return err
+	}
+	if rel, err := filepath.Rel(in, at); err == nil && rel != ".." && !strings.HasPrefix(rel, ".."+string(filepath.Separator)) {
+		return fmt.Errorf("%s lies in the data directory %s: whoever takes the data would take the key", file, dir)
+	}
+	return nil
+}
+
+// real is an absolute path without symbolic links, of which the end may not
+// exist yet.
+func real(path string, links int) (string, error) {
+	whole, err := filepath.EvalSymlinks(path)
+	if !errors.Is(err, os.ErrNotExist) {
+		return whole, err
+	}
+	parent, name := filepath.Split(strings.TrimRight(path, string(filepath.Separator)))
+	if name == "" || links > 40 {
+		return "", err
+	}
+	// A link to what does not exist is where a file would be made.
+	if to, err := os.Readlink(filepath.Join(parent, name)); err == nil {
+		if !filepath.IsAbs(to) {
+			to = parent + to
+		}
+		return real(to, links+1)
+	}
+	if parent, err = real(parent, links); err != nil {
+		return "", err
+	}
+	return filepath.Join(parent, name), nil
 }
 
 // checkKey refuses a key that is not the one of the stored data, of which file

@@ -107,6 +107,8 @@ func TestEncryptionAtRest(t *testing.T) {
 	if in := found(t, o.Dir); in != "" {
 		t.Errorf("the canary stands in %s", in)
 	}
+	bare := embed.Options{Dir: filepath.Join(dir, "bare")}
+	store(t, bare, false)
 	// That it would be found, were it not encrypted:
 	plain := embed.Options{Dir: filepath.Join(dir, "plain")}
 	store(t, plain, false)
@@ -162,7 +164,13 @@ func TestEncryptionAtRest(t *testing.T) {
 		t.Fatal(err)
 	}
 	refused("a key that is gone", "restore the key", o)
-	for _, inside := range []string{"log.key", "deeper/log.key", "../log/log.key"} {
+	for link, to := range map[string]string{"link": o.Dir, "log.link": filepath.Join("log", "new.key")} {
+		if err := os.Symlink(to, filepath.Join(dir, link)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	refused("a key on a log that is not encrypted", "is not encrypted so far", embed.Options{Dir: bare.Dir, KeyFile: filepath.Join(dir, "bare.key")})
+	for _, inside := range []string{"log.key", "deeper/log.key", "../log/log.key", "../link/log.key", "../link/new/log.key", "../log.link"} {
 		refused("a key inside the data", "lies in the data directory", embed.Options{Dir: o.Dir, KeyFile: filepath.Join(o.Dir, inside)})
 	}
 	write(string(key), 0o600)

@@ -43,6 +43,9 @@ func (g *gateway) addAdmin(ctx context.Context, ln net.Listener) error {
 	if err := g.metrics.watchLog(l); err != nil {
 		return err
 	}
+	if !g.roles[bus.RoleEdge] { // where there is an edge, it watches
+		g.workers = append(g.workers, part{"watch", func(ctx context.Context) error { return l.Watch(ctx, time.Second) }})
+	}
 	token, err := g.token()
 	if err != nil {
 		return err
@@ -52,7 +55,7 @@ func (g *gateway) addAdmin(ctx context.Context, ln net.Listener) error {
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
 		if what := g.notReady(); what != "" {
-			http.Error(w, what+" is not ready", http.StatusServiceUnavailable)
+			http.Error(w, "not ready: "+what, http.StatusServiceUnavailable)
 			return
 		}
 		_, _ = fmt.Fprintln(w, "ready")

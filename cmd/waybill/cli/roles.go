@@ -244,6 +244,9 @@ func (g *gateway) notReady() string {
 		if !l.Connected() {
 			return "log"
 		}
+		if why := l.Stuck(); why != "" {
+			return why
+		}
 	}
 	return ""
 }
