@@ -86,9 +86,9 @@ func (r *run) recall(ctx context.Context) (past, error) {
 }
 
 // claim makes this run the owner of the call: the only one that may call its
-// upstream. It returns when the log has said who owns it. It does not give up
-// with ctx: a claim that is stored and not known to be would cost the call its
-// outcome.
+// upstream. It returns when the log has said who owns it, and errClaim when the
+// log will not have a claim at all. It does not give up with ctx: a claim that
+// is stored and not known to be would cost the call its outcome.
 func (r *run) claim(ctx context.Context) (bool, error) {
 	if r.claimed {
 		return true, nil
@@ -101,6 +101,9 @@ func (r *run) claim(ctx context.Context) (bool, error) {
 	ctx, cancel := sure(ctx, r.d.endTime())
 	defer cancel()
 	receipt, err := r.emit(ctx, r.e.Next(&schemas.Started{Attempt: 1, By: r.by}, nil))
+	if refused(err) {
+		return false, fmt.Errorf("%w: %w", errClaim, err)
+	}
 	if err != nil {
 		return false, fmt.Errorf("claiming the call: %w", err)
 	}

@@ -203,6 +203,9 @@ func (d *Dispatcher) Handle(ctx context.Context, e schemas.Event, emit schemas.E
 	if errors.Is(err, errEnded) {
 		return nil
 	}
+	if errors.Is(err, errClaim) {
+		end, err = failed(schemas.FailInternal, err.Error()), nil
+	}
 	if err == nil {
 		err = r.finish(ctx, end)
 	}
@@ -230,6 +233,24 @@ var (
 
 // errEnded: the log has an ending of the call, nothing is left to do.
 var errEnded = errors.New("the call has ended")
+
+// errClaim: the log refuses the claim for good, so that nobody may ever call
+// the upstream.
+var errClaim = errors.New("the call cannot be claimed")
+
+// refused tells whether the log has refused an event for good: to try again
+// with the same event is to try for ever.
+func refused(err error) bool {
+	return errors.Is(err, schemas.ErrTooLarge) || errors.Is(err, schemas.ErrInvalid)
+}
+
+// refusedAs is the fault of an upstream whose words made the log refuse an event.
+func refusedAs(err error) FaultKind {
+	if errors.Is(err, schemas.ErrTooLarge) {
+		return TooLarge
+	}
+	return Garbled
+}
 
 // run is one run of Handle. It belongs to one goroutine.
 type run struct {
@@ -579,20 +600,11 @@ func (r *run) finish(ctx context.Context, end ending) error {
 			return err
 		}
 	}
-	s := schemas.Summary{
-		Target:      r.a.Target,
-		RequestedAt: r.a.RequestedAt, AuthorizedAt: r.e.Stored, UpstreamAt: r.upstreamAt,
-		Attempts: r.attempts, Chunks: r.chunks, ChunksSHA256: r.digest.hex(), By: r.by,
+	receipt, err := r.end(ctx, end)
+	if refused(err) {
+		end = end.instead(err)
+		receipt, err = r.end(ctx, end)
 	}
-	switch p := end.data.(type) {
-	case *schemas.Completed:
-		p.Summary = s
-	case *schemas.Failed:
-		p.Summary = s
-	case *schemas.Cancelled:
-		p.Summary = s
-	}
-	receipt, err := r.emit(ctx, r.e.Next(end.data, end.body))
 	if err != nil {
 		return fmt.Errorf("ending the call: %w", err)
 	}
@@ -606,13 +618,47 @@ func (r *run) finish(ctx context.Context, end ending) error {
 	return r.keep(ctx, first, end)
 }
 
-// keep stores the answer of a call that another run has ended: late, but never
-// lost.
+// end stores the ending with its summary.
+func (r *run) end(ctx context.Context, end ending) (schemas.Receipt, error) {
+	s := schemas.Summary{
+		Target:      r.a.Target,
+		RequestedAt: r.a.RequestedAt, AuthorizedAt: r.e.Stored, UpstreamAt: r.upstreamAt,
+		Attempts: r.attempts, Chunks: r.chunks, ChunksSHA256: r.digest.hex(), By: r.by,
+	}
+	switch p := end.data.(type) {
+	case *schemas.Completed:
+		p.Summary = s
+	case *schemas.Failed:
+		p.Summary = s
+	case *schemas.Cancelled:
+		p.Summary = s
+	}
+	return r.emit(ctx, r.e.Next(end.data, end.body))
+}
+
+// instead is the ending for one that the log has refused. A failure stays what
+// it was, since its code says whether the upstream has acted.
+func (e ending) instead(err error) ending {
+	code := verdicts[refusedAs(err)].code
+	if f, ok := e.data.(*schemas.Failed); ok {
+		code = f.Code
+	}
+	return failed(code, fmt.Sprintf("the log refused a %s: %v", e.data.Kind(), err))
+}
+
+// keep stores the answer of a call that another run has ended: late, but not
+// lost, unless the log cannot hold it.
 func (r *run) keep(ctx context.Context, first schemas.Event, end ending) error {
 	if _, answered := end.data.(*schemas.Completed); !answered || endedBy(first) == r.by {
 		return nil
 	}
-	if _, err := r.emit(ctx, r.e.Next(&schemas.Late{Target: r.a.Target, By: r.by}, end.body)); err != nil {
+	_, err := r.emit(ctx, r.e.Next(&schemas.Late{Target: r.a.Target, By: r.by}, end.body))
+	if refused(err) {
+		// The call has its ending. Delivered again it would only be asked again.
+		r.d.opt.Log.Error("a late answer is lost", "session", r.e.Session, "call", r.e.Call, "kind", schemas.KindLate, "error", err)
+		return nil
+	}
+	if err != nil {
 		return fmt.Errorf("keeping the late answer: %w", err)
 	}
 	return nil
@@ -640,6 +686,9 @@ func (r *run) progress(ctx context.Context, msg []byte) error {
 			}
 		}
 		receipt, err := r.emit(ctx, r.e.Next(&schemas.Progressed{Index: r.chunks, By: r.by}, msg))
+		if refused(err) {
+			return faultf(refusedAs(err), "message %d of the upstream: %w", r.chunks, err)
+		}
 		if err == nil && receipt.Duplicate {
 			var there schemas.Event
 			if there, err = r.d.opt.Load(ctx, receipt.Seq); err == nil {
