@@ -11,12 +11,13 @@
 //	Authorization          401   a wrong token is never taken for none
 //	Content-Type, -Encoding 415
 //	in flight              503 for the gateway, 429 for the tenant
+//	bytes of bodies        503 for the gateway, 429 for the tenant
 //	body                   413, 408, 400
 //
 // Only then the adapter sees it, with its body whole in memory. So whatever
 // reaches an adapter has a [Principal], and nothing that is slow, too large or
-// cut off costs more than a place among the calls in flight. Every refusal is
-// JSON that says what to do, and is counted by its [Cause].
+// cut off costs more than a place among the calls in flight and its share of
+// the bytes that bodies may take. Every refusal is JSON that says what to do, and is counted by its [Cause].
 //
 // Begin with [New] and [Server.Run].
 package edge
@@ -30,7 +31,6 @@ import (
 	"net"
 	"net/http"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"waybill.dev/schemas"
@@ -63,7 +63,17 @@ type Options struct {
 	MaxBody           int64 // bytes; default 4 MiB
 	MaxInFlight       int   // calls, streams among them; default 4096
 	MaxInFlightTenant int   // the same for one tenant; default half of MaxInFlight
-	MaxConns          int   // open connections; the next are closed at once; default 4 × MaxInFlight
+
+	// MaxBodies bounds the bytes of the bodies of all calls in flight, and
+	// MaxBodiesTenant those of one tenant's; without them memory would be
+	// bounded by MaxInFlight × MaxBody only, which no machine has. A body's
+	// bytes are taken before it is read, MaxBody of them when its length is
+	// not said, and held until its call ends. Neither can be less than MaxBody,
+	// so that what may be sent at all can be sent when nothing else is there.
+	MaxBodies       int64 // default 128 MiB
+	MaxBodiesTenant int64 // default half of MaxBodies
+
+	MaxConns int // open connections; the next are closed at once; default 4 × MaxInFlight
 
 	HeaderTimeout time.Duration // until the header has come; default 10 s
 	BodyTimeout   time.Duration // from there until the body has come, however slowly; default 30 s
@@ -103,7 +113,8 @@ type Server struct {
 	hosts map[string]bool
 	orig  map[string]bool
 
-	tenants map[schemas.Tenant]*atomic.Int64 // in flight; the keys are fixed
+	bodies  budget                     // bytes of all bodies in flight
+	tenants map[schemas.Tenant]*tenant // the keys are fixed
 
 	// draining is closed first, when new calls are refused; cut ends the
 	// context of what is still running DrainTimeout later.
@@ -123,9 +134,10 @@ func New(o Options, routes ...Route) (*Server, error) {
 	s := &Server{
 		o: o, mux: http.NewServeMux(),
 		hosts: map[string]bool{}, orig: map[string]bool{},
-		tenants:  map[schemas.Tenant]*atomic.Int64{},
+		tenants:  map[schemas.Tenant]*tenant{},
 		draining: make(chan struct{}),
 	}
+	s.bodies.most = o.MaxBodies
 	s.base, s.cut = context.WithCancelCause(context.Background())
 	s.base = context.WithValue(s.base, drainKey{}, s.draining)
 	for _, h := range o.Hosts {
@@ -154,7 +166,7 @@ func New(o Options, routes ...Route) (*Server, error) {
 			return nil, fmt.Errorf("principal %s/%s: %w", p.Tenant, p.Agent, err)
 		}
 		if s.tenants[p.Tenant] == nil {
-			s.tenants[p.Tenant] = new(atomic.Int64)
+			s.tenants[p.Tenant] = &tenant{bodies: budget{most: o.MaxBodiesTenant}}
 		}
 	}
 	for _, route := range routes {
@@ -180,6 +192,14 @@ func (o Options) withDefaults() Options {
 	if o.MaxInFlightTenant <= 0 {
 		o.MaxInFlightTenant = max(1, o.MaxInFlight/2)
 	}
+	if o.MaxBodies <= 0 {
+		o.MaxBodies = 128 << 20
+	}
+	o.MaxBodies = max(o.MaxBodies, o.MaxBody)
+	if o.MaxBodiesTenant <= 0 {
+		o.MaxBodiesTenant = o.MaxBodies / 2
+	}
+	o.MaxBodiesTenant = max(o.MaxBodiesTenant, o.MaxBody)
 	if o.MaxConns <= 0 {
 		o.MaxConns = 4 * o.MaxInFlight
 	}

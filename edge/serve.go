@@ -78,11 +78,18 @@ func (s *Server) serve(hw http.ResponseWriter, r *http.Request, route Route) {
 		return
 	}
 	defer leave()
+	taken, f := s.reserve(w, r, p)
+	if f.yes() {
+		s.refuse(w, r, route, f)
+		return
+	}
+	defer func() { taken.shrink(0) }()
 	body, f := s.readBody(w, r)
 	if f.yes() {
 		s.refuse(w, r, route, f)
 		return
 	}
+	taken.shrink(int64(len(body)))
 	// The connection is read on from here only to see the client leave.
 	_ = w.rc.SetReadDeadline(time.Time{})
 	r.Body = &whole{*bytes.NewReader(body), body}
@@ -97,7 +104,7 @@ func (s *Server) enter(w http.ResponseWriter, p Principal) (leave func(), f refu
 		retryAfter(w, 1)
 		return nil, refusal{http.StatusServiceUnavailable, CauseInFlight, fmt.Sprintf("the gateway has %d calls in flight and takes no more: try again", s.o.MaxInFlight)}
 	}
-	mine := s.tenants[p.Tenant]
+	mine := &s.tenants[p.Tenant].inFlight
 	if mine.Add(1) > int64(s.o.MaxInFlightTenant) {
 		mine.Add(-1)
 		s.stats.inFlight.Add(-1)
@@ -111,17 +118,47 @@ func (s *Server) enter(w http.ResponseWriter, p Principal) (leave func(), f refu
 	}, refusal{}
 }
 
-// readBody reads the body whole, within MaxBody and BodyTimeout.
+// reserve takes the bytes that the body will have, before any of it is read.
+func (s *Server) reserve(w http.ResponseWriter, r *http.Request, p Principal) (share, refusal) {
+	n := r.ContentLength
+	switch {
+	case n == 0:
+		return share{}, refusal{}
+	case n > s.o.MaxBody:
+		return share{}, s.tooLarge()
+	case n < 0: // chunked
+		n = s.o.MaxBody
+	}
+	taken, ok, ofTenant := s.take(s.tenants[p.Tenant], n)
+	if ok {
+		return taken, refusal{}
+	}
+	retryAfter(w, 1)
+	if ofTenant {
+		return share{}, refusal{http.StatusTooManyRequests, CauseBodyBudgetTenant, fmt.Sprintf("the bodies of the calls that the tenant %s has in flight leave no room for this one, of %d bytes in all: try again when one has ended", p.Tenant, s.o.MaxBodiesTenant)}
+	}
+	return share{}, refusal{http.StatusServiceUnavailable, CauseBodyBudget, fmt.Sprintf("the bodies of the calls in flight leave no room for this one, of %d bytes in all: try again", s.o.MaxBodies)}
+}
+
+// readBody reads the body whole, within what [Server.reserve] took and
+// BodyTimeout.
 func (s *Server) readBody(w http.ResponseWriter, r *http.Request) ([]byte, refusal) {
 	if r.ContentLength == 0 {
 		return nil, refusal{}
 	}
-	if r.ContentLength > s.o.MaxBody {
-		return nil, s.tooLarge()
+	// A length that is only promised buys no memory. Once the beginning has
+	// come the rest gets its place in one piece: a buffer that doubles would
+	// take, with what it leaves behind, several times the body.
+	const beginning = 64 << 10
+	buf := bytes.NewBuffer(make([]byte, 0, min(max(r.ContentLength+bytes.MinRead, 1<<10), beginning+bytes.MinRead)))
+	in := http.MaxBytesReader(w, r.Body, s.o.MaxBody)
+	_, err := buf.ReadFrom(io.LimitReader(in, beginning))
+	if err == nil && buf.Len() == beginning {
+		if rest := r.ContentLength - beginning; rest > 0 {
+			buf.Grow(int(rest) + bytes.MinRead)
+		}
+		_, err = buf.ReadFrom(in)
 	}
-	// A length that is only promised buys no memory.
-	buf := bytes.NewBuffer(make([]byte, 0, min(max(r.ContentLength+bytes.MinRead, 1<<10), 64<<10)))
-	_, err := buf.ReadFrom(http.MaxBytesReader(w, r.Body, s.o.MaxBody))
 	var over *http.MaxBytesError
 	switch {
 	case err == nil:
@@ -266,6 +303,8 @@ func (w *muxWriter) WriteHeader(status int) {
 	w.done = true
 	f := refusal{status, CausePath, "nothing is served at this path"}
 	switch status {
+	case http.StatusBadRequest: // OPTIONS *
+		f.status = http.StatusNotFound
 	case http.StatusMethodNotAllowed:
 		f = refusal{status, CauseMethod, fmt.Sprintf("the method %s is not served at this path", cut(w.r.Method))}
 	case http.StatusMovedPermanently, http.StatusTemporaryRedirect, http.StatusPermanentRedirect:

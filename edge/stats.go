@@ -23,6 +23,8 @@ const (
 	CauseContent
 	CauseInFlight
 	CauseInFlightTenant
+	CauseBodyBudget
+	CauseBodyBudgetTenant
 	CauseBodySize
 	CauseBodyTimeout
 	CauseBody
@@ -32,7 +34,7 @@ const (
 
 var causeNames = [causes]string{
 	"host", "origin", "path", "method", "draining", "token", "content_type",
-	"in_flight", "in_flight_tenant", "body_size", "body_timeout", "body", "connections",
+	"in_flight", "in_flight_tenant", "body_budget", "body_budget_tenant", "body_size", "body_timeout", "body", "connections",
 }
 
 func (c Cause) String() string { return causeNames[c] }
@@ -42,6 +44,7 @@ type Stats struct {
 	Connections int64
 	InFlight    int64                    // calls given to a route, streams among them
 	Tenants     map[schemas.Tenant]int64 // in flight, of each
+	Bodies      int64                    // bytes taken by the bodies of calls in flight
 	Served      uint64                   // calls that a route has ended
 	Panics      uint64
 	Refused     map[Cause]uint64 // every cause is present
@@ -60,12 +63,13 @@ func (s *Server) Stats() Stats {
 		Connections: s.conns.open.Load(),
 		InFlight:    s.stats.inFlight.Load(),
 		Tenants:     make(map[schemas.Tenant]int64, len(s.tenants)),
+		Bodies:      s.bodies.used.Load(),
 		Served:      s.stats.served.Load(),
 		Panics:      s.stats.panics.Load(),
 		Refused:     make(map[Cause]uint64, causes),
 	}
 	for t, n := range s.tenants {
-		st.Tenants[t] = n.Load()
+		st.Tenants[t] = n.inFlight.Load()
 	}
 	for c := range s.stats.refused {
 		st.Refused[Cause(c)] = s.stats.refused[c].Load()
