@@ -31,6 +31,7 @@ type caller struct {
 	late   *time.Timer  // nil without a deadline
 	cancel context.CancelCauseFunc
 	next   int  // index of the next progressed event
+	heard  bool // something was emitted, so the request was stored
 	ended  bool // the answer has been given
 }
 
@@ -62,6 +63,7 @@ func (c *caller) emit(_ context.Context, e schemas.Event) (schemas.Receipt, erro
 	if c.ended {
 		return schemas.Receipt{}, nil
 	}
+	c.heard = true
 	switch d := e.Data.(type) {
 	case *schemas.Progressed:
 		// A client that takes JSON only is not told of progress.
@@ -114,7 +116,7 @@ func (c *caller) finish(ctx context.Context, err error) {
 		if err != nil && cause == nil {
 			log(slog.LevelWarn, "error after the answer")
 		}
-	case errors.Is(err, schemas.ErrOverloaded), errors.Is(err, schemas.ErrTooLarge):
+	case errors.Is(err, schemas.ErrOverloaded), errors.Is(err, schemas.ErrTooLarge), errors.Is(err, schemas.ErrInvalid) && !c.heard:
 		c.notStored(err)
 	case errors.Is(cause, edge.ErrDraining):
 		c.drain()
@@ -147,6 +149,11 @@ func (c *caller) notStored(err error) {
 		f.reason = string(schemas.FailOverloaded)
 	case errors.Is(err, schemas.ErrTooLarge):
 		f = tooLargeToStore
+	case errors.Is(err, schemas.ErrInvalid):
+		// What check lets pass should make a sound event.
+		c.a.o.Log.LogAttrs(context.Background(), slog.LevelWarn, "request makes no sound event", slog.Any("call", c.call), slog.Any("error", err))
+		f = failures[schemas.FailInvalid]
+		f.reason = string(schemas.FailInvalid)
 	default:
 		c.a.o.Log.LogAttrs(context.Background(), slog.LevelError, "cannot store", slog.Any("call", c.call), slog.Any("error", err))
 	}

@@ -160,10 +160,11 @@ func visible(s string) bool {
 	return true
 }
 
-// Bounds of the Mcp-Param-* headers of one request.
+// Bounds of the Mcp-Param-* headers of one request, which go into the envelope
+// of its event as the name does (see [maxName]).
 const (
 	maxParams     = 64
-	maxParamBytes = 16 << 10
+	maxParamBytes = 8 << 10
 )
 
 // paramHeaders takes along all Mcp-Param-* headers, known or not, as they are.
@@ -186,7 +187,7 @@ func paramHeaders(h http.Header) (map[string]string, *reply) {
 		}
 		out[name] = v
 		if size += len(name) + len(v); size > maxParamBytes || len(out) > maxParams {
-			return nil, mismatch("Mcp-Param headers: at most %d, of %d bytes together", maxParams, maxParamBytes)
+			return nil, mismatch("there may be at most %d Mcp-Param headers, with names and values of %d bytes together", maxParams, maxParamBytes)
 		}
 	}
 	return out, nil

@@ -54,7 +54,7 @@ var failures = map[schemas.Failure]reply{
 // What can happen to a call at this edge, beside the failures of the others.
 var (
 	tooLargeToStore = reply{status: 413, code: jsonrpc.CodeInvalidRequest, reason: "request_too_large",
-		message: "The request is larger than the log can hold. The call was not carried out."}
+		message: "The request is larger than the log can hold: its body, or its name and Mcp-Param headers together. The call was not carried out."}
 	cannotStore = reply{status: 503, code: jsonrpc.CodeInternalError, reason: "not_stored", retry: 1,
 		message: "The gateway cannot write to its log. The call was not carried out; try again later."}
 	lostTrack = reply{status: 200, code: jsonrpc.CodeInternalError, reason: "lost",

@@ -178,6 +178,8 @@ func scripted(script string, saw func(schemas.Event)) schemas.Handler {
 				switch rest {
 				case "overloaded":
 					return fmt.Errorf("secret: %w", schemas.ErrOverloaded)
+				case "invalid":
+					return fmt.Errorf("secret: %w", schemas.ErrInvalid)
 				case "too large":
 					return fmt.Errorf("secret: %w", schemas.ErrTooLarge)
 				}

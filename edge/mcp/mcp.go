@@ -32,6 +32,7 @@ package mcp
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/http"
 	"time"
@@ -53,7 +54,8 @@ type Options struct {
 	// Ask is the rest of the gateway. It is given a requested event and emits
 	// what is addressed to the caller, from its own goroutine, the ending last.
 	// An error that wraps [schemas.ErrOverloaded] or [schemas.ErrTooLarge] means
-	// that the request was not stored. When its context ends before the call
+	// that the request was not stored, and so does [schemas.ErrInvalid] when
+	// nothing was emitted. When its context ends before the call
 	// does, Ask stores the wish to cancel.
 	Ask schemas.Handler
 
@@ -201,11 +203,14 @@ func (a *Adapter) open(ctx context.Context, e schemas.Event, s session) error {
 	return nil
 }
 
-// Sizes of what goes into the envelope of an event.
+// Sizes of what goes into the envelope of an event. It travels in a header of
+// JetStream, which takes no more than 64 KiB of them, and in JSON a character
+// such as "<" becomes six. So a name has at most 24 KiB there; what is too much
+// together, with the Mcp-Param headers, the log refuses ([schemas.ErrTooLarge]).
 const (
 	maxServer = 256
 	maxMethod = 256
-	maxName   = 8 << 10
+	maxName   = 4 << 10
 	maxID     = 1 << 10
 )
 
@@ -215,11 +220,11 @@ func bounds(r *schemas.Requested, id []byte) *reply {
 		denied := deniedReply(r.Target) // like any other name that is not served
 		return &denied
 	case len(r.Method) > maxMethod:
-		return &reply{status: http.StatusBadRequest, code: jsonrpc.CodeInvalidRequest, message: "The method is too long."}
+		return &reply{status: http.StatusBadRequest, code: jsonrpc.CodeInvalidRequest, message: fmt.Sprintf("The method may have at most %d bytes.", maxMethod)}
 	case len(r.Name) > maxName:
-		return &reply{status: http.StatusBadRequest, code: jsonrpc.CodeInvalidParams, message: "The name is too long."}
+		return &reply{status: http.StatusBadRequest, code: jsonrpc.CodeInvalidParams, message: fmt.Sprintf("The name (of a tool or prompt, the uri of a resource, a taskId) may have at most %d bytes.", maxName)}
 	case len(id) > maxID:
-		return &reply{status: http.StatusBadRequest, code: jsonrpc.CodeInvalidRequest, message: "The id is too long."}
+		return &reply{status: http.StatusBadRequest, code: jsonrpc.CodeInvalidRequest, message: fmt.Sprintf("The id may have at most %d bytes.", maxID)}
 	}
 	return nil
 }

@@ -187,6 +187,28 @@ func TestPanic(t *testing.T) {
 	}
 }
 
+// What goes into the envelope is bounded, and who is beyond the bound is told it.
+func TestBounds(t *testing.T) {
+	s := newServer(t, mcp.Options{Ask: answering(callAnswer)})
+	for name, c := range map[string]struct {
+		name, param int // bytes
+		want        string
+	}{
+		"at the bounds":   {4 << 10, 8<<10 - len("Mcp-Param-P"), `"result"`},
+		"name beyond":     {4<<10 + 1, 0, "may have at most 4096 bytes"},
+		"param beyond":    {4 << 10, 8<<10 + 1 - len("Mcp-Param-P"), "values of 8192 bytes together"},
+		"nearly a header": {10, 40 << 10, "values of 8192 bytes together"},
+	} {
+		tool := strings.Repeat("<", c.name)
+		w := httptest.NewRecorder()
+		post(t, s, w, "POST /mcp/everything HTTP/1.1\nMcp-Method: tools/call\nMcp-Name: "+tool+"\nMcp-Param-P: "+strings.Repeat("<", c.param)+"\n\n"+
+			`{"jsonrpc":"2.0","id":7,"method":"tools/call","params":{"name":"`+tool+`",$META}}`)
+		if (w.Code == 200) != (name == "at the bounds") || w.Code != 200 && w.Code != 400 || !strings.Contains(w.Body.String(), c.want) {
+			t.Errorf("%s: %d %s", name, w.Code, w.Body)
+		}
+	}
+}
+
 func dial(t *testing.T, addr, request string) net.Conn {
 	t.Helper()
 	conn, err := net.Dial("tcp", addr)
