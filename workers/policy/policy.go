@@ -95,8 +95,9 @@ func New(o Options) (*Policy, error) {
 }
 
 // Handle is the [schemas.Handler] for requested events; it leaves the others
-// alone. It emits exactly one of authorized, denied and failed (expired), or
-// nothing when the log already holds a decision or an ending of the call. It
+// alone. It emits exactly one of authorized, denied and failed (expired, or
+// invalid when the log refuses the decision for good), or nothing when the log
+// already holds a decision or an ending of the call. It
 // returns an error, and so is called again, only when the log could not be
 // read or written; a call is never let through on an error.
 func (p *Policy) Handle(ctx context.Context, e schemas.Event, emit schemas.Emit) error {
@@ -118,10 +119,39 @@ func (p *Policy) Handle(ctx context.Context, e schemas.Event, emit schemas.Emit)
 		}
 	}
 	next := e.Next(p.decision(e, q, expired))
-	if _, err := emit(ctx, next); err != nil {
+	_, err := emit(ctx, next)
+	if errors.Is(err, schemas.ErrTooLarge) || errors.Is(err, schemas.ErrInvalid) {
+		err = p.refused(ctx, e, q, next.Kind(), emit, err)
+	}
+	if err != nil {
 		return fmt.Errorf("store %s for call %s: %w", next.Kind(), e.Call, err)
 	}
 	return nil
+}
+
+// refused ends a call whose decision the log refuses for good, so that it is
+// never carried out. An earlier delivery may have had other rules, whose
+// decision was not refused; that one stands.
+func (p *Policy) refused(ctx context.Context, e schemas.Event, q *schemas.Requested, k schemas.Kind, emit schemas.Emit, why error) error {
+	if k == schemas.KindFailed {
+		return why // nothing smaller is left to say
+	}
+	past, err := p.past(ctx, e)
+	if err != nil {
+		return fmt.Errorf("%w; read the past: %w", why, err)
+	}
+	if settled(past, e.Call) {
+		return nil
+	}
+	p.log.Error("the log refuses a decision", "session", e.Session, "call", e.Call, "kind", k, "error", why)
+	detail := "the log refuses the decision, which is too large"
+	if errors.Is(why, schemas.ErrInvalid) {
+		detail = "the log refuses the decision, which is no valid event"
+	}
+	_, err = emit(ctx, e.Next(&schemas.Failed{
+		Summary: schemas.Summary{Target: q.Target, RequestedAt: e.Stored}, Code: schemas.FailInvalid, Detail: detail,
+	}, nil))
+	return err
 }
 
 // settled tells whether policy has nothing left to say of the call. A cancel

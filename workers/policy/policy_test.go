@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"log/slog"
 	"reflect"
 	"strings"
@@ -192,6 +193,62 @@ func TestHandleFails(t *testing.T) {
 		if len(ids) != 2 || ids[0] != ids[1] || ids[0] != "c1/decision/1" {
 			t.Errorf("deliveries decide under %v", ids)
 		}
+	}
+}
+
+// TestRefused: a decision that the log refuses for good ends the call, which
+// nobody may carry out; unless an earlier delivery decided otherwise.
+func TestRefused(t *testing.T) {
+	yes, no := call("tools/call", "read"), call("tools/call", "write")
+	decided := yes.Next(&schemas.Authorized{Decision: schemas.Decision{N: 1}}, nil)
+	broken := errors.New("no answer")
+	for _, tt := range []struct {
+		name    string
+		e       schemas.Event
+		after   time.Duration
+		why     error
+		past    []schemas.Event
+		unread  error // of the past
+		again   error // of the second event
+		failed  bool
+		returns error
+	}{
+		{"authorized, too large", yes, 0, schemas.ErrTooLarge, nil, nil, nil, true, nil},
+		{"authorized, invalid", yes, 0, schemas.ErrInvalid, nil, nil, nil, true, nil},
+		{"denied, too large", no, 0, schemas.ErrTooLarge, nil, nil, nil, true, nil},
+		{"denied, invalid", no, 0, schemas.ErrInvalid, nil, nil, nil, true, nil},
+		{"decided before", yes, 0, schemas.ErrTooLarge, []schemas.Event{yes, decided}, nil, nil, false, nil},
+		{"past unreadable", yes, 0, schemas.ErrTooLarge, nil, broken, nil, false, broken},
+		{"ending not stored", yes, 0, schemas.ErrTooLarge, nil, nil, broken, true, broken},
+		{"ending refused", yes, 0, schemas.ErrTooLarge, nil, nil, schemas.ErrTooLarge, true, schemas.ErrTooLarge},
+		{"expired, refused", yes, time.Hour, schemas.ErrTooLarge, nil, nil, nil, false, schemas.ErrTooLarge},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p := newPolicy(t, compile(t, Allow{Agents: []string{"*"}, Servers: []string{"*"}, Tools: []string{"read"}})...)
+			p.now = func() time.Time { return tt.e.Stored.Add(tt.after) }
+			p.past = func(context.Context, schemas.Event) ([]schemas.Event, error) { return tt.past, tt.unread }
+			var out []schemas.Event
+			err := p.Handle(t.Context(), tt.e, func(_ context.Context, e schemas.Event) (schemas.Receipt, error) {
+				if out = append(out, e); len(out) > 1 {
+					return schemas.Receipt{}, tt.again
+				}
+				return schemas.Receipt{}, fmt.Errorf("publish: %w: %s", tt.why, strings.Repeat("x", 1000))
+			})
+			if !errors.Is(err, tt.returns) || tt.returns == nil && err != nil {
+				t.Errorf("returns %v, want %v", err, tt.returns)
+			}
+			if (len(out) == 2) != tt.failed {
+				t.Fatalf("emits %d events", len(out))
+			}
+			if !tt.failed {
+				return
+			}
+			f, ok := out[1].Data.(*schemas.Failed)
+			if !ok || f.Code != schemas.FailInvalid || f.Name != tt.e.Data.(*schemas.Requested).Name || f.RequestedAt != tt.e.Stored ||
+				f.Detail == "" || len(f.Detail) > 100 || out[1].Body != nil {
+				t.Errorf("%+v", out[1])
+			}
+		})
 	}
 }
 
