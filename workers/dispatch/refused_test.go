@@ -70,7 +70,9 @@ func TestRefusedClaimOfExpired(t *testing.T) {
 // A failure that is refused keeps its code: it says whether anything happened.
 func TestRefusedFailure(t *testing.T) {
 	r := newRig(t, nil)
-	r.use(r.d, func(context.Context, Call, func([]byte) error) (Answer, error) { return Answer{}, faultf(Unsent, "no way") })
+	r.use(r.d, func(context.Context, Call, func([]byte) error) (Answer, error) {
+		return Answer{}, faultf(Unsent, "no way")
+	})
 	tries := 0
 	r.log.fail = func(e schemas.Event) error {
 		if e.Kind() == schemas.KindFailed {
