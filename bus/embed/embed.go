@@ -239,11 +239,11 @@ const keyCheck = "key.check"
 // KeyOutside refuses a key file that lies in a directory it is to protect,
 // there or behind symbolic links. Neither needs to exist.
 func KeyOutside(file, dir string) error {
-	at, err := real(file, 0)
+	at, err := resolve(filepath.Clean(file), 0)
 	if err != nil {
 		return err
 	}
-	in, err := real(dir, 0)
+	in, err := resolve(filepath.Clean(dir), 0)
 	if err != nil {
 		return err
 	}
@@ -253,9 +253,9 @@ func KeyOutside(file, dir string) error {
 	return nil
 }
 
-// real is an absolute path without symbolic links, of which the end may not
-// exist yet.
-func real(path string, links int) (string, error) {
+// resolve takes the symbolic links out of an absolute path, of which the end may
+// not exist yet.
+func resolve(path string, links int) (string, error) {
 	whole, err := filepath.EvalSymlinks(path)
 	if !errors.Is(err, os.ErrNotExist) {
 		return whole, err
@@ -269,9 +269,9 @@ func real(path string, links int) (string, error) {
 		if !filepath.IsAbs(to) {
 			to = parent + to
 		}
-		return real(to, links+1)
+		return resolve(to, links+1)
 	}
-	if parent, err = real(parent, links); err != nil {
+	if parent, err = resolve(parent, links); err != nil {
 		return "", err
 	}
 	return filepath.Join(parent, name), nil
