@@ -60,7 +60,7 @@ func kills(t *testing.T, n int, env ...string) {
 		}
 	}
 	for i := range n {
-		<-time.After(50*time.Millisecond + time.Duration(chance.Int64N(int64(350*time.Millisecond))))
+		c.made(t, 40+chance.IntN(240))
 		last := i == n-1
 		if i%10 == 9 {
 			l.read(t, g) // all this has been seen in the log and must stay
@@ -150,7 +150,7 @@ func TestDrain(t *testing.T) {
 	var replies []reply
 	for round := range 3 {
 		c := callers(t, g, 64, uint64(round))
-		<-time.After(700 * time.Millisecond)
+		c.made(t, 400)
 		// They go on calling while the gateway is on its way out.
 		leave := time.AfterFunc(100*time.Millisecond, func() { c.shut(true) })
 		if err := g.Stop(); err != nil {
@@ -221,6 +221,9 @@ type crowd struct {
 	stop  bool
 	ended []reply
 	work  sync.WaitGroup
+
+	awaited int           // how many are to have ended …
+	enough  chan struct{} // … when this is closed; nil if nobody waits
 }
 
 // callers starts n callers, who call until the door is shut for good. One who
@@ -252,13 +255,30 @@ func callers(t *testing.T, g *gateway.Gateway, n int, seed uint64) *crowd {
 				}
 				r := ask(t.Context(), g, what)
 				c.mu.Lock()
-				c.ended = append(c.ended, r)
+				if c.ended = append(c.ended, r); c.enough != nil && len(c.ended) >= c.awaited {
+					close(c.enough)
+					c.enough = nil
+				}
 				c.mu.Unlock()
 			}
 		})
 	}
 	t.Cleanup(func() { c.shut(true); c.open(); c.work.Wait() })
 	return c
+}
+
+// made waits until n more calls have ended, well or not.
+func (c *crowd) made(t *testing.T, n int) {
+	t.Helper()
+	enough := make(chan struct{})
+	c.mu.Lock()
+	c.awaited, c.enough = len(c.ended)+n, enough
+	c.mu.Unlock()
+	select {
+	case <-enough:
+	case <-time.After(time.Minute * slowdown):
+		t.Fatalf("%d calls have not ended in time", n)
+	}
 }
 
 // enter waits for the door and tells whether there is another call to make.
