@@ -14,12 +14,14 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	context.AfterFunc(ctx, stop) // a second Ctrl-C ends the process at once
+	terminal := isTerminal(os.Stdout)
 	os.Exit(cli.Run(ctx, os.Args[1:], cli.Env{
-		Program: os.Args[0], Getenv: os.Getenv, Stdout: os.Stdout, Stderr: os.Stderr, Terminal: isTerminal(os.Stdout),
+		Program: os.Args[0], Getenv: os.Getenv, Stdout: os.Stdout, Stderr: os.Stderr,
+		Terminal: terminal, Color: terminal && os.Getenv("NO_COLOR") == "",
 	}))
 }
 
 func isTerminal(f *os.File) bool {
 	st, err := f.Stat()
-	return err == nil && st.Mode()&os.ModeCharDevice != 0 && os.Getenv("NO_COLOR") == ""
+	return err == nil && st.Mode()&os.ModeCharDevice != 0
 }

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -8,13 +9,16 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/http/pprof"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"waybill.dev/bus"
@@ -50,7 +54,7 @@ func (g *gateway) addAdmin(ctx context.Context, ln net.Listener) error {
 	if err != nil {
 		return err
 	}
-	a := &admin{g: g, l: l, hash: sha256.Sum256([]byte(token))}
+	a := &admin{g: g, l: l, hash: sha256.Sum256([]byte(token)), window: 10_000}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
@@ -74,13 +78,13 @@ func (g *gateway) addAdmin(ctx context.Context, ln net.Listener) error {
 	}
 	base, cut := context.WithCancel(context.WithoutCancel(ctx))
 	srv := &http.Server{
-		Handler: localHost(ln.Addr(), mux), ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second,
+		Handler: impatient(localHost(ln.Addr(), mux)), ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second,
 		IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10,
 		BaseContext: func(net.Listener) context.Context { return base },
 	}
 	g.workers = append(g.workers, part{"admin", func(ctx context.Context) error {
 		failed := make(chan error, 1)
-		go func() { failed <- srv.Serve(ln) }()
+		go func() { failed <- srv.Serve(&few{Listener: ln, places: make(chan struct{}, adminConns)}) }()
 		select {
 		case err := <-failed:
 			cut()
@@ -103,18 +107,105 @@ func (g *gateway) addAdmin(ctx context.Context, ln net.Listener) error {
 func (g *gateway) token() (string, error) {
 	file := filepath.Join(g.c.Data, tokenFile)
 	b, err := os.ReadFile(file)
-	if err == nil && len(strings.TrimSpace(string(b))) >= 20 {
-		return strings.TrimSpace(string(b)), nil
+	if errors.Is(err, os.ErrNotExist) {
+		return newToken(file)
 	}
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err != nil {
 		return "", err
 	}
-	if err := os.MkdirAll(g.c.Data, 0o700); err != nil {
+	st, err := os.Stat(file)
+	if err != nil {
+		return "", err
+	}
+	if st.Mode().Perm()&0o077 != 0 {
+		return "", fmt.Errorf("%s can be read by others (mode %o): chmod 600, or delete it for a new token", file, st.Mode().Perm())
+	}
+	t := strings.TrimSpace(string(b))
+	if len(t) < 20 {
+		return "", fmt.Errorf("%s holds %d characters, and a token needs at least 20: delete it for a new one", file, len(t))
+	}
+	return t, nil
+}
+
+// newToken makes the file whole or not at all: half a token would keep the
+// gateway from starting.
+func newToken(file string) (string, error) {
+	if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
 		return "", err
 	}
 	t := rand.Text()
-	return t, os.WriteFile(file, []byte(t+"\n"), 0o600)
+	if err := os.WriteFile(file+".new", []byte(t+"\n"), 0o600); err != nil {
+		return "", err
+	}
+	return t, os.Rename(file+".new", file)
 }
+
+const (
+	adminConns = 256              // connections to the admin API at once
+	patience   = 30 * time.Second // with an operator who does not read what was asked for
+)
+
+// few is a listener that has so many places for connections. Who finds none
+// is told so, as far as that goes, and not kept waiting.
+type few struct {
+	net.Listener
+	places chan struct{}
+}
+
+// Accept waits for a connection that has a place.
+func (l *few) Accept() (net.Conn, error) {
+	for {
+		conn, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		select {
+		case l.places <- struct{}{}:
+			return &placed{Conn: conn, leave: sync.OnceFunc(func() { <-l.places })}, nil
+		default:
+			// The text fits into the buffer of a fresh connection.
+			_ = conn.SetWriteDeadline(time.Now().Add(time.Second))
+			_, _ = io.WriteString(conn, "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+			_ = conn.Close()
+		}
+	}
+}
+
+type placed struct {
+	net.Conn
+	leave func()
+}
+
+// Close gives the place back.
+func (c *placed) Close() error {
+	defer c.leave()
+	return c.Conn.Close()
+}
+
+// impatient cuts off who does not read, whichever handler it is: each write,
+// not the answer as a whole, has to be done in time.
+func impatient(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		rc := http.NewResponseController(w)
+		more := func() { _ = rc.SetWriteDeadline(time.Now().Add(patience)) } // it fails on a closed connection only
+		more()
+		next.ServeHTTP(deadlined{w, more}, r)
+		more() // for what is left in the buffer
+	})
+}
+
+type deadlined struct {
+	http.ResponseWriter
+	more func()
+}
+
+func (d deadlined) Write(b []byte) (int, error) {
+	d.more()
+	return d.ResponseWriter.Write(b)
+}
+
+// Unwrap is for http.ResponseController.
+func (d deadlined) Unwrap() http.ResponseWriter { return d.ResponseWriter }
 
 // localHost refuses requests that name a foreign host on a loopback listener:
 // a web page that has its name resolve to this machine.
@@ -141,6 +232,8 @@ type admin struct {
 	g    *gateway
 	l    *bus.Log
 	hash [sha256.Size]byte
+
+	window uint64 // events at the end of the log in which sessions are looked for first
 }
 
 // guard lets only the holder of the token in.
@@ -191,9 +284,6 @@ func (a *admin) sessions(w http.ResponseWriter, r *http.Request) {
 		a.fail(w, err)
 		return
 	}
-	if limit > 0 && len(lines) > limit {
-		lines = lines[len(lines)-limit:]
-	}
 	// Asked for one by one, at half a millisecond each: the counts of a whole
 	// log in one go hold it up for seconds (measured with 600,000 subjects).
 	w.Header().Set("Content-Type", "application/x-ndjson")
@@ -209,20 +299,21 @@ func (a *admin) sessions(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// opened lists at least the newest limit sessions, or all for 0, the newest
-// last. It looks at the end of the log first and further back only as long as
-// it must: reading a long log for its opened events loads all of it.
+// opened lists the newest limit sessions, or all for 0, the newest last. The
+// first opened of a session counts; a later one, which an edge that started
+// anew stores, repeats it. It looks at the end of the log first and further
+// back only as long as it must: reading a long log for its opened events loads
+// all of it.
 func (a *admin) opened(ctx context.Context, f bus.Filter, limit int) ([]sessionLine, error) {
 	last, err := a.l.Last(ctx)
 	if err != nil {
 		return nil, err
 	}
-	for window := uint64(10_000); ; window *= 4 {
+	for window := a.window; ; window *= 4 {
 		from := uint64(1)
 		if limit > 0 && window < last {
 			from = last - window
 		}
-		// The first opened of a session counts; a later one repeats it.
 		var lines []sessionLine
 		seen := map[schemas.SessionKey]bool{}
 		for e, err := range a.l.Read(ctx, f, from) {
@@ -242,10 +333,39 @@ func (a *admin) opened(ctx context.Context, f bus.Filter, limit int) ([]sessionL
 				Name: o.Name, Client: o.Client, Opened: e.Stored,
 			})
 		}
-		if from == 1 || len(lines) >= limit {
-			return lines, nil
+		if from == 1 {
+			return lines[max(0, len(lines)-cmp.Or(limit, len(lines))):], nil
+		}
+		if lines, err = a.within(ctx, lines, from, limit); err != nil || len(lines) == limit {
+			return lines, err
 		}
 	}
+}
+
+// within leaves of sessions the newest limit, at most, that were not opened
+// before from already.
+func (a *admin) within(ctx context.Context, lines []sessionLine, from uint64, limit int) ([]sessionLine, error) {
+	var kept []sessionLine
+	for _, line := range slices.Backward(lines) {
+		if len(kept) == limit {
+			break
+		}
+		f := bus.Filter{Tenant: line.Tenant, Session: line.Session, Kinds: []schemas.Kind{schemas.KindOpened}}
+		for e, err := range a.l.Read(ctx, f, 1) {
+			if errors.Is(err, bus.ErrUndecodable) {
+				continue
+			}
+			if err != nil {
+				return nil, err
+			}
+			if e.Seq >= from {
+				kept = append(kept, line)
+			}
+			break
+		}
+	}
+	slices.Reverse(kept)
+	return kept, nil
 }
 
 // session writes the events of one session.
@@ -309,8 +429,9 @@ func (a *admin) events(w http.ResponseWriter, r *http.Request) {
 		if err != nil {
 			line = map[string]any{"seq": e.Seq, "undecodable": err.Error()}
 		}
-		// A reader that is too slow is cut off; the log keeps what it missed.
-		if rc.SetWriteDeadline(time.Now().Add(30*time.Second)) != nil || out.Encode(line) != nil || rc.Flush() != nil {
+		// A reader that is too slow is cut off (see impatient); the log keeps
+		// what it missed.
+		if out.Encode(line) != nil || rc.Flush() != nil {
 			return
 		}
 	}

@@ -34,7 +34,7 @@ func auditTail(ctx context.Context, env Env, args []string) error {
 	// The stream has no end of its own.
 	over := fmt.Errorf("the gateway at %s ended the stream: what it stores from now on is not shown", c.base)
 	if *asJSON {
-		err = copyLines(ctx, c, env.Stdout, "/api/v1/events", q)
+		err = copyLines(ctx, c, env, "/api/v1/events", q)
 	} else {
 		err = auditLines(ctx, env, c, q)
 	}
@@ -49,7 +49,7 @@ func auditTail(ctx context.Context, env Env, args []string) error {
 
 // auditLines prints one line for each event, in columns.
 func auditLines(ctx context.Context, env Env, c *client, q url.Values) error {
-	p := &printer{w: env.Stdout, color: env.Terminal}
+	p := &printer{w: env.Stdout, color: env.Color}
 	for e, err := range lines[record](ctx, c, "/api/v1/events", q) {
 		if err != nil {
 			return err

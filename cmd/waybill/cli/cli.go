@@ -19,7 +19,8 @@ type Env struct {
 	Program        string // how it was called; default waybill. For commands to copy
 	Getenv         func(string) string
 	Stdout, Stderr io.Writer
-	Terminal       bool // Stdout is a terminal that may have colours
+	Terminal       bool // Stdout is a terminal, which must not be given control characters of others
+	Color          bool // and may have colours
 }
 
 // command is one entry of the table.

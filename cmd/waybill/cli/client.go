@@ -14,6 +14,9 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"unicode"
+	"unicode/utf16"
+	"unicode/utf8"
 
 	"waybill.dev/schemas"
 )
@@ -115,16 +118,54 @@ func (r *record) UnmarshalJSON(b []byte) error {
 }
 
 // copyLines prints what a path answers, line by line as it comes.
-func copyLines(ctx context.Context, c *client, w io.Writer, path string, query url.Values) error {
+func copyLines(ctx context.Context, c *client, env Env, path string, query url.Values) error {
 	for line, err := range lines[json.RawMessage](ctx, c, path, query) {
 		if err != nil {
 			return err
 		}
-		if _, err := fmt.Fprintf(w, "%s\n", line); err != nil {
+		if err := env.printLine(line); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// printJSON prints a value as one line.
+func (env Env) printJSON(v any) error {
+	line, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	return env.printLine(line)
+}
+
+// printLine prints one line of JSON as it is, or, on a terminal, with what
+// would move the cursor, hide or read backwards escaped: the same JSON.
+func (env Env) printLine(line []byte) error {
+	if env.Terminal {
+		line = escaped(line)
+	}
+	_, err := fmt.Fprintf(env.Stdout, "%s\n", line)
+	return err
+}
+
+// escaped writes what is not printable as \uXXXX. Such characters stand in
+// strings only, but for white space.
+func escaped(line []byte) []byte {
+	out := make([]byte, 0, len(line))
+	for _, r := range string(line) {
+		switch {
+		case r < ' ':
+			out = append(out, ' ')
+		case unicode.IsPrint(r) && r != utf8.RuneError:
+			out = utf8.AppendRune(out, r)
+		default:
+			for _, half := range utf16.AppendRune(nil, r) {
+				out = fmt.Appendf(out, "\\u%04x", half)
+			}
+		}
+	}
+	return out
 }
 
 // lines asks for a path and yields the answer's lines, each decoded into a T.

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -24,6 +25,7 @@ import (
 	"github.com/goccy/go-yaml/ast"
 	"github.com/goccy/go-yaml/parser"
 
+	"waybill.dev/bus/embed"
 	"waybill.dev/edge"
 	"waybill.dev/schemas"
 	"waybill.dev/workers/dispatch"
@@ -265,6 +267,16 @@ func (c *Config) check() error {
 		if c.Bus.URL != "" {
 			bad("bus: embedded and url exclude each other")
 		}
+		if e.KeyFile != "" {
+			// The log may be a link out of the data directory.
+			err := embed.KeyOutside(e.KeyFile, c.Data)
+			if err == nil {
+				err = embed.KeyOutside(e.KeyFile, filepath.Join(c.Data, "log"))
+			}
+			if err != nil {
+				bad("bus.embedded.key_file: %w", err)
+			}
+		}
 	}
 	if c.Bus.MaxBytes < 64<<20 {
 		bad("bus.max_bytes: %d is less than 67108864", c.Bus.MaxBytes)
@@ -326,6 +338,8 @@ func (c *Config) check() error {
 		if a.Token != "" {
 			if b, err := hex.DecodeString(a.Token); err != nil || len(b) != sha256.Size {
 				bad("agents[%d].token_sha256: not a SHA-256 in hex (64 characters); make one with: printf %%s TOKEN | sha256sum", i)
+			} else if word, known := wellKnown(b); known {
+				bad("agents[%d].token_sha256: this is the SHA-256 of %q, which anybody would try: make a token of random bytes", i, word)
 			}
 			if tokens[strings.ToLower(a.Token)] {
 				bad("agents[%d].token_sha256: another agent has the same token", i)
@@ -377,7 +391,13 @@ func (c *Config) check() error {
 				bad("%s.mcp.url: holds credentials; use mcp.headers with env or file", key)
 			}
 		}
-		for name, secret := range s.MCP.Headers {
+		spelled := map[string]string{}
+		for _, name := range slices.Sorted(maps.Keys(s.MCP.Headers)) {
+			canonical, secret := http.CanonicalHeaderKey(name), s.MCP.Headers[name]
+			if other := spelled[canonical]; other != "" {
+				bad("%s.mcp.headers.%s: stands there as %s already; only one of them would be sent", key, name, other)
+			}
+			spelled[canonical] = name
 			if (secret.Env == "") == (secret.File == "") {
 				bad("%s.mcp.headers.%s: needs env or file, one of them", key, name)
 			}
@@ -506,6 +526,16 @@ func (c *Config) headers(m *MCPConfig, getenv func(string) string) (http.Header,
 	return h, nil
 }
 
+// wellKnown tells whether a token's hash is that of a word found in examples.
+func wellKnown(hash []byte) (word string, known bool) {
+	for _, w := range []string{"", "test", "token", "secret", "password", "changeme"} {
+		if h := sha256.Sum256([]byte(w)); bytes.Equal(h[:], hash) {
+			return w, true
+		}
+	}
+	return "", false
+}
+
 // notes are what is valid and still hardly meant.
 func (c *Config) notes() []string {
 	var notes []string
@@ -517,6 +547,25 @@ func (c *Config) notes() []string {
 	}
 	if len(c.Allow) == 0 {
 		notes = append(notes, "there is no rule in allow, so every call is denied")
+	}
+	for i, a := range c.Allow {
+		unknown := func(key string, names []string, known func(string) bool) {
+			for _, n := range names {
+				if !strings.Contains(n, "*") && !known(n) {
+					notes = append(notes, fmt.Sprintf("allow[%d].%s: %q is not configured, so this allows nothing", i, key, n))
+				}
+			}
+		}
+		unknown("agents", a.Agents, func(n string) bool {
+			return slices.ContainsFunc(c.Agents, func(a AgentConfig) bool { return string(a.ID) == n })
+		})
+		unknown("servers", a.Servers, func(n string) bool {
+			return slices.ContainsFunc(c.Servers, func(s ServerConfig) bool { return s.Name == n })
+		})
+	}
+	if host, _, err := net.SplitHostPort(c.Admin); err == nil && !loopback(host) {
+		notes = append(notes, fmt.Sprintf("admin: %s is not a loopback address: /metrics, /healthz and /readyz are open to whoever reaches it, "+
+			"its Host header is not checked, and the admin token crosses the network in plain text", c.Admin))
 	}
 	return notes
 }
@@ -534,7 +583,7 @@ func configCheck(_ context.Context, env Env, args []string) error {
 		return err
 	}
 	if *asJSON {
-		return json.NewEncoder(env.Stdout).Encode(c)
+		return env.printJSON(c)
 	}
 	out, err := json.Marshal(c) // the JSON form leaves out what is not built yet
 	if err == nil {

@@ -29,7 +29,7 @@ func FuzzConfig(f *testing.F) {
 	for _, s := range []string{
 		"", "{}", "[]", "listen: [", "a: &a [*a]", "listen: &x :1\nadmin: *x\n", "x: {<<: *y}", "\xef\xbb\xbflisten: :1", "\x00", "---\n---\n",
 		"hosts: [a.example, 'b:1', '']\norigins: ['https://a.example', null]\n",
-		"tenants: [{id: a}]\nagents: [{id: b, tenant: a, groups: [g], token_sha256: 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08}]\nauth: {anonymous: b}\n",
+		"tenants: [{id: a}]\nagents: [{id: b, tenant: a, groups: [g], token_sha256: 15c8ab745fdeda94033d07103b3ff431ef716bbc1271ad960c87fede8a496852}]\nauth: {anonymous: b}\n",
 		"servers: [{name: s, mcp: {url: 'http://h/p?q', headers: {X-A: {env: A}, Content-Type: {env: B}, 'b ad': {env: C}}}, idempotent: ['*'], deadline: 3s, concurrency: 1, queue: 2}]\n",
 		"servers: [{name: s, mcp: {url: 'http://u:p@h'}, approve: manual, openapi: {}}, null]\n",
 		"servers: [{name: s, mcp: {}}]\nviews: []\npolicies: {}\n",

@@ -50,8 +50,13 @@ func TestReadme(t *testing.T) {
 		t.Error("README does not show the text of `waybill --help`")
 	}
 	for _, b := range blocks["yaml"] {
-		if _, err := parseConfig([]byte(b), t.TempDir()); err != nil {
-			t.Errorf("%s%v", b, err)
+		// Who copies it must put in a token of their own.
+		if _, err := parseConfig([]byte(b), t.TempDir()); err == nil || !strings.Contains(err.Error(), "token_sha256: not a SHA-256") {
+			t.Errorf("%staken as it is: %v", b, err)
+		}
+		own := strings.ReplaceAll(b, "SHA256_OF_A_TOKEN_OF_YOURS", strings.Repeat("5a", 32))
+		if _, err := parseConfig([]byte(own), t.TempDir()); err != nil {
+			t.Errorf("%s%v", own, err)
 		}
 	}
 	for _, b := range blocks["json"] {

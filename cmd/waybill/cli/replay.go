@@ -7,6 +7,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -37,7 +38,7 @@ func replay(ctx context.Context, env Env, args []string) error {
 	}
 	path := "/api/v1/sessions/" + rest[0] + "/events"
 	if *asJSON {
-		return copyLines(ctx, c, env.Stdout, path, nil)
+		return copyLines(ctx, c, env, path, nil)
 	}
 	s := newStory(*full)
 	for e, err := range lines[record](ctx, c, path, nil) {
@@ -139,8 +140,34 @@ const (
 	yellow = 33
 )
 
+// settle takes what is no call out of the calls: a wish to cancel what was
+// never asked for, say. Of an old call the ending alone may be left.
+func (s *story) settle() {
+	var roots []*call
+	var keep func(list []*call) []*call
+	keep = func(list []*call) []*call {
+		var calls []*call
+		for _, c := range list {
+			c.caused = keep(c.caused)
+			if c.real() {
+				calls = append(calls, c)
+				continue
+			}
+			delete(s.calls, c.id)
+			s.beside = append(s.beside, c.events...)
+			roots = append(roots, c.caused...)
+		}
+		return calls
+	}
+	s.roots = append(keep(s.roots), roots...)
+	bySeq := func(a, b entry) int { return cmp.Compare(a.Seq, b.Seq) }
+	slices.SortFunc(s.beside, bySeq)
+	slices.SortFunc(s.roots, func(a, b *call) int { return bySeq(a.events[0], b.events[0]) })
+}
+
 func (s *story) print(env Env) error {
-	p := &printer{w: env.Stdout, color: env.Terminal}
+	s.settle()
+	p := &printer{w: env.Stdout, color: env.Color}
 	f := s.first
 	p.line("%s  %s/%s", p.paint(bold, "session "+string(f.Session)), f.Tenant, f.Agent)
 	if s.opened != nil {
@@ -160,7 +187,17 @@ func (s *story) print(env Env) error {
 			p.line("%12s  %s", "", p.paint(red, "undecodable: "+visible(e.Undecodable)))
 			continue
 		}
-		p.line("%s  %s  %s", e.Stored.Local().Format("15:04:05.000"), e.Kind(), size(e.size))
+		text := fmt.Sprintf("%s  %-10s %9s", e.Stored.Local().Format("15:04:05.000"), e.Kind(), size(e.size))
+		if d := detail(e.Event); d != "" {
+			text += "  " + d
+		}
+		if e.Call != "" {
+			text += "  " + p.paint(dim, "of no call in the log: "+string(e.Call))
+		}
+		p.line("%s", text)
+		if s.full && len(e.Body) > 0 {
+			p.line("%12s  %s", "", p.paint(dim, visible(string(e.Body))))
+		}
 	}
 	for i, c := range s.roots {
 		c.print(p, "", i == len(s.roots)-1, s.full)
@@ -192,6 +229,12 @@ func count(n int, of string) string {
 		of += "s"
 	}
 	return strconv.Itoa(n) + " " + of
+}
+
+// real tells whether somebody asked for the call.
+func (c *call) real() bool {
+	_, ended := c.end()
+	return ended || slices.ContainsFunc(c.events, func(e entry) bool { return e.Kind() == schemas.KindRequested })
 }
 
 // end is the event that ended the call: the first counts.

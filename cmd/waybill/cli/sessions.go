@@ -2,7 +2,6 @@ package cli
 
 import (
 	"context"
-	"encoding/json"
 	"flag"
 	"fmt"
 	"net/url"
@@ -43,7 +42,7 @@ func sessions(ctx context.Context, env Env, args []string) error {
 			return err
 		}
 		if n++; *asJSON {
-			if err := json.NewEncoder(env.Stdout).Encode(s); err != nil {
+			if err := env.printJSON(s); err != nil {
 				return err
 			}
 			continue
