@@ -53,6 +53,11 @@ var mcpNames = map[string]struct {
 // mcpRevision is sent when an event names none.
 const mcpRevision = "2026-07-28"
 
+// answerDepth is how deep what a server says may be nested. A request that is
+// too deep is refused and nothing has happened; an answer that is refused is
+// lost after the tool has acted. So there is room for any that is meant.
+const answerDepth = 512
+
 // maxResultType is the longest result type that is taken for one: it becomes
 // part of an event's envelope, where little fits.
 const maxResultType = 64
@@ -410,7 +415,7 @@ func (m *mcpServer) stream(body io.Reader, c Call, progress func([]byte) error) 
 }
 
 func (m *mcpServer) decode(b []byte, c Call) (*jsonrpc.Message, error) {
-	return jsonrpc.Decode(b, jsonrpc.Limits{Bytes: int(m.maxAnswer), AllowCaseVariants: c.Only == nil})
+	return jsonrpc.Decode(b, jsonrpc.Limits{Bytes: int(m.maxAnswer), Depth: answerDepth, AllowCaseVariants: c.Only == nil})
 }
 
 // done makes the answer of the message that answers.

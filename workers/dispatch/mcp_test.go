@@ -97,6 +97,28 @@ func TestMismatch(t *testing.T) {
 	r.want("invalid")
 }
 
+// An answer may be nested deeper than a request.
+func TestDepth(t *testing.T) {
+	for depth, want := range map[int]string{63: "completed", 511: "completed", 512: "bad_answer"} {
+		for _, kind := range []string{"application/json", "text/event-stream"} {
+			r := newRig(t, func(w http.ResponseWriter, req *http.Request) {
+				w.Header().Set("Content-Type", kind)
+				before, after := "", ""
+				if kind == "text/event-stream" {
+					before, after = "data: ", "\n\n"
+				}
+				fmt.Fprintf(w, `%s{"jsonrpc":"2.0","id":%s,"result":%s%s}%s`, before, idOf(req), strings.Repeat("[", depth), strings.Repeat("]", depth), after)
+			})
+			r.handle(r.call("write"))
+			r.want(want)
+		}
+	}
+	r := newRig(t, func(http.ResponseWriter, *http.Request) { t.Error("called") })
+	r.handle(r.method("tools/call", "n", `{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"n","arguments":`+
+		strings.Repeat("[", 64)+strings.Repeat("]", 64)+`}}`))
+	r.want("invalid")
+}
+
 func TestOneWay(t *testing.T) {
 	const note = `{"jsonrpc":"2.0", "method":"notifications/x"}`
 	oneWay := authorized(func(a *schemas.Authorized) { a.OneWay = true })
