@@ -365,17 +365,6 @@ func (r *run) carry(ctx context.Context) (ending, error) {
 		return r.never(ctx, schemas.FailUnavailable, "no server of this name is configured")
 	}
 
-	body, err := r.body(ctx)
-	if errors.Is(err, errBody) {
-		return failed(schemas.FailInternal, err.Error()), nil
-	}
-	if err != nil {
-		if context.Cause(ctx) != nil {
-			return r.stopped(ctx, nil)
-		}
-		return ending{}, err
-	}
-
 	limit := r.up.calls
 	if r.a.Stream {
 		limit = r.up.streams
@@ -387,6 +376,19 @@ func (r *run) carry(ctx context.Context) (ending, error) {
 		return r.stopped(ctx, nil)
 	}
 	defer limit.leave()
+
+	// Only now: bodies are held for as many calls as there are places, however
+	// many wait for one.
+	body, err := r.body(ctx)
+	if errors.Is(err, errBody) {
+		return failed(schemas.FailInternal, err.Error()), nil
+	}
+	if err != nil {
+		if context.Cause(ctx) != nil {
+			return r.stopped(ctx, nil)
+		}
+		return ending{}, err
+	}
 	return r.call(ctx, body)
 }
 

@@ -235,6 +235,11 @@ func noisy(effects *atomic.Int32) Upstream {
 
 func (r *rig) use(d *Dispatcher, u Upstream) { d.upstreams["s"].call = u }
 
+func digestHex(s string) string {
+	sum := sha256.Sum256([]byte(s))
+	return hex.EncodeToString(sum[:])
+}
+
 func digestOf(chunks ...string) string {
 	h := sha256.New()
 	for _, c := range chunks {
@@ -864,6 +869,40 @@ func TestOtherKind(t *testing.T) {
 	r.handle(e.Next(&schemas.Cancel{}, nil))
 	if len(r.log.events) != 1 {
 		t.Error(r.log)
+	}
+}
+
+// A call that waits for a place does not hold its body meanwhile.
+func TestBodyAfterPlace(t *testing.T) {
+	r := newRig(t, nil)
+	e := r.call("read", authorized(func(a *schemas.Authorized) { a.BodySHA256 = digestHex("large") }))
+	a := e.Data.(*schemas.Authorized)
+	a.RequestedSeq = r.log.add(e.Next(&a.Requested, []byte("large"))).Seq
+	var loads atomic.Int32
+	r.opt.Load = func(ctx context.Context, seq uint64) (schemas.Event, error) {
+		loads.Add(1)
+		return r.log.load(ctx, seq)
+	}
+	r.d = r.fresh()
+	r.use(r.d, func(context.Context, Call, func([]byte) error) (Answer, error) { return Answer{Status: 200}, nil })
+	slots := make(chan struct{}, 1)
+	slots <- struct{}{}
+	r.d.upstreams["s"].calls = &limit{slots: slots, queue: 1}
+	done := make(chan error)
+	go func() { done <- r.d.Handle(t.Context(), e, r.log.emit) }()
+	for r.d.Stats()[0].Waiting == 0 {
+		runtime.Gosched()
+	}
+	if n := loads.Load(); n != 0 {
+		t.Errorf("%d reads of the body before there is a place", n)
+	}
+	<-slots
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	r.want("completed")
+	if loads.Load() != 1 || len(slots) != 0 {
+		t.Error(loads.Load(), len(slots))
 	}
 }
 
