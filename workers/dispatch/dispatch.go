@@ -525,6 +525,8 @@ func (r *run) attempt(ctx context.Context, body []byte, settle func(error)) (Ans
 		}
 	}
 	switch {
+	case fault != nil && fault.Kind == Invalid:
+		report(errNoVerdict) // nobody was asked
 	case fault == nil || !verdicts[fault.Kind].counts:
 		report(nil)
 	case context.Cause(ctx) != nil || r.lastLog != nil:

@@ -137,6 +137,29 @@ func TestBreaker(t *testing.T) {
 	})
 }
 
+// A call that could not be sent says nothing about the upstream.
+func TestBreakerUnsendable(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, nil, func(o *Options) { o.Attempts, o.Breaker.Failures = 1, 2 })
+		call := func(err error, want string) {
+			t.Helper()
+			r.use(r.d, func(context.Context, Call, func([]byte) error) (Answer, error) { return Answer{}, err })
+			r.handle(r.call("write"))
+			if s := r.d.Stats()[0].Breaker; s != want {
+				t.Errorf("%s, want %s", s, want)
+			}
+		}
+		call(errors.New("reset"), "closed")
+		call(faultf(Invalid, "no header"), "closed")
+		call(errors.New("reset"), "open") // the second in a row
+		<-time.After(5*time.Second + 1)
+		for range 3 {
+			call(faultf(Invalid, "no header"), "half-open") // the probe is still to come
+		}
+		call(nil, "closed")
+	})
+}
+
 // Cancels are remembered for a while, and not without bound.
 func TestWishesAge(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
