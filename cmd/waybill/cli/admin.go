@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"net"
 	"net/http"
 	"net/http/pprof"
@@ -54,7 +55,7 @@ func (g *gateway) addAdmin(ctx context.Context, ln net.Listener) error {
 	if err != nil {
 		return err
 	}
-	a := &admin{g: g, l: l, hash: sha256.Sum256([]byte(token)), window: 10_000}
+	a := &admin{g: g, l: l, hash: sha256.Sum256([]byte(token))}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
@@ -232,8 +233,6 @@ type admin struct {
 	g    *gateway
 	l    *bus.Log
 	hash [sha256.Size]byte
-
-	window uint64 // events at the end of the log in which sessions are looked for first
 }
 
 // guard lets only the holder of the token in.
@@ -279,7 +278,12 @@ func (a *admin) sessions(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "tenant: not a tenant's id", http.StatusBadRequest)
 		return
 	}
-	lines, err := a.opened(r.Context(), f, limit)
+	last, err := a.l.Last(r.Context())
+	if err != nil {
+		a.fail(w, err)
+		return
+	}
+	lines, err := opened(r.Context(), a.l.Read, f, limit, last, 10_000)
 	if err != nil {
 		a.fail(w, err)
 		return
@@ -299,24 +303,23 @@ func (a *admin) sessions(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
+// reader is bus.Log.Read.
+type reader func(ctx context.Context, f bus.Filter, from uint64) iter.Seq2[schemas.Event, error]
+
 // opened lists the newest limit sessions, or all for 0, the newest last. The
 // first opened of a session counts; a later one, which an edge that started
 // anew stores, repeats it. It looks at the end of the log first and further
 // back only as long as it must: reading a long log for its opened events loads
-// all of it.
-func (a *admin) opened(ctx context.Context, f bus.Filter, limit int) ([]sessionLine, error) {
-	last, err := a.l.Last(ctx)
-	if err != nil {
-		return nil, err
-	}
-	for window := a.window; ; window *= 4 {
+// all of it. last is the newest event, and window is how many to look at first.
+func opened(ctx context.Context, read reader, f bus.Filter, limit int, last, window uint64) ([]sessionLine, error) {
+	for ; ; window *= 4 {
 		from := uint64(1)
 		if limit > 0 && window < last {
 			from = last - window
 		}
 		var lines []sessionLine
 		seen := map[schemas.SessionKey]bool{}
-		for e, err := range a.l.Read(ctx, f, from) {
+		for e, err := range read(ctx, f, from) {
 			if errors.Is(err, bus.ErrUndecodable) {
 				continue
 			}
@@ -336,7 +339,8 @@ func (a *admin) opened(ctx context.Context, f bus.Filter, limit int) ([]sessionL
 		if from == 1 {
 			return lines[max(0, len(lines)-cmp.Or(limit, len(lines))):], nil
 		}
-		if lines, err = a.within(ctx, lines, from, limit); err != nil || len(lines) == limit {
+		lines, err := within(ctx, read, lines, from, limit)
+		if err != nil || len(lines) == limit {
 			return lines, err
 		}
 	}
@@ -344,14 +348,14 @@ func (a *admin) opened(ctx context.Context, f bus.Filter, limit int) ([]sessionL
 
 // within leaves of sessions the newest limit, at most, that were not opened
 // before from already.
-func (a *admin) within(ctx context.Context, lines []sessionLine, from uint64, limit int) ([]sessionLine, error) {
+func within(ctx context.Context, read reader, lines []sessionLine, from uint64, limit int) ([]sessionLine, error) {
 	var kept []sessionLine
 	for _, line := range slices.Backward(lines) {
 		if len(kept) == limit {
 			break
 		}
 		f := bus.Filter{Tenant: line.Tenant, Session: line.Session, Kinds: []schemas.Kind{schemas.KindOpened}}
-		for e, err := range a.l.Read(ctx, f, 1) {
+		for e, err := range read(ctx, f, 1) {
 			if errors.Is(err, bus.ErrUndecodable) {
 				continue
 			}

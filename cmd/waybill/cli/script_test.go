@@ -16,6 +16,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"slices"
 	"strconv"
@@ -50,7 +51,7 @@ func TestMain(m *testing.M) {
 //	exits CODE PROGRAM ARGS...  run a program, which must end so
 //	exec PROGRAM ARGS... [&N&]  the same for 0; or in the background, as N
 //	term N                      SIGTERM to the background program N
-//	await N PATTERN             until the background program N has printed it to stderr
+//	await N PATTERN             until the background program N has printed it
 //	wait CODE N                 until it has ended, which it must so; its output is then stdout and stderr
 //	stdout PATTERN              what the last program printed has it (Go regexp, ^ and $ are of a line)
 //	stderr PATTERN              the same of stderr; with ! before, both have it not
@@ -243,7 +244,7 @@ func (s *script) run(words []string) {
 		s.check(s.background[args[0]].cmd.Process.Signal(syscall.SIGTERM))
 	case "await":
 		p, pattern := s.background[args[0]], regexp.MustCompile("(?m)"+args[1])
-		s.poll(func() bool { return pattern.MatchString(p.stderr.String()) })
+		s.poll(func() bool { return pattern.MatchString(p.stderr.String()) || pattern.MatchString(p.stdout.String()) })
 	case "wait":
 		p := s.background[args[1]]
 		delete(s.background, args[1])
@@ -517,6 +518,55 @@ func TestStory(t *testing.T) {
 			}
 		}
 		r = record{}
+	}
+}
+
+// What came of a call that nobody asked for is the session's own; of an old
+// call the ending may be all that is left.
+func TestStoryOfNoCall(t *testing.T) {
+	s := newStory(false)
+	for line := range strings.Lines(strings.TrimSpace(storyLines) + `
+{"v":1,"kind":"cancel","id":"c2/cancel","seq":4,"stored":"2026-11-22T08:40:21Z","time":"2026-11-22T08:40:21Z","tenant":"acme","session":"s1","call":"c2","root":"c2","agent":"a","data":{"reason":"changed my mind"}}
+{"v":1,"kind":"cancelled","id":"c3/end","seq":5,"stored":"2026-11-22T08:40:22Z","time":"2026-11-22T08:40:22Z","tenant":"acme","session":"s1","call":"c3","root":"c3","agent":"a","data":{"reason":"old"}}
+`) {
+		var r record
+		if err := json.Unmarshal([]byte(line), &r); err != nil {
+			t.Fatal(err)
+		}
+		s.add(r)
+	}
+	var out strings.Builder
+	if err := s.print(Env{Stdout: &out}); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{": 2 calls, 1 cancelled, 1 open\n", "cancel             –  changed my mind  of no call in the log: c2\n├─ "} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("%q is missing in\n%s", want, &out)
+		}
+	}
+}
+
+// A terminal gets the same JSON without what would act on it; all else gets the
+// bytes.
+func TestJSONOnATerminal(t *testing.T) {
+	const line = "{\"a\":\"\u009b31m\u202eü日\U000e0041\u007f\xff\\n\"}"
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, line+"\n") }))
+	defer srv.Close()
+	for terminal, want := range map[bool]string{
+		false: line + "\n",
+		true:  `{"a":"\u009b31m\u202eü日\udb40\udc41\u007f\ufffd\n"}` + "\n",
+	} {
+		var out strings.Builder
+		code := Run(t.Context(), []string{"replay", "s1", "--json", "--admin", srv.URL}, Env{
+			Getenv: func(string) string { return "token" }, Stdout: &out, Stderr: t.Output(), Terminal: terminal,
+		})
+		var before, after any
+		if err := errors.Join(json.Unmarshal([]byte(line), &before), json.Unmarshal([]byte(out.String()), &after)); err != nil {
+			t.Error(err)
+		}
+		if code != exitOK || out.String() != want || !reflect.DeepEqual(before, after) {
+			t.Errorf("terminal %t: exit %d, %+q, want %+q", terminal, code, &out, want)
+		}
 	}
 }
 
