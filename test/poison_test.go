@@ -75,24 +75,28 @@ auth: {anonymous: researcher}
 	kinds := []struct {
 		n                  int
 		kind, method, name string
-		header             []string
+		param              int    // bytes of a Mcp-Param header
+		less               int    // as many fewer for each further request
 		some               string // one of the answers must contain this
 	}{
-		{300, "name and params", "tools/call", poisonName, []string{"Mcp-Param-P: " + poisonParam}, "request_too_large"},
-		{300, "listening", "subscriptions/listen", "", []string{"Mcp-Param-P: " + poisonParam}, "request_too_large"},
+		{300, "name and params", "tools/call", poisonName, len(poisonParam), 0, "request_too_large"},
+		{300, "listening", "subscriptions/listen", "", len(poisonParam), 0, "request_too_large"},
+		// Among these are envelopes that a header of JetStream can just hold,
+		// but not with the little that an authorization adds.
+		{300, "at the brink", "tools/call", poisonName, 6850, 1, "request_too_large"},
 		// These fit, and are carried out.
-		{60, "name", "tools/call", poisonName, nil, `"result"`},
-		{60, "params", "tools/call", "a", []string{"Mcp-Param-P: " + poisonParam[:4<<10]}, `"result"`},
+		{60, "name", "tools/call", poisonName, 0, 0, `"result"`},
+		{60, "params", "tools/call", "a", 4 << 10, 0, `"result"`},
 	}
-	var turns []int // of the kinds, mixed
+	var turns []struct{ kind, nth int } // mixed
 	for i := range kinds[0].n {
 		for k := range kinds {
 			if i < kinds[k].n {
-				turns = append(turns, k)
+				turns = append(turns, struct{ kind, nth int }{k, i})
 			}
 		}
 	}
-	poison := func(kind int) (answer string, err error) {
+	poison := func(kind, nth int) (answer string, err error) {
 		k := kinds[kind]
 		ctx, cancel := context.WithTimeout(t.Context(), own)
 		defer cancel()
@@ -102,7 +106,7 @@ auth: {anonymous: researcher}
 		}
 		began := time.Now()
 		a, err := g.Post(ctx, "raw", k.method, k.name, `{"jsonrpc":"2.0","id":1,"method":"`+k.method+`","params":{`+params+`}}`,
-			append(k.header, "Waybill-Session: poison")...)
+			"Waybill-Session: poison", "Mcp-Param-P: "+poisonParam[:k.param-k.less*nth])
 		if err != nil {
 			return "", fmt.Errorf("%s: not answered after %s: %w", k.kind, time.Since(began), err)
 		}
@@ -150,12 +154,12 @@ auth: {anonymous: researcher}
 	for range parallel {
 		wg.Go(func() {
 			for i := int(next.Add(1)) - 1; i < len(turns) && failed.Load() < 5; i = int(next.Add(1)) - 1 {
-				answer, err := poison(turns[i])
+				answer, err := poison(turns[i].kind, turns[i].nth)
 				if err != nil {
 					failed.Add(1)
 					t.Error(err)
-				} else if strings.Contains(answer, kinds[turns[i]].some) {
-					found[turns[i]].Add(1)
+				} else if strings.Contains(answer, kinds[turns[i].kind].some) {
+					found[turns[i].kind].Add(1)
 				}
 			}
 		})
