@@ -52,7 +52,7 @@ const (
 func TestGarbage(t *testing.T) {
 	up := newRawServer(t)
 	up.serve(answering(soundAnswer))
-	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("raw", up.url(), "")+"agents: [{id: researcher, tenant: acme, token_sha256: 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08}]\ntenants: [{id: acme}]\nauth: {anonymous: researcher}\n"))
+	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("raw", up.url(), "")+"agents: [{id: researcher, tenant: acme, token_sha256: cd747cb74256709ce755d64f388e4dd9ea251c5ea412f48779dab222aaeae98a}]\ntenants: [{id: acme}]\nauth: {anonymous: researcher}\n"))
 	serving(t, g, up) // and everything is warm
 	before := measure(t, g)
 
@@ -507,7 +507,7 @@ func TestCrowd(t *testing.T) {
 	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("raw", up.url(), "")+`
 limits: {in_flight: 4, in_flight_per_tenant: 3}
 tenants: [{id: acme}, {id: other}]
-agents: [{id: researcher, tenant: acme}, {id: second, tenant: other, token_sha256: 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08}]
+agents: [{id: researcher, tenant: acme}, {id: second, tenant: other, token_sha256: cd747cb74256709ce755d64f388e4dd9ea251c5ea412f48779dab222aaeae98a}]
 auth: {anonymous: researcher}
 `))
 	serving(t, g, up)
@@ -542,8 +542,8 @@ auth: {anonymous: researcher}
 		enter("")
 	}
 	full("", http.StatusTooManyRequests, "the tenant acme has 3 calls in flight")
-	enter("\nAuthorization: Bearer test")
-	full("\nAuthorization: Bearer test", http.StatusServiceUnavailable, "the gateway has 4 calls in flight")
+	enter("\nAuthorization: Bearer token-of-the-second")
+	full("\nAuthorization: Bearer token-of-the-second", http.StatusServiceUnavailable, "the gateway has 4 calls in flight")
 	full("", http.StatusServiceUnavailable, "the gateway has 4 calls in flight")
 
 	// Connections beyond four times the calls are closed as they come.
