@@ -156,10 +156,22 @@ func TestBodyBudgetGivenBack(t *testing.T) {
 		}
 		bodies(t, s, 0)
 	}
-	// The client leaves in the middle of its body.
+	// The client leaves in the middle of its body. Until the server has noticed
+	// the request, nothing being taken says nothing.
+	cut := func() uint64 { return s.Stats().Refused[edge.CauseBody] + s.Stats().Refused[edge.CauseBodyTimeout] }
+	before := cut()
 	conn := dial(t, addr)
 	fmt.Fprint(conn, sized("a", 100)+"{")
 	conn.Close()
+	again := time.NewTicker(time.Millisecond)
+	defer again.Stop()
+	for end := time.After(20 * time.Second); cut() == before; {
+		select {
+		case <-again.C:
+		case <-end:
+			t.Fatal("the request that was cut off is not refused")
+		}
+	}
 	bodies(t, s, 0)
 	if res, body := ask(t, addr, sized("a", 100)+strings.Repeat("x", 100)); res.StatusCode != 200 {
 		t.Errorf("afterwards: %s %s", res.Status, body)
