@@ -39,7 +39,7 @@ var kinds = map[schemas.Protocol]kind{
 
 // kind is what dispatch has to know of a protocol.
 type kind struct {
-	open  func(Server, Options) (Upstream, func(), error)
+	open  func(Server, Options) (Connection, error)
 	reads map[string]string // methods without an effect, and why they have none
 	named string            // the method to which Server.Idempotent applies
 }

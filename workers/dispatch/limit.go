@@ -38,14 +38,14 @@ func newUpstream(s Server, opt Options) (*upstream, error) {
 	if s.Queue == 0 {
 		s.Queue = 256
 	}
-	call, closing, err := k.open(s, opt)
+	c, err := k.open(s, opt)
 	if err != nil {
 		return nil, err
 	}
 	return &upstream{
-		name: s.Name, call: call, close: closing,
+		name: s.Name, call: c.Call, close: c.Close,
 		idempotent: func(r *schemas.Requested) bool {
-			if _, ok := k.reads[r.Method]; ok {
+			if _, ok := k.reads[r.Method]; ok || c.Harmless != nil && c.Harmless(r) {
 				return true
 			}
 			return r.Method == k.named && slices.ContainsFunc(s.Idempotent, func(pattern string) bool {

@@ -79,23 +79,23 @@ type mcpServer struct {
 }
 
 // openMCP is the kind mcp.
-func openMCP(s Server, opt Options) (Upstream, func(), error) {
+func openMCP(s Server, opt Options) (Connection, error) {
 	u, err := url.Parse(s.URL)
 	if err != nil {
-		return nil, nil, err
+		return Connection{}, err
 	}
 	if u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
-		return nil, nil, fmt.Errorf("url %q: must be http or https", u.Redacted())
+		return Connection{}, fmt.Errorf("url %q: must be http or https", u.Redacted())
 	}
 	m := &mcpServer{url: u, header: http.Header{}, maxAnswer: opt.MaxAnswer}
 	for name, values := range s.Header {
 		name = http.CanonicalHeaderKey(name)
 		if !headerName(name) || ours(name) {
-			return nil, nil, fmt.Errorf("header %q cannot be set", name)
+			return Connection{}, fmt.Errorf("header %q cannot be set", name)
 		}
 		for _, v := range values {
 			if !headerValue(v) {
-				return nil, nil, fmt.Errorf("header %q: its value cannot be sent", name)
+				return Connection{}, fmt.Errorf("header %q: its value cannot be sent", name)
 			}
 		}
 		m.header[name] = values
@@ -143,7 +143,7 @@ func openMCP(s Server, opt Options) (Upstream, func(), error) {
 		// No ResponseHeaderTimeout: a call may take long, its deadline is the
 		// bound.
 	}
-	return m.call, m.transport.CloseIdleConnections, nil
+	return Connection{Call: m.call, Close: m.transport.CloseIdleConnections}, nil
 }
 
 // ours tells whether the gateway itself decides on a header.

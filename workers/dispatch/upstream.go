@@ -19,6 +19,16 @@ import (
 // on which Upstream was called.
 type Upstream func(ctx context.Context, c Call, progress func(msg []byte) error) (Answer, error)
 
+// Connection is an upstream that can be called.
+type Connection struct {
+	Call  Upstream
+	Close func() // lets go of what it holds; does not wait for calls
+
+	// Harmless tells of calls that have no effect, beside the reads of the
+	// upstream's kind and the tools that Server.Idempotent names; nil: of none.
+	Harmless func(*schemas.Requested) bool
+}
+
 // Call is what an upstream is asked.
 type Call struct {
 	ID        schemas.CallID
