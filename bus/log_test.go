@@ -119,7 +119,9 @@ func (w *world) pipeline(policy, dispatch schemas.Handler) *bus.Asker {
 func collect(ctx context.Context, a *bus.Asker, e schemas.Event) ([]schemas.Event, error) {
 	var got []schemas.Event
 	err := a.Ask(ctx, e, func(_ context.Context, e schemas.Event) (schemas.Receipt, error) {
-		got = append(got, e)
+		if e.Kind() != schemas.KindRequested || e.Seq == 0 { // which comes first, as stored
+			got = append(got, e)
+		}
 		return schemas.Receipt{}, nil
 	})
 	return got, err

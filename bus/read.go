@@ -14,9 +14,6 @@ import (
 	"waybill.dev/schemas"
 )
 
-// ErrNotFound is returned for a sequence that the log does not hold (any more).
-var ErrNotFound = errors.New("no such event in the log")
-
 // Read yields the stored events that fit the filter, from the sequence `from`
 // on, oldest first, up to the newest at the time of the call. Errors are as in
 // [Log.Listen].
@@ -88,14 +85,33 @@ func (l *Log) read(ctx context.Context, f Filter, from uint64, wanted func(schem
 	}
 }
 
-// Load reads one event by its sequence. It returns [ErrNotFound].
+// Load reads one event by its sequence. It returns [schemas.ErrNotFound].
 func (l *Log) Load(ctx context.Context, seq uint64) (schemas.Event, error) {
 	m, err := l.stream.GetMsg(ctx, seq)
 	if errors.Is(err, jetstream.ErrMsgNotFound) {
-		return schemas.Event{}, fmt.Errorf("sequence %d: %w", seq, ErrNotFound)
+		return schemas.Event{}, fmt.Errorf("sequence %d: %w", seq, schemas.ErrNotFound)
 	}
 	if err != nil {
 		return schemas.Event{}, fmt.Errorf("load sequence %d: %w", seq, err)
+	}
+	e, err := decode(m.Subject, m.Header, m.Data)
+	e.Seq, e.Stored = m.Sequence, m.Time.UTC()
+	return e, err
+}
+
+// Latest reads the newest event of a kind in a session. It returns
+// [schemas.ErrNotFound].
+func (l *Log) Latest(ctx context.Context, t schemas.Tenant, s schemas.SessionKey, k schemas.Kind) (schemas.Event, error) {
+	of, err := Filter{Tenant: t, Session: s, Kinds: []schemas.Kind{k}}.subjects()
+	if err != nil {
+		return schemas.Event{}, err
+	}
+	m, err := l.stream.GetLastMsgForSubject(ctx, of[0])
+	if errors.Is(err, jetstream.ErrMsgNotFound) {
+		return schemas.Event{}, fmt.Errorf("%s of session %s: %w", k, s, schemas.ErrNotFound)
+	}
+	if err != nil {
+		return schemas.Event{}, fmt.Errorf("latest %s of session %s: %w", k, s, err)
 	}
 	e, err := decode(m.Subject, m.Header, m.Data)
 	e.Seq, e.Stored = m.Sequence, m.Time.UTC()

@@ -24,6 +24,10 @@ type Filter struct {
 	Session schemas.SessionKey
 	Kinds   []schemas.Kind
 	To      schemas.Replica
+
+	// Beside adds, to what is addressed To a replica, events of these kinds that
+	// are addressed to none.
+	Beside []schemas.Kind
 }
 
 // subjects are the filter as the server wants it; the sets do not overlap.
@@ -46,17 +50,22 @@ func (f Filter) subjects() ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("edge: %w", err)
 	}
-	if len(f.Kinds) == 0 {
-		return []string{strings.Join([]string{"ev", t, s, "*", to}, ".")}, nil
-	}
 	var subjects []string
-	for _, k := range f.Kinds {
-		if !k.Known() {
-			return nil, fmt.Errorf("unknown kind of event %q", k)
+	add := func(kinds []schemas.Kind, to string) error {
+		for _, k := range kinds {
+			if !k.Known() {
+				return fmt.Errorf("unknown kind of event %q", k)
+			}
+			subjects = append(subjects, strings.Join([]string{"ev", t, s, string(k), to}, "."))
 		}
-		subjects = append(subjects, strings.Join([]string{"ev", t, s, string(k), to}, "."))
+		return nil
 	}
-	return subjects, nil
+	if len(f.Kinds) == 0 {
+		subjects = append(subjects, strings.Join([]string{"ev", t, s, "*", to}, "."))
+	} else if err := add(f.Kinds, to); err != nil {
+		return nil, err
+	}
+	return subjects, add(f.Beside, "_")
 }
 
 // parts takes a subject of the log apart.

@@ -22,13 +22,14 @@ const (
 	KindCompleted  Kind = "completed"
 	KindFailed     Kind = "failed"
 	KindCancelled  Kind = "cancelled"
-	KindCancel     Kind = "cancel"   // a wish; the call's owner ends it
-	KindLate       Kind = "late"     // an answer that came after the ending
-	KindOpened     Kind = "opened"   // session
-	KindClosed     Kind = "closed"   // session
-	KindAsked      Kind = "asked"    // the upstream asks the agent
-	KindAnswered   Kind = "answered" // the agent's answer to that
-	KindNotified   Kind = "notified" // outside any call, either way
+	KindCancel     Kind = "cancel"    // a wish; the call's owner ends it
+	KindLate       Kind = "late"      // an answer that came after the ending
+	KindOpened     Kind = "opened"    // session
+	KindClosed     Kind = "closed"    // session
+	KindConnected  Kind = "connected" // the gateway has a session of its own at an upstream, for this one
+	KindAsked      Kind = "asked"     // the upstream asks the agent
+	KindAnswered   Kind = "answered"  // the agent's answer to that
+	KindNotified   Kind = "notified"  // outside any call, either way
 )
 
 // kinds is the closed set, with the empty payload of each for decoding.
@@ -46,6 +47,7 @@ var kinds = map[Kind]func() Payload{
 	KindLate:       func() Payload { return &Late{} },
 	KindOpened:     func() Payload { return &Opened{} },
 	KindClosed:     func() Payload { return &Closed{} },
+	KindConnected:  func() Payload { return &Connected{} },
 	KindAsked:      func() Payload { return &Asked{} },
 	KindAnswered:   func() Payload { return &Answered{} },
 	KindNotified:   func() Payload { return &Notified{} },
@@ -59,10 +61,14 @@ func (k Kind) Ends() bool {
 	return k == KindCompleted || k == KindFailed || k == KindDenied || k == KindCancelled
 }
 
-// OfCall tells whether an event of this kind belongs to a call; the others
-// belong to their session, or may (notified).
+// OfCall tells whether an event of this kind always belongs to a call; the
+// others belong to their session, or may (asked, answered, notified).
 func (k Kind) OfCall() bool {
-	return k != KindOpened && k != KindClosed && k != KindNotified
+	switch k {
+	case KindOpened, KindClosed, KindConnected, KindAsked, KindAnswered, KindNotified:
+		return false
+	}
+	return true
 }
 
 // ToEdge tells whether the edge that waits for the call wants to see it.

@@ -28,6 +28,10 @@ type Requested struct {
 	Deadline time.Time         `json:"deadline,omitzero"`  // after it the call is not carried out; zero for a stream
 	OneWay   bool              `json:"one_way,omitempty"`  // a notification: no answer is expected
 	Stream   bool              `json:"stream,omitempty"`   // lives until either side closes it, and no longer than the connection it answers
+
+	// Alias is the name as the caller wrote it, where the endpoint has another
+	// than the server ([Front]): the body has this one, Target.Name the server's.
+	Alias string `json:"alias,omitempty"`
 }
 
 // Authorized: policy lets the call go on. It says all that dispatch needs.
@@ -121,7 +125,7 @@ type Cancelled struct {
 	Reason string `json:"reason,omitempty"`
 }
 
-// Cancel is the wish that a call end.
+// Cancel is the wish that a call end. Body: the client's message, if it was one.
 type Cancel struct {
 	Reason string `json:"reason,omitempty"`
 }
@@ -132,27 +136,43 @@ type Late struct {
 	By string `json:"by"`
 }
 
-// Opened: the first event of a session.
+// Opened: the first event of a session. Body: the client's initialize request,
+// where the protocol has one.
 type Opened struct {
 	Protocol Protocol `json:"protocol"`
-	Name     string   `json:"name"`             // what the key was made from
-	Client   string   `json:"client,omitempty"` // what the client calls itself; not to be trusted
+	Name     string   `json:"name"`               // what the key was made from; for a session with an ID of its own, which is a secret, the client's name
+	Client   string   `json:"client,omitempty"`   // what the client calls itself; not to be trusted
+	Server   string   `json:"server,omitempty"`   // the endpoint to which a session with an ID belongs; "" for all servers together
+	Revision string   `json:"revision,omitempty"` // of the protocol, as agreed; set exactly for sessions with an ID
 }
 
-// Closed: the session ended.
+// Closed: the session ended. Nothing of it is carried out after this.
 type Closed struct {
 	Reason string `json:"reason,omitempty"`
 }
 
-// Asked: the upstream wants something of the agent. Body: its request.
-type Asked struct {
-	Index  int    `json:"index"`
-	Method string `json:"method"`
+// Connected: the gateway has opened a session of its own at an upstream, on
+// behalf of this one. The latest for a server counts. Body: what the upstream
+// answered to initialize.
+type Connected struct {
+	Server   string `json:"server"`
+	Upstream string `json:"upstream,omitempty"` // the upstream's session ID; "" where it has none
+	Revision string `json:"revision"`           // of the protocol, as the upstream agreed
+	By       string `json:"by"`                 // who opened it, unique for each time
 }
 
-// Answered is the agent's answer to Asked of the same index. Body: the answer.
+// Asked: the upstream wants something of the agent, within a call or outside of
+// any. Body: its request, verbatim.
+type Asked struct {
+	Target        // Method: what it asks, sampling/createMessage
+	ID     string `json:"id"` // unique within the session, by whoever heard it
+}
+
+// Answered is the agent's answer to Asked of the same ID; the first counts.
+// Body: the answer, verbatim.
 type Answered struct {
-	Index int `json:"index"`
+	Target
+	ID string `json:"id"`
 }
 
 // Notified is a message outside any call. Body: the message.
@@ -175,6 +195,7 @@ func (*Cancel) Kind() Kind     { return KindCancel }
 func (*Late) Kind() Kind       { return KindLate }
 func (*Opened) Kind() Kind     { return KindOpened }
 func (*Closed) Kind() Kind     { return KindClosed }
+func (*Connected) Kind() Kind  { return KindConnected }
 func (*Asked) Kind() Kind      { return KindAsked }
 func (*Answered) Kind() Kind   { return KindAnswered }
 func (*Notified) Kind() Kind   { return KindNotified }
@@ -201,6 +222,7 @@ func (p *Cancel) id(e Event) EventID     { return EventID(e.Call) + "/cancel" }
 func (p *Late) id(e Event) EventID       { return EventID(e.Call) + EventID("/late/"+p.By) }
 func (p *Opened) id(e Event) EventID     { return EventID(e.Session) + "/opened" }
 func (p *Closed) id(e Event) EventID     { return EventID(e.Session) + "/closed" }
-func (p *Asked) id(e Event) EventID      { return e.Call.event("/asked/", p.Index) }
-func (p *Answered) id(e Event) EventID   { return e.Call.event("/answered/", p.Index) }
+func (p *Connected) id(e Event) EventID  { return EventID(e.Session) + EventID("/connected/"+p.By) }
+func (p *Asked) id(e Event) EventID      { return EventID(e.Session) + EventID("/asked/"+p.ID) }
+func (p *Answered) id(e Event) EventID   { return EventID(e.Session) + EventID("/answered/"+p.ID) }
 func (p *Notified) id(e Event) EventID   { return EventID(e.Session) + EventID("/notified/"+p.ID) }

@@ -130,6 +130,14 @@ type Past func(ctx context.Context, e Event) ([]Event, error)
 // is full: nothing was stored, try again later.
 var ErrOverloaded = errors.New("overloaded")
 
+// ErrDetached is the cause with which the context of a caller ends who leaves
+// while the call goes on: its ending can be read later.
+var ErrDetached = errors.New("the caller has left the call to itself")
+
+// ErrNotFound is returned where something of the log is asked for that it does
+// not hold (any more).
+var ErrNotFound = errors.New("not in the log")
+
 // ErrTooLarge is returned for an event that the log cannot hold.
 var ErrTooLarge = errors.New("too large")
 

@@ -47,8 +47,9 @@ func TestIDs(t *testing.T) {
 		{&Late{By: "me"}, "c1/late/me"},
 		{&Opened{}, "s1/opened"},
 		{&Closed{}, "s1/closed"},
-		{&Asked{Index: 7}, "c1/asked/7"},
-		{&Answered{Index: 7}, "c1/answered/7"},
+		{&Connected{By: "n1"}, "s1/connected/n1"},
+		{&Asked{ID: "n7"}, "s1/asked/n7"},
+		{&Answered{ID: "n7"}, "s1/answered/n7"},
 		{&Notified{ID: "n1"}, "s1/notified/n1"},
 	}
 	seen := map[Kind]bool{}
@@ -146,7 +147,7 @@ func source(t *testing.T) []*ast.File {
 	t.Helper()
 	fset := token.NewFileSet()
 	var files []*ast.File
-	for _, name := range []string{"schemas.go", "kind.go", "payload.go", "failure.go", "key.go", "json.go"} {
+	for _, name := range []string{"schemas.go", "kind.go", "payload.go", "failure.go", "front.go", "key.go", "json.go"} {
 		f, err := parser.ParseFile(fset, name, nil, parser.ParseComments)
 		if err != nil {
 			t.Fatal(err)

@@ -160,7 +160,7 @@ func scripted(script string, saw func(schemas.Event)) schemas.Handler {
 			case "notified":
 				err = say(&schemas.Notified{ID: "1"}, rest)
 			case "asked":
-				err = say(&schemas.Asked{Method: rest}, "")
+				err = say(&schemas.Asked{Target: schemas.Target{Method: rest}, ID: "1"}, "")
 			case "held":
 				err = say(&schemas.Held{}, "")
 			case "completed":

@@ -74,6 +74,19 @@ type Options struct {
 	// Past reads the history of a call.
 	Past schemas.Past
 
+	// Latest reads the newest event of a kind in a session. It returns
+	// [schemas.ErrNotFound].
+	Latest func(context.Context, schemas.Tenant, schemas.SessionKey, schemas.Kind) (schemas.Event, error)
+
+	// Store stores what belongs to no run: what a server says outside of calls.
+	Store schemas.Emit
+
+	// Ask is the rest of the gateway, for calls that are made for another call.
+	Ask schemas.Handler
+
+	// Fronts are the endpoints that show several servers as one.
+	Fronts []*schemas.Front
+
 	// Lost tells whether an event was stored before an unclean boot, after
 	// which later events of its call may be gone. nil: never.
 	Lost func(schemas.Event) bool
@@ -503,7 +516,7 @@ func (r *run) attempt(ctx context.Context, body []byte, settle func(error)) (Ans
 		}
 	}
 	answer, err := r.up.call(ctx, Call{
-		ID: r.e.Call, Requested: &r.a.Requested, Only: r.a.Only, Trace: r.e.Trace, Body: body,
+		ID: r.e.Call, Event: r.e, Requested: &r.a.Requested, Only: r.a.Only, Trace: r.e.Trace, Body: body,
 		Connected: func() {
 			// One call probes an open breaker, and it may be a long one: a
 			// connection is proof enough to let the others go.

@@ -32,6 +32,7 @@ type Connection struct {
 // Call is what an upstream is asked.
 type Call struct {
 	ID        schemas.CallID
+	Event     schemas.Event // that authorized it: whose call it is
 	Requested *schemas.Requested
 	Only      []string // see schemas.Authorized; nil: everything
 	Trace     string   // W3C traceparent, or ""
