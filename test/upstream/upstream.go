@@ -5,7 +5,7 @@
 // call is there.
 //
 // It speaks revision 2026-07-28 over streamable HTTP, and of that as much as a
-// tools/call needs. Begin with [Start]; [Run] is the process, to be listed among
+// tools/call needs, and 2025-11-25 with sessions (legacy.go). Begin with [Start]; [Run] is the process, to be listed among
 // the children of gateway.Main.
 package upstream
 
@@ -131,6 +131,10 @@ func Run(ctx context.Context) error {
 	s := &server{counts: map[string]int{}}
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /mcp", s.mcp)
+	mux.HandleFunc("GET /mcp", s.legacy.follow)
+	mux.HandleFunc("DELETE /mcp", s.legacy.end)
+	mux.HandleFunc("GET /sessions", s.legacy.count)
+	mux.HandleFunc("POST /forget", s.legacy.forget)
 	mux.HandleFunc("POST /observe", s.observe)
 	mux.HandleFunc("GET /effects", func(w http.ResponseWriter, _ *http.Request) {
 		s.mu.Lock()
@@ -167,6 +171,8 @@ type observation struct {
 }
 
 type server struct {
+	legacy legacy
+
 	mu      sync.Mutex
 	effects []Effect
 	counts  map[string]int // by tool and key
@@ -200,8 +206,9 @@ func (s *server) mcp(w http.ResponseWriter, r *http.Request) {
 		ID     json.RawMessage
 		Method string
 		Params struct {
-			Name      string
-			Arguments Args
+			Name            string
+			Arguments       Args
+			ProtocolVersion string
 		}
 	}
 	body, err := io.ReadAll(r.Body)
@@ -213,7 +220,24 @@ func (s *server) mcp(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	tool, args := m.Params.Name, m.Params.Arguments
-	if m.Method != "tools/call" || tool != "count" && tool != "read" {
+	var in *session
+	if legacyRequest(r, m.Method) {
+		if m.Method == "initialize" {
+			s.legacy.open(w, m.ID, m.Params.ProtocolVersion)
+			return
+		}
+		if in = s.legacy.of(w, r); in == nil {
+			return
+		}
+		if m.Method == "" {
+			in.answered(&s.legacy, m.ID, string(body))
+		}
+		if m.Method == "" || len(m.ID) == 0 {
+			w.WriteHeader(http.StatusAccepted)
+			return
+		}
+	}
+	if known := []string{"count", "read", "notify", "ask"}; m.Method != "tools/call" || !slices.Contains(known[:2], tool) && (in == nil || !slices.Contains(known, tool)) {
 		w.Header().Set("Content-Type", "application/json")
 		w.WriteHeader(http.StatusNotFound)
 		_, _ = fmt.Fprintf(w, `{"jsonrpc":"2.0","id":%s,"error":{"code":-32601,"message":"Method not found"}}`, m.ID)
@@ -246,6 +270,22 @@ func (s *server) mcp(w http.ResponseWriter, r *http.Request) {
 	// It goes on when the caller hangs up, as servers do; its effect is done.
 	wait := time.Duration(args.Wait) * time.Millisecond / time.Duration(args.Progress+1)
 	rc := http.NewResponseController(w)
+	if tool == "notify" {
+		in.notify(args.Key, args.Progress, wait)
+		args.Progress = 0
+	}
+	told := ""
+	if tool == "ask" {
+		w.Header().Set("Content-Type", "text/event-stream")
+		var err error
+		told, err = in.ask(r.Context(), &s.legacy, func(m string) error {
+			_, _ = fmt.Fprintf(w, "data: %s\n\n", m)
+			return rc.Flush()
+		})
+		if err != nil {
+			return
+		}
+	}
 	if args.Progress > 0 {
 		w.Header().Set("Content-Type", "text/event-stream")
 		for i := range args.Progress {
@@ -255,13 +295,13 @@ func (s *server) mcp(w http.ResponseWriter, r *http.Request) {
 				return
 			}
 		}
-	} else {
+	} else if tool != "ask" {
 		w.Header().Set("Content-Type", "application/json")
 	}
 	<-time.After(wait)
-	text, _ := json.Marshal(fmt.Sprintf("%s %s for the %d. time %s", tool, args.Key, nth, args.Pad)) // a string: cannot fail
+	text, _ := json.Marshal(fmt.Sprintf("%s %s for the %d. time %s%s", tool, args.Key, nth, args.Pad, told)) // a string: cannot fail
 	answer := fmt.Sprintf(`{"jsonrpc":"2.0","id":%s,"result":{"resultType":"complete","content":[{"type":"text","text":%s}]}}`, m.ID, text)
-	if args.Progress > 0 {
+	if args.Progress > 0 || tool == "ask" {
 		answer = "data: " + answer + "\n\n"
 	}
 	_, _ = io.WriteString(w, answer)
