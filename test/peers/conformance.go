@@ -86,9 +86,12 @@ func (r Result) Passed(scenario string) error {
 	return nil
 }
 
-// requiredModern is how many server scenarios revision 2026-07-28 requires. The suite froze that set; the number
-// is here so that a suite that runs fewer is noticed.
-const requiredModern = 37
+// requiredModern and requiredLegacy are how many server scenarios revisions 2026-07-28 and 2025-11-25 require. The
+// suite froze these sets; the numbers are here so that a suite that runs fewer is noticed.
+const (
+	requiredModern = 37
+	requiredLegacy = 30
+)
 
 // modernHeaders are the scenarios for the headers that mirror the body. The suite does not score them, so they
 // are asked for by name.
@@ -98,12 +101,25 @@ var modernHeaders = []string{"http-header-validation", "http-custom-header-serve
 // 2026-07-28 requires, and those for its headers. Each is a subtest.
 func ConformanceModern(t *testing.T, url string) {
 	t.Helper()
-	required := requirements(t, "2026-07-28")
-	if len(required) != requiredModern {
-		t.Errorf("the suite requires %d server scenarios, not %d", len(required), requiredModern)
+	conforms(t, url, modern, requiredModern, modernHeaders...)
+}
+
+// ConformanceLegacy demands of an endpoint with the contents of everything-server's sessions ("-stateless=false") that it
+// passes every scenario that revision 2025-11-25 requires. Each is a subtest.
+func ConformanceLegacy(t *testing.T, url string) {
+	t.Helper()
+	conforms(t, url, legacy, requiredLegacy)
+}
+
+// conforms runs the scenarios that a revision requires, which are count, and demands these and more to be passed.
+func conforms(t *testing.T, url, revision string, count int, more ...string) {
+	t.Helper()
+	required := requirements(t, revision)
+	if len(required) != count {
+		t.Errorf("the suite requires %d server scenarios, not %d", len(required), count)
 	}
-	result := Conformance(t, url, "--requirements", "2026-07-28")
-	for _, scenario := range slices.Concat(required, modernHeaders) {
+	result := Conformance(t, url, "--requirements", revision)
+	for _, scenario := range slices.Concat(required, more) {
 		t.Run(scenario, func(t *testing.T) {
 			if err := result.Passed(scenario); err != nil {
 				t.Error(err)

@@ -1,9 +1,13 @@
-// Package peers runs other people's MCP programs against ours: the conformance suite, the Inspector, the TypeScript
-// and Go SDKs as clients, and the Go SDK's everything-server as an upstream.
+// Package peers runs other people's MCP programs against ours: the conformance suite, the Inspector, the TypeScript, Python
+// and Go SDKs and mcp-go as clients, and servers of three of them as upstreams.
 //
-// Begin with [EverythingServer], which starts an upstream, and give its URL, or the gateway's in front of it, to
-// [ConformanceModern], [ExerciseInspector], [ExerciseTypeScript] and [ExerciseGoSDK]: these hold for any endpoint that
-// serves what everything-server serves.
+// For the modern era begin with [EverythingServer], which starts an upstream, and give its URL, or the gateway's in
+// front of it, to [ConformanceModern], [ExerciseInspector], [ExerciseTypeScript] and [ExerciseGoSDK]: these hold for any
+// endpoint that serves what everything-server serves.
+//
+// For the legacy era, with its sessions, begin with [ServerEverything], and give an [Endpoint] that names its URL, or the
+// gateway's in front of it, to [ExerciseLegacy]. [ConformanceLegacy] wants EverythingServer with "-stateless=false".
+// [LegacySession] is for what no SDK does: cutting streams anywhere.
 //
 // The programs are installed by `make peers`. One that is missing fails the test; nothing is skipped.
 package peers
@@ -75,32 +79,58 @@ func Node(t testing.TB) string {
 func EverythingServer(t testing.TB, flags ...string) string {
 	t.Helper()
 	program := installed(t, "bin", "everything-server")
+	return "http://" + serve(t, "everything-server", func(addr string) *exec.Cmd {
+		return exec.Command(program, append([]string{"-http", addr, "-stateless=true"}, flags...)...)
+	}) + "/mcp"
+}
+
+// ServerEverything starts @modelcontextprotocol/server-everything, which speaks the legacy era only, over streamable HTTP
+// on a free port and returns the URL of its MCP endpoint once it accepts connections. It ends as EverythingServer does.
+func ServerEverything(t testing.TB) string {
+	t.Helper()
+	program := pkg(t, "@modelcontextprotocol", "server-everything", "dist", "index.js")
+	return "http://" + serve(t, "server-everything", func(addr string) *exec.Cmd {
+		_, port, _ := net.SplitHostPort(addr)
+		cmd := exec.Command(Node(t), program, "streamableHttp")
+		cmd.Env = append(os.Environ(), "PORT="+port, "NODE_OPTIONS=")
+		return cmd
+	}) + "/mcp"
+}
+
+// serve starts a server that listens at the address it is told and returns the address once it accepts connections.
+func serve(t testing.TB, name string, command func(addr string) *exec.Cmd) (addr string) {
+	t.Helper()
 	// The port was free a moment ago; whoever takes it in between costs another try.
 	const tries = 5
 	for try := 1; ; try++ {
 		addr := freeAddr(t)
 		var output bytes.Buffer
-		cmd := exec.Command(program, append([]string{"-http", addr, "-stateless=true"}, flags...)...)
+		cmd := command(addr)
 		cmd.Stdout, cmd.Stderr = &output, &output
 		exited, err := start(cmd)
 		if err != nil {
-			t.Fatalf("starting everything-server: %v", err)
+			t.Fatalf("starting %s: %v", name, err)
 		}
 		if err := answers(t.Context(), addr, exited); err != nil {
 			kill(cmd, exited)
-			if try < tries && strings.Contains(output.String(), "address already in use") {
+			if try < tries && portTaken(output.String()) {
 				continue
 			}
-			t.Fatalf("everything-server at %s: %v\n%s", addr, err, &output)
+			t.Fatalf("%s at %s: %v\n%s", name, addr, err, &output)
 		}
 		t.Cleanup(func() {
 			kill(cmd, exited)
 			if t.Failed() {
-				t.Logf("everything-server at %s printed:\n%s", addr, &output)
+				t.Logf("%s at %s printed:\n%s", name, addr, tail(output.String(), 6000))
 			}
 		})
-		return "http://" + addr + "/mcp"
+		return addr
 	}
+}
+
+// portTaken tells from what a server printed that another has its port: Go's words, and Node's.
+func portTaken(output string) bool {
+	return strings.Contains(output, "address already in use") || strings.Contains(output, "is already in use")
 }
 
 // Output is what a program that ran to its end left behind.

@@ -15,6 +15,11 @@ func TestConformanceDirect(t *testing.T) {
 	ConformanceModern(t, EverythingServer(t))
 }
 
+// Not in parallel, for the same reason.
+func TestConformanceLegacyDirect(t *testing.T) {
+	ConformanceLegacy(t, EverythingServer(t, "-stateless=false"))
+}
+
 func TestInspectorDirect(t *testing.T) {
 	t.Parallel()
 	ExerciseInspector(t, EverythingServer(t))

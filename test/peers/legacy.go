@@ -1,0 +1,208 @@
+package peers
+
+import (
+	"bytes"
+	"compress/gzip"
+	"crypto/rand"
+	"encoding/base64"
+	"encoding/json"
+	"io"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// The clients of the legacy era against server-everything. Each script takes the same steps and says what it saw in the
+// same terms, so that what a gateway in between changes, or loses, shows.
+
+// legacy is the revision that the clients must settle on.
+const legacy = "2025-11-25"
+
+// legacySeen is what a client saw in one session, from its beginning to its end.
+type legacySeen struct {
+	Revision string // that it settled on
+
+	Roots [2]string // text of get-roots-list: with one root, and with two after notifications/roots/list_changed
+
+	Tools      []string                     // names as listed, all pages
+	Echo       string                       // text
+	Structured map[string]any               // of get-structured-content
+	Failing    bool                         // isError of a call that fails
+	Unknown    string                       // of a tool that is not there: "error <code>", "isError" or "result"
+	Progress   [][2]float64                 // progress and total of a long operation, in order
+	Operation  string                       // its text, which came after
+	Logged     struct{ Level, Data string } // a simulated log message; the level was debug
+	Updated    bool                         // notifications/resources/updated named the URI that was subscribed to
+	Quiet      bool                         // with the level error, the server's remark of level info about unsubscribing did not come
+	Cancelled  bool                         // a long operation that was cancelled after its first progress ended with an error
+	Pinged     bool                         // after that
+
+	Prompts   []string    // names as listed
+	Prompt    string      // text of args-prompt for a city and a state
+	Completed [3][]string // departments with S; names in Sales; the resource id 7 of the template for texts
+
+	Resources []string // names as listed
+	Templates []string // names as listed
+	Read      string   // text of features.md
+	ReadURI   bool     // its URI was the one that was asked for
+	Template  string   // text of the resource that the template for texts names for the id 7
+
+	Sampled, SampledAsked   string // trigger-sampling-request: its text; what the client was asked
+	Elicited, ElicitedAsked string // trigger-elicitation-request: its texts; what the client was asked
+	Declined                string // its first text when the user declines
+
+	Added string // blob of a resource that gzip-file-as-resource added, read after notifications/resources/list_changed
+
+	Resumed          [][2]float64 // progress of the operation whose stream was cut after the first
+	ResumedOperation string       // its text
+}
+
+// everythingTools are what server-everything offers a client that answers for sampling, elicitation and roots.
+var everythingTools = []string{
+	"echo", "get-annotated-message", "get-env", "get-resource-links", "get-resource-reference", "get-roots-list",
+	"get-structured-content", "get-sum", "get-tiny-image", "gzip-file-as-resource", "simulate-research-query",
+	"toggle-simulated-logging", "toggle-subscriber-updates", "trigger-elicitation-request",
+	"trigger-long-running-operation", "trigger-sampling-request",
+}
+
+// everythingOptional are the tools that depend on what else an SDK declares by itself.
+var everythingOptional = []string{"trigger-elicitation-request-async", "trigger-sampling-request-async", "trigger-url-elicitation"}
+
+func (s legacySeen) check(t testing.TB, e Endpoint) {
+	t.Helper()
+	same := func(what string, got, want any) {
+		t.Helper()
+		g, _ := json.Marshal(got)
+		w, _ := json.Marshal(want)
+		if !bytes.Equal(g, w) {
+			t.Errorf("%s: %s, want %s", what, g, w)
+		}
+	}
+	has := func(what, got string, want ...string) {
+		t.Helper()
+		for _, w := range want {
+			if !strings.Contains(got, w) {
+				t.Errorf("%s: %q lacks %q", what, got, w)
+			}
+		}
+	}
+	// Of an endpoint that serves several servers, ours are what bears the prefix.
+	ours := func(names []string) (bare []string) {
+		for _, name := range names {
+			if name, ok := strings.CutPrefix(name, e.Prefix); ok {
+				bare = append(bare, name)
+			}
+		}
+		slices.Sort(bare)
+		return bare
+	}
+	among := func(what string, names []string, want ...string) {
+		t.Helper()
+		for _, w := range want {
+			n := 0
+			for _, name := range names {
+				if name == w || name == e.Prefix+w {
+					n++
+				}
+			}
+			if n != 1 {
+				t.Errorf("%s: %s is there %d times: %q", what, w, n, names)
+			}
+		}
+	}
+
+	same("revision", s.Revision, legacy)
+	has("roots", s.Roots[0], "(1 total)", "file:///waybill/one")
+	has("roots after list_changed", s.Roots[1], "(2 total)", "file:///waybill/one", "file:///waybill/two")
+	same("tools", slices.DeleteFunc(ours(s.Tools), func(name string) bool { return slices.Contains(everythingOptional, name) }), everythingTools)
+	same("echo", s.Echo, "Echo: grüße <&> 9007199254740993")
+	same("get-structured-content", s.Structured, map[string]any{"temperature": 33, "conditions": "Cloudy", "humidity": 82})
+	same("a failing call's isError", s.Failing, true)
+	if e.Direct {
+		same("an unknown tool", s.Unknown, "isError")
+	} else if s.Unknown != "error -32602" && s.Unknown != "isError" { // the gateway's own answer, or the server's
+		t.Errorf("an unknown tool: %s", s.Unknown)
+	}
+	same("progress", s.Progress, [][2]float64{{1, 4}, {2, 4}, {3, 4}, {4, 4}})
+	same("trigger-long-running-operation", s.Operation, "Long running operation completed. Duration: 0.2 seconds, Steps: 4.")
+	if word, _, _ := strings.Cut(strings.ReplaceAll(strings.ToLower(s.Logged.Data), " ", "-"), "-"); word == "" || word != s.Logged.Level {
+		t.Errorf("logged: %q with the level %q", s.Logged.Data, s.Logged.Level)
+	}
+	same("the updated resource is the subscribed one", s.Updated, true)
+	same("quiet above the level", s.Quiet, true)
+	same("cancelled", s.Cancelled, true)
+	same("pinged after the cancellation", s.Pinged, true)
+
+	among("prompts", s.Prompts, "simple-prompt", "args-prompt", "completable-prompt", "resource-prompt")
+	same("args-prompt", s.Prompt, "What's weather in Zürich, ZH?")
+	same("completions", s.Completed, [3][]string{{"Sales", "Support"}, {"David", "Eve", "Frank"}, {"7"}})
+	among("resources", s.Resources, "architecture.md", "features.md", "startup.md")
+	among("templates", s.Templates, "Dynamic Text Resource", "Dynamic Blob Resource")
+	has("features.md", s.Read, "# Everything Server - Features", "trigger-sampling-request")
+	same("the URI read is the one asked for", s.ReadURI, true)
+	has("the templated resource", s.Template, "Resource 7: This is a plaintext resource created at")
+
+	has("trigger-sampling-request", s.Sampled, "sampled: grüße", "waybill-model")
+	has("what the client was asked to sample", s.SampledAsked, "what is a waybill?")
+	has("trigger-elicitation-request", s.Elicited, "- Name: Ada", "- Agreed to terms: true", `"action": "accept"`)
+	has("what the user was asked", s.ElicitedAsked, "provide inputs")
+	has("trigger-elicitation-request, declined", s.Declined, "declined")
+
+	if text, err := gunzip(s.Added); err != nil || text != "waybill" {
+		t.Errorf("the added resource: %q, %v", text, err)
+	}
+	same("progress, cut and resumed", s.Resumed, [][2]float64{{1, 3}, {2, 3}, {3, 3}})
+	same("the operation, cut and resumed", s.ResumedOperation, "Long running operation completed. Duration: 0.6 seconds, Steps: 3.")
+}
+
+func gunzip(blob string) (string, error) {
+	r, err := gzip.NewReader(base64.NewDecoder(base64.StdEncoding, strings.NewReader(blob)))
+	if err != nil {
+		return "", err
+	}
+	text, err := io.ReadAll(r)
+	return string(text), err
+}
+
+// ExerciseLegacyTypeScript takes the steps with a TypeScript SDK: "v1" or "v2".
+func ExerciseLegacyTypeScript(t testing.TB, e Endpoint, sdk string) {
+	t.Helper()
+	_, here, _, _ := runtime.Caller(0)
+	tap := newTap(t, e)
+	args, err := json.Marshal(map[string]string{"sdk": sdk, "url": tap.URL, "prefix": e.Prefix, "unique": unique(), "token": e.Token})
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := NodeScript(t, filepath.Join(filepath.Dir(here), "legacy.mjs"), string(args))
+	checkLegacy(t, e, tap, "TypeScript client "+sdk, out)
+}
+
+// checkLegacy checks what a script printed and what the tap saw of it.
+func checkLegacy(t testing.TB, e Endpoint, tap *tap, who string, out Output) {
+	t.Helper()
+	var s legacySeen
+	if err := json.Unmarshal([]byte(out.Stdout), &s); err != nil || out.Exit != 0 {
+		t.Fatalf("%s: exit %d, %v\n%s%s", who, out.Exit, err, out.Stdout, out.Stderr)
+	}
+	s.check(t, e)
+	tap.check(t, e)
+}
+
+// unique is a word that no other run uses.
+func unique() string { return "waybill-" + rand.Text() }
+
+// ExerciseLegacy takes the steps with every client, each a subtest beside the others.
+func ExerciseLegacy(t *testing.T, e Endpoint) {
+	t.Helper()
+	for name, exercise := range map[string]func(testing.TB, Endpoint){
+		"TypeScript v1": func(t testing.TB, e Endpoint) { ExerciseLegacyTypeScript(t, e, "v1") },
+		"TypeScript v2": func(t testing.TB, e Endpoint) { ExerciseLegacyTypeScript(t, e, "v2") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			exercise(t, e)
+		})
+	}
+}
