@@ -341,6 +341,23 @@ func target(t schemas.Target) string {
 // detail is what a line says beyond kind, time and size.
 func detail(e schemas.Event) string {
 	switch d := e.Data.(type) {
+	case *schemas.Requested:
+		if d.Alias != "" {
+			return "called " + visible(d.Alias) + " by the client"
+		}
+	case *schemas.Connected:
+		return "to " + visible(d.Server) + ", revision " + visible(d.Revision)
+	case *schemas.Asked:
+		return visible(d.Method) + ", by " + visible(d.Server)
+	case *schemas.Answered:
+		return visible(d.Method) + ", to " + visible(d.Server)
+	case *schemas.Notified:
+		if d.ToServer {
+			return visible(d.Method) + ", to " + visible(d.Server)
+		}
+		return visible(d.Method) + ", by " + visible(d.Server)
+	case *schemas.Closed:
+		return visible(d.Reason)
 	case *schemas.Authorized:
 		behind := ""
 		if d.BodySize > 0 {
