@@ -34,7 +34,8 @@ import (
 
 // kinds lists the ways of calling an upstream, by the protocol it speaks.
 var kinds = map[schemas.Protocol]kind{
-	"mcp": {open: openMCP, reads: mcpReads, named: "tools/call"},
+	"mcp":     {open: openMCP, reads: mcpReads, named: "tools/call"},
+	"openapi": {open: openOpenAPI, reads: openapiReads, named: "tools/call"},
 }
 
 // kind is what dispatch has to know of a protocol.
@@ -53,6 +54,8 @@ type Server struct {
 	// Header is sent with every request: the operator's own credentials for
 	// this upstream. Headers that the gateway makes itself are refused.
 	Header http.Header
+
+	OpenAPI *OpenAPI // with protocol openapi, which needs no URL
 
 	// Idempotent are patterns ([schemas.Match]) of the tools that may be
 	// called again when an answer did not come.
@@ -531,14 +534,14 @@ func (r *run) attempt(ctx context.Context, body []byte, settle func(error)) (Ans
 	if err != nil && !errors.As(err, &fault) {
 		fault = &Fault{Kind: Broken, Err: err}
 	}
-	if fault == nil || fault.Kind != Unsent && fault.Kind != Invalid {
+	if fault == nil && !answer.Local || fault != nil && fault.Kind != Unsent && fault.Kind != Invalid {
 		r.attempts++
 		if r.upstreamAt.IsZero() {
 			r.upstreamAt = at
 		}
 	}
 	switch {
-	case fault != nil && fault.Kind == Invalid:
+	case fault != nil && fault.Kind == Invalid, fault == nil && answer.Local:
 		report(errNoVerdict) // nobody was asked
 	case fault == nil || !verdicts[fault.Kind].counts:
 		report(nil)

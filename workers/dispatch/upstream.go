@@ -50,6 +50,7 @@ type Answer struct {
 	Removed     []string // what Call.Only took out of it, as far as there is room
 	RemovedMore int      // how many more
 	Body        []byte   // otherwise verbatim; nil for a one-way call
+	Local       bool     // made here: the server was not asked, and this says nothing of it
 
 	// Release gives the connection back. It may take a moment and is called
 	// once the answer is stored, before ctx is cancelled; hangUp cancels ctx.
