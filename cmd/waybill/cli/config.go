@@ -2,6 +2,7 @@ package cli
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -96,15 +97,15 @@ type AuthConfig struct {
 
 // ServerConfig is an upstream.
 type ServerConfig struct {
-	Name       string     `yaml:"name" json:"name"`
-	MCP        *MCPConfig `yaml:"mcp" json:"mcp,omitempty"`
-	OpenAPI    any        `yaml:"openapi" json:"-"`                                     // not built yet
-	Approve    string     `yaml:"approve" json:"approve,omitempty"`                     // first-use or manual; takes effect with the registry
-	Idempotent []string   `yaml:"idempotent" json:"idempotent,omitempty"`               // tools (* stands for any run) that may be called again when the outcome is unknown
-	Trust      bool       `yaml:"trust_annotations" json:"trust_annotations,omitempty"` // not built yet
-	Deadline   Duration   `yaml:"deadline" json:"deadline,omitzero"`                    // of one call; default limits.deadline
-	Concurrent int        `yaml:"concurrency" json:"concurrency,omitempty"`             // calls at once; default 64
-	Queue      int        `yaml:"queue" json:"queue,omitempty"`                         // calls waiting for their turn; default 256; more are refused
+	Name       string         `yaml:"name" json:"name"`
+	MCP        *MCPConfig     `yaml:"mcp" json:"mcp,omitempty"`
+	OpenAPI    *OpenAPIConfig `yaml:"openapi" json:"openapi,omitempty"`                     // a REST API, instead of mcp
+	Approve    string         `yaml:"approve" json:"approve,omitempty"`                     // first-use or manual; takes effect with the registry
+	Idempotent []string       `yaml:"idempotent" json:"idempotent,omitempty"`               // tools (* stands for any run) that may be called again when the outcome is unknown
+	Trust      bool           `yaml:"trust_annotations" json:"trust_annotations,omitempty"` // not built yet
+	Deadline   Duration       `yaml:"deadline" json:"deadline,omitzero"`                    // of one call; default limits.deadline
+	Concurrent int            `yaml:"concurrency" json:"concurrency,omitempty"`             // calls at once; default 64
+	Queue      int            `yaml:"queue" json:"queue,omitempty"`                         // calls waiting for their turn; default 256; more are refused
 }
 
 // MCPConfig says how to reach an MCP server.
@@ -113,6 +114,15 @@ type MCPConfig struct {
 	Headers map[string]Secret `yaml:"headers" json:"headers,omitempty"` // sent with every request
 	Command any               `yaml:"command" json:"-"`                 // not built yet
 	Env     any               `yaml:"env" json:"-"`                     // not built yet
+}
+
+// OpenAPIConfig says how to reach a REST API, whose operations are the server's
+// tools.
+type OpenAPIConfig struct {
+	Document string            `yaml:"document" json:"document"`         // file with an OpenAPI 3.0 or 3.1 document; read again when it changes
+	URL      string            `yaml:"url" json:"url,omitempty"`         // of the API; default the document's first server
+	Auth     map[string]Secret `yaml:"auth" json:"auth,omitempty"`       // by the document's security scheme: API key, bearer token, or user:password
+	Headers  map[string]Secret `yaml:"headers" json:"headers,omitempty"` // sent with every request
 }
 
 // Secret is a value that does not stand in the file.
@@ -222,6 +232,11 @@ func parseConfig(b []byte, dir string) (*Config, error) {
 	}
 	if e := c.Bus.Embedded; e != nil {
 		e.KeyFile = c.path(e.KeyFile)
+	}
+	for _, s := range c.Servers {
+		if s.OpenAPI != nil {
+			s.OpenAPI.Document = c.path(s.OpenAPI.Document)
+		}
 	}
 	return &c, c.check()
 }
@@ -366,7 +381,6 @@ func (c *Config) check() error {
 			bad("%s.name: %q stands twice", key, s.Name)
 		}
 		names[s.Name] = true
-		notBuilt(key+".openapi", s.OpenAPI != nil)
 		notBuilt(key+".trust_annotations", s.Trust)
 		if s.Approve != "" && s.Approve != "first-use" && s.Approve != "manual" {
 			bad("%s.approve: %q is neither first-use nor manual", key, s.Approve)
@@ -375,32 +389,55 @@ func (c *Config) check() error {
 		if s.Deadline.Duration < 0 || s.Concurrent < 0 || s.Queue < 0 {
 			bad("%s: deadline, concurrency and queue cannot be negative", key)
 		}
-		if s.MCP == nil {
-			if s.OpenAPI == nil {
-				bad("%s.mcp: missing; it says how to reach the server", key)
-			}
-			continue
-		}
-		notBuilt(key+".mcp.command", s.MCP.Command != nil)
-		notBuilt(key+".mcp.env", s.MCP.Env != nil)
-		if s.MCP.Command == nil {
-			u, err := url.Parse(s.MCP.URL)
+		address := func(key, text, headers string) {
+			u, err := url.Parse(text)
 			if err != nil || u.Host == "" || (u.Scheme != "http" && u.Scheme != "https") {
-				bad("%s.mcp.url: %q is not an http or https URL", key, s.MCP.URL)
+				bad("%s: %q is not an http or https URL", key, text)
 			} else if u.User != nil {
-				bad("%s.mcp.url: holds credentials; use mcp.headers with env or file", key)
+				bad("%s: holds credentials; use %s with env or file", key, headers)
 			}
 		}
-		spelled := map[string]string{}
-		for _, name := range slices.Sorted(maps.Keys(s.MCP.Headers)) {
-			canonical, secret := http.CanonicalHeaderKey(name), s.MCP.Headers[name]
-			if other := spelled[canonical]; other != "" {
-				bad("%s.mcp.headers.%s: stands there as %s already; only one of them would be sent", key, name, other)
+		secrets := func(key string, all map[string]Secret) {
+			for _, name := range slices.Sorted(maps.Keys(all)) {
+				if secret := all[name]; (secret.Env == "") == (secret.File == "") {
+					bad("%s.%s: needs env or file, one of them", key, name)
+				}
 			}
-			spelled[canonical] = name
-			if (secret.Env == "") == (secret.File == "") {
-				bad("%s.mcp.headers.%s: needs env or file, one of them", key, name)
+		}
+		headers := func(key string, all map[string]Secret) {
+			spelled := map[string]string{}
+			for _, name := range slices.Sorted(maps.Keys(all)) {
+				canonical := http.CanonicalHeaderKey(name)
+				if other := spelled[canonical]; other != "" {
+					bad("%s.%s: stands there as %s already; only one of them would be sent", key, name, other)
+				}
+				spelled[canonical] = name
 			}
+			secrets(key, all)
+		}
+		switch {
+		case s.MCP == nil && s.OpenAPI == nil:
+			bad("%s: needs mcp or openapi, which say how to reach the server", key)
+		case s.MCP != nil && s.OpenAPI != nil:
+			bad("%s: mcp and openapi exclude each other", key)
+		}
+		if m := s.MCP; m != nil {
+			notBuilt(key+".mcp.command", m.Command != nil)
+			notBuilt(key+".mcp.env", m.Env != nil)
+			if m.Command == nil {
+				address(key+".mcp.url", m.URL, "mcp.headers")
+			}
+			headers(key+".mcp.headers", m.Headers)
+		}
+		if o := s.OpenAPI; o != nil {
+			if o.Document == "" {
+				bad("%s.openapi.document: missing; it is the file that describes the API", key)
+			}
+			if o.URL != "" {
+				address(key+".openapi.url", o.URL, "openapi.auth")
+			}
+			secrets(key+".openapi.auth", o.Auth)
+			headers(key+".openapi.headers", o.Headers)
 		}
 	}
 	for i, a := range c.Allow {
@@ -438,13 +475,9 @@ func (c *Config) build() error {
 	if _, err := edge.New(edge.Options{Hosts: c.Hosts, Origins: c.Origins}); err != nil {
 		return err
 	}
-	var servers []dispatch.Server
-	for _, s := range c.Servers {
-		header := http.Header{}
-		for name := range s.MCP.Headers {
-			header.Set(name, "secret")
-		}
-		servers = append(servers, dispatch.Server{Name: s.Name, URL: s.MCP.URL, Header: header})
+	servers, err := c.upstreams(anySecret)
+	if err != nil {
+		return err
 	}
 	d, err := dispatch.New(dispatch.Options{
 		Servers: servers,
@@ -505,26 +538,69 @@ func (c *Config) principals() (tokens map[[32]byte]edge.Principal, anonymous *ed
 	return tokens, anonymous
 }
 
-// headers are the operator's headers for an upstream, with their secrets.
-func (c *Config) headers(m *MCPConfig, getenv func(string) string) (http.Header, error) {
-	h := http.Header{}
-	for _, name := range slices.Sorted(maps.Keys(m.Headers)) {
-		s := m.Headers[name]
-		value := getenv(s.Env)
-		if s.File != "" {
-			b, err := os.ReadFile(c.path(s.File))
-			if err != nil {
-				return nil, fmt.Errorf("header %s: %w", name, err)
+// upstreams are the servers as dispatch takes them. Every kind of upstream
+// stands here.
+func (c *Config) upstreams(secret func(Secret) (string, error)) ([]dispatch.Server, error) {
+	var servers []dispatch.Server
+	for _, s := range c.Servers {
+		up := dispatch.Server{Name: s.Name, Idempotent: s.Idempotent, Concurrency: s.Concurrent, Queue: s.Queue}
+		var err error
+		switch {
+		case s.OpenAPI != nil:
+			up.Protocol = "openapi"
+			up.OpenAPI = &dispatch.OpenAPI{Document: s.OpenAPI.Document, BaseURL: s.OpenAPI.URL, Auth: map[string]string{}}
+			for _, name := range slices.Sorted(maps.Keys(s.OpenAPI.Auth)) {
+				if up.OpenAPI.Auth[name], err = secret(s.OpenAPI.Auth[name]); err != nil {
+					return nil, fmt.Errorf("server %s: auth %s: %w", s.Name, name, err)
+				}
 			}
-			value = strings.TrimSpace(string(b))
+			up.Header, err = header(s.OpenAPI.Headers, secret)
+		default:
+			up.URL = s.MCP.URL
+			up.Header, err = header(s.MCP.Headers, secret)
 		}
-		if value == "" {
-			return nil, fmt.Errorf("header %s: %s%s is empty", name, s.Env, s.File)
+		if err != nil {
+			return nil, fmt.Errorf("server %s: %w", s.Name, err)
+		}
+		servers = append(servers, up)
+	}
+	return servers, nil
+}
+
+// header are the operator's headers for an upstream, with their secrets.
+func header(headers map[string]Secret, secret func(Secret) (string, error)) (http.Header, error) {
+	h := http.Header{}
+	for _, name := range slices.Sorted(maps.Keys(headers)) {
+		value, err := secret(headers[name])
+		if err != nil {
+			return nil, fmt.Errorf("header %s: %w", name, err)
 		}
 		h.Set(name, value)
 	}
 	return h, nil
 }
+
+// secret reads secrets, which are never empty.
+func (c *Config) secret(getenv func(string) string) func(Secret) (string, error) {
+	return func(s Secret) (string, error) {
+		value := getenv(s.Env)
+		if s.File != "" {
+			b, err := os.ReadFile(c.path(s.File))
+			if err != nil {
+				return "", err
+			}
+			value = strings.TrimSpace(string(b))
+		}
+		if value == "" {
+			return "", fmt.Errorf("%s%s is empty", s.Env, s.File)
+		}
+		return value, nil
+	}
+}
+
+// anySecret stands for every secret, user and password included, where they
+// are not read.
+func anySecret(Secret) (string, error) { return "secret:secret", nil }
 
 // wellKnown tells whether a token's hash is that of a word found in examples.
 func wellKnown(hash []byte) (word string, known bool) {
@@ -563,9 +639,52 @@ func (c *Config) notes() []string {
 			return slices.ContainsFunc(c.Servers, func(s ServerConfig) bool { return s.Name == n })
 		})
 	}
+	notes = append(notes, c.untranslated()...)
 	if host, _, err := net.SplitHostPort(c.Admin); err == nil && !loopback(host) {
 		notes = append(notes, fmt.Sprintf("admin: %s is not a loopback address: /metrics, /healthz and /readyz are open to whoever reaches it, "+
 			"its Host header is not checked, and the admin token crosses the network in plain text", c.Admin))
+	}
+	return notes
+}
+
+// untranslated is what of the REST APIs could not be made part of tools. What
+// is the same for many operations is one note.
+func (c *Config) untranslated() []string {
+	const mostNotes, mostNames = 30, 3
+	servers, err := c.upstreams(anySecret)
+	if err != nil {
+		return []string{err.Error()}
+	}
+	var notes []string
+	for _, s := range servers {
+		if s.OpenAPI == nil {
+			continue
+		}
+		report, err := dispatch.ImportOpenAPI(s)
+		if err != nil {
+			notes = append(notes, fmt.Sprintf("server %s: %s", s.Name, err))
+			continue
+		}
+		operations, order := map[string][]string{}, []string{}
+		for _, u := range report {
+			text := strings.Join(strings.Fields(u.What+": "+u.Why), " ")
+			if operations[text] == nil {
+				order = append(order, text)
+			}
+			operations[text] = append(operations[text], cmp.Or(u.Operation, "document"))
+		}
+		for i, text := range order {
+			if i == mostNotes {
+				notes = append(notes, fmt.Sprintf("server %s: … and %d more; the log has them when the gateway starts", s.Name, len(order)-i))
+				break
+			}
+			names := operations[text]
+			who := strings.Join(names[:min(len(names), mostNames)], ", ")
+			if n := len(names) - mostNames; n > 0 {
+				who += fmt.Sprintf(" and %d more", n)
+			}
+			notes = append(notes, fmt.Sprintf("server %s: %s: %s", s.Name, who, strings.TrimSuffix(text, ".")))
+		}
 	}
 	return notes
 }

@@ -32,6 +32,7 @@ func FuzzConfig(f *testing.F) {
 		"tenants: [{id: a}]\nagents: [{id: b, tenant: a, groups: [g], token_sha256: 15c8ab745fdeda94033d07103b3ff431ef716bbc1271ad960c87fede8a496852}]\nauth: {anonymous: b}\n",
 		"servers: [{name: s, mcp: {url: 'http://h/p?q', headers: {X-A: {env: A}, Content-Type: {env: B}, 'b ad': {env: C}}}, idempotent: ['*'], deadline: 3s, concurrency: 1, queue: 2}]\n",
 		"servers: [{name: s, mcp: {url: 'http://u:p@h'}, approve: manual, openapi: {}}, null]\n",
+		"servers: [{name: s, openapi: {document: nowhere.yaml, url: 'http://h/v1', auth: {key: {env: A}}, headers: {X-A: {file: f}}}}]\n",
 		"servers: [{name: s, mcp: {}}]\nviews: []\npolicies: {}\n",
 		"allow: [{agents: ['*'], servers: [a], tools: [''], methods: ['**']}, null, {}]\n",
 		"bus: {embedded: {sync: always, key_file: /k, cluster: {a: {b: 1}}}, max_bytes: 1e18, max_age: 10000000h}\nclickhouse: {embedded: true}\n",
@@ -84,20 +85,9 @@ func build(c *Config) error {
 	if _, err := edge.New(edge.Options{Hosts: c.Hosts, Origins: c.Origins, Tokens: tokens, Anonymous: anonymous}); err != nil {
 		return err
 	}
-	var servers []dispatch.Server
-	for _, s := range c.Servers {
-		for _, secret := range s.MCP.Headers {
-			if secret.File != "" {
-				return nil // whether the file is there is known when it is read
-			}
-		}
-		header, err := c.headers(s.MCP, func(string) string { return "x" })
-		if err != nil {
-			return err
-		}
-		servers = append(servers, dispatch.Server{
-			Name: s.Name, URL: s.MCP.URL, Header: header, Idempotent: s.Idempotent, Concurrency: s.Concurrent, Queue: s.Queue,
-		})
+	servers, err := c.upstreams(anySecret)
+	if err != nil {
+		return err
 	}
 	d, err := dispatch.New(dispatch.Options{
 		Servers: servers,

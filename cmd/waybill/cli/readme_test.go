@@ -49,13 +49,17 @@ func TestReadme(t *testing.T) {
 	if !slices.Contains(blocks["text"], help.String()) {
 		t.Error("README does not show the text of `waybill --help`")
 	}
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "petstore.yaml"), []byte(read(t, "workers/dispatch/testdata/openapi/petstore.yaml")), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for _, b := range blocks["yaml"] {
 		// Who copies it must put in a token of their own.
-		if _, err := parseConfig([]byte(b), t.TempDir()); err == nil || !strings.Contains(err.Error(), "token_sha256: not a SHA-256") {
+		if _, err := parseConfig([]byte(b), dir); err == nil || !strings.Contains(err.Error(), "token_sha256: not a SHA-256") {
 			t.Errorf("%staken as it is: %v", b, err)
 		}
 		own := strings.ReplaceAll(b, "SHA256_OF_A_TOKEN_OF_YOURS", strings.Repeat("5a", 32))
-		if _, err := parseConfig([]byte(own), t.TempDir()); err != nil {
+		if _, err := parseConfig([]byte(own), dir); err != nil {
 			t.Errorf("%s%v", own, err)
 		}
 	}

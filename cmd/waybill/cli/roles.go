@@ -287,17 +287,9 @@ func (g *gateway) addDispatch(ctx context.Context, _ net.Listener) error {
 	if err != nil {
 		return err
 	}
-	// Every kind of upstream stands in this list.
-	var servers []dispatch.Server
-	for _, s := range g.c.Servers {
-		header, err := g.c.headers(s.MCP, g.env.Getenv)
-		if err != nil {
-			return fmt.Errorf("server %s: %w", s.Name, err)
-		}
-		servers = append(servers, dispatch.Server{
-			Name: s.Name, URL: s.MCP.URL, Header: header, Idempotent: s.Idempotent,
-			Concurrency: s.Concurrent, Queue: s.Queue,
-		})
+	servers, err := g.c.upstreams(g.c.secret(g.env.Getenv))
+	if err != nil {
+		return err
 	}
 	d, err := dispatch.New(dispatch.Options{
 		Servers: servers, Load: l.Load, Past: l.Past,
