@@ -36,6 +36,7 @@ import (
 var kinds = map[schemas.Protocol]kind{
 	"mcp":     {open: openMCP, reads: mcpReads, named: "tools/call"},
 	"openapi": {open: openOpenAPI, reads: openapiReads, named: "tools/call"},
+	"front":   {open: openFront, reads: frontReads, named: "tools/call"}, // the gateway itself, for several servers
 }
 
 // kind is what dispatch has to know of a protocol.
@@ -64,6 +65,10 @@ type Server struct {
 	Concurrency int // calls at once; default 64
 	Queue       int // calls that wait for one of these to end; beyond, overloaded; default 256, negative: none
 	Streams     int // streams at once, apart from calls, since they may live for an hour; default 256
+
+	// Deadline is what a call may take that a front makes to the server; 0: as
+	// long as the call for which it is made.
+	Deadline time.Duration
 }
 
 // Options are what a [Dispatcher] works with. Servers, Load and Past are
@@ -87,8 +92,12 @@ type Options struct {
 	// Ask is the rest of the gateway, for calls that are made for another call.
 	Ask schemas.Handler
 
-	// Fronts are the endpoints that show several servers as one.
-	Fronts []*schemas.Front
+	// Fronts are the endpoints that show several servers as one. They need Ask.
+	Fronts  []*schemas.Front
+	Fanout  Fanout
+	Version string // of the program, as the fronts say it
+
+	places *places // of the fronts together
 
 	// Lost tells whether an event was stored before an unclean boot, after
 	// which later events of its call may be gone. nil: never.
@@ -176,6 +185,10 @@ func New(opt Options) (*Dispatcher, error) {
 		}
 		d.upstreams[s.Name] = u
 		d.order = append(d.order, u)
+	}
+	if err := d.openFronts(); err != nil {
+		d.Close()
+		return nil, err
 	}
 	return d, nil
 }

@@ -52,8 +52,9 @@ type Config struct {
 	Servers    []ServerConfig `yaml:"servers" json:"servers,omitempty"`
 	Allow      []AllowConfig  `yaml:"allow" json:"allow,omitempty"` // nothing is allowed that no rule allows
 	Limits     LimitsConfig   `yaml:"limits" json:"limits"`
+	Views      []ViewConfig   `yaml:"views" json:"views,omitempty"`
+	Fanout     FanoutConfig   `yaml:"fanout" json:"fanout,omitzero"`
 
-	Views    any `yaml:"views" json:"-"`    // not built yet
 	Policies any `yaml:"policies" json:"-"` // not built yet
 
 	dir string // of the file
@@ -269,7 +270,6 @@ func (c *Config) check() error {
 			bad("%s: not built yet", key)
 		}
 	}
-	notBuilt("views", c.Views != nil)
 	notBuilt("policies", c.Policies != nil)
 	if c.ClickHouse != nil && c.ClickHouse != false {
 		bad("clickhouse: not built yet (only `clickhouse: false`)")
@@ -381,6 +381,9 @@ func (c *Config) check() error {
 			bad("%s.name: %q stands twice", key, s.Name)
 		}
 		names[s.Name] = true
+		if why := serverName(s.Name); why != "" {
+			bad("%s.name: %q %s", key, s.Name, why)
+		}
 		notBuilt(key+".trust_annotations", s.Trust)
 		if s.Approve != "" && s.Approve != "first-use" && s.Approve != "manual" {
 			bad("%s.approve: %q is neither first-use nor manual", key, s.Approve)
@@ -440,6 +443,7 @@ func (c *Config) check() error {
 			headers(key+".openapi.headers", o.Headers)
 		}
 	}
+	c.checkViews(names, bad)
 	for i, a := range c.Allow {
 		if len(a.Agents) == 0 || len(a.Servers) == 0 || len(a.Tools)+len(a.Methods) == 0 {
 			bad("allow[%d]: needs agents, servers, and tools or methods; as it is it allows nothing", i)
@@ -480,9 +484,10 @@ func (c *Config) build() error {
 		return err
 	}
 	d, err := dispatch.New(dispatch.Options{
-		Servers: servers,
-		Load:    func(context.Context, uint64) (e schemas.Event, err error) { return e, errors.ErrUnsupported },
-		Past:    func(context.Context, schemas.Event) ([]schemas.Event, error) { return nil, errors.ErrUnsupported },
+		Servers: servers, Fronts: c.fronts(), Fanout: c.fanout(),
+		Ask:  func(context.Context, schemas.Event, schemas.Emit) error { return errors.ErrUnsupported },
+		Load: func(context.Context, uint64) (e schemas.Event, err error) { return e, errors.ErrUnsupported },
+		Past: func(context.Context, schemas.Event) ([]schemas.Event, error) { return nil, errors.ErrUnsupported },
 	})
 	if err != nil {
 		return err
@@ -503,7 +508,11 @@ func (c *Config) rules() ([]policy.Rule, error) {
 		}
 		rules = append(rules, r)
 	}
-	return rules, nil
+	r, err := policy.Front{ID: "fronts", Names: c.frontNames()}.Rule()
+	if err != nil {
+		return nil, err
+	}
+	return append(rules, r), nil
 }
 
 // sync is how often, or always, the embedded log is flushed to disk.
@@ -543,7 +552,7 @@ func (c *Config) principals() (tokens map[[32]byte]edge.Principal, anonymous *ed
 func (c *Config) upstreams(secret func(Secret) (string, error)) ([]dispatch.Server, error) {
 	var servers []dispatch.Server
 	for _, s := range c.Servers {
-		up := dispatch.Server{Name: s.Name, Idempotent: s.Idempotent, Concurrency: s.Concurrent, Queue: s.Queue}
+		up := dispatch.Server{Name: s.Name, Idempotent: s.Idempotent, Concurrency: s.Concurrent, Queue: s.Queue, Deadline: s.Deadline.Duration}
 		var err error
 		switch {
 		case s.OpenAPI != nil:
@@ -636,7 +645,7 @@ func (c *Config) notes() []string {
 			return slices.ContainsFunc(c.Agents, func(a AgentConfig) bool { return string(a.ID) == n })
 		})
 		unknown("servers", a.Servers, func(n string) bool {
-			return slices.ContainsFunc(c.Servers, func(s ServerConfig) bool { return s.Name == n })
+			return n == schemas.Gateway || slices.ContainsFunc(c.Servers, func(s ServerConfig) bool { return s.Name == n })
 		})
 	}
 	notes = append(notes, c.untranslated()...)

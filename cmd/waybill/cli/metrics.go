@@ -27,6 +27,7 @@ type metrics struct {
 
 	calls    metric.Int64Counter
 	duration metric.Float64Histogram
+	caused   metric.Int64Counter
 }
 
 // methods that may be a label; a caller could invent any number of others.
@@ -50,6 +51,9 @@ func newMetrics(g *gateway) (*metrics, error) {
 	if m.calls, err = m.meter.Int64Counter("waybill.calls", metric.WithDescription("Calls that ended, by server, method and outcome."), metric.WithUnit("{call}")); err != nil {
 		return nil, err
 	}
+	if m.caused, err = m.meter.Int64Counter("waybill.front.calls", metric.WithDescription("Calls that the gateway made to put an answer together, by server, method and outcome."), metric.WithUnit("{call}")); err != nil {
+		return nil, err
+	}
 	m.duration, err = m.meter.Float64Histogram("waybill.call.duration", metric.WithUnit("s"),
 		metric.WithDescription("Time of a call: in total as the edge sees it, and its parts policy, queue and upstream by the log's clock."),
 		metric.WithExplicitBucketBoundaries(.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60))
@@ -59,9 +63,17 @@ func newMetrics(g *gateway) (*metrics, error) {
 	return m, m.gauges()
 }
 
-// observe counts and times what passes an Ask.
-func (m *metrics) observe(ask schemas.Handler) schemas.Handler {
+// observe counts and times what passes the Ask of an edge.
+func (m *metrics) observe(ask schemas.Handler) schemas.Handler { return m.count(ask, m.calls, true) }
+
+// children counts what passes the Ask of a front.
+func (m *metrics) children(ask schemas.Handler) schemas.Handler { return m.count(ask, m.caused, false) }
+
+func (m *metrics) count(ask schemas.Handler, calls metric.Int64Counter, timed bool) schemas.Handler {
 	known := map[string]bool{}
+	for _, name := range m.g.c.frontNames() {
+		known[name] = true
+	}
 	for _, s := range m.g.c.Servers {
 		known[s.Name] = true
 	}
@@ -103,8 +115,8 @@ func (m *metrics) observe(ask schemas.Handler) schemas.Handler {
 			attribute.String("server", label(known[r.Server], r.Server)),
 			attribute.String("method", label(methods[r.Method], r.Method)),
 		}
-		m.calls.Add(ctx, 1, metric.WithAttributes(append(of, attribute.String("outcome", outcome), attribute.String("code", code))...))
-		if r.Stream {
+		calls.Add(ctx, 1, metric.WithAttributes(append(of, attribute.String("outcome", outcome), attribute.String("code", code))...))
+		if r.Stream || !timed {
 			return err // its length says nothing about the gateway
 		}
 		record := func(part string, d time.Duration) {

@@ -261,7 +261,7 @@ func (g *gateway) addPolicy(ctx context.Context, _ net.Listener) error {
 	if err != nil {
 		return err
 	}
-	var servers []string
+	servers := g.c.frontNames()
 	for _, s := range g.c.Servers {
 		servers = append(servers, s.Name)
 	}
@@ -291,8 +291,13 @@ func (g *gateway) addDispatch(ctx context.Context, _ net.Listener) error {
 	if err != nil {
 		return err
 	}
+	ask, err := g.addFronts(ctx)
+	if err != nil {
+		return err
+	}
 	d, err := dispatch.New(dispatch.Options{
 		Servers: servers, Load: l.Load, Past: l.Past,
+		Ask: ask, Fronts: g.c.fronts(), Fanout: g.c.fanout(), Version: programVersion(),
 		Lost:     func(e schemas.Event) bool { return e.Seq <= g.lost },
 		Instance: g.instance, Duplicates: bus.Duplicates, Now: time.Now, Log: g.log,
 	})
@@ -321,6 +326,30 @@ func (g *gateway) addDispatch(ctx context.Context, _ net.Listener) error {
 		}},
 	)
 	return nil
+}
+
+// addFronts: requested → … → an ending, for the calls that a front makes of the
+// servers behind it. They are requested as an edge requests, and their endings
+// addressed to this process, under a name that no other has had.
+func (g *gateway) addFronts(ctx context.Context) (schemas.Handler, error) {
+	l, err := g.open(ctx, bus.RoleEdge)
+	if err != nil {
+		return nil, err
+	}
+	asker := l.Asker(schemas.Replica(g.instance))
+	ready := g.up("fronts")
+	stopping, stop := context.WithCancelCause(context.WithoutCancel(ctx))
+	g.workers = append(g.workers, part{"fronts", func(ctx context.Context) error {
+		// Nobody hears of the calls' endings any more, so nobody waits for them.
+		defer stop(errStopping)
+		return asker.Run(ctx, ready.Store)
+	}})
+	return g.metrics.children(func(ctx context.Context, e schemas.Event, emit schemas.Emit) error {
+		ctx, cancel := context.WithCancelCause(ctx)
+		defer cancel(nil)
+		defer context.AfterFunc(stopping, func() { cancel(errStopping) })()
+		return asker.Ask(ctx, e, emit)
+	}), nil
 }
 
 // addEdge: the listener, and one adapter for each protocol.

@@ -118,8 +118,12 @@ func banner(w io.Writer, g *gateway, file string, public, admin net.Addr) {
 	p("Waybill is ready.")
 	p("")
 	if public != nil {
+		p("  MCP endpoint   http://%s/mcp (all servers together)", public)
 		for _, s := range g.c.Servers {
 			p("  MCP endpoint   http://%s/mcp/%s", public, s.Name)
+		}
+		for _, v := range g.c.Views {
+			p("  MCP view       http://%s/mcp/%s", public, v.Name)
 		}
 	}
 	if a := g.c.Auth.Anonymous; a != "" && public != nil {
@@ -163,15 +167,22 @@ func shellQuote(s string) string {
 	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
 }
 
+// programVersion is the version of this program's module.
+func programVersion() string {
+	if b, ok := debug.ReadBuildInfo(); ok {
+		return b.Main.Version
+	}
+	return "(devel)"
+}
+
 // version is `waybill version`.
 func version(_ context.Context, env Env, args []string) error {
 	fs := flag.NewFlagSet("version", flag.ContinueOnError)
 	if err := none(parse(env, fs, args)); err != nil {
 		return err
 	}
-	v, commit := "(devel)", ""
+	v, commit := programVersion(), ""
 	if b, ok := debug.ReadBuildInfo(); ok {
-		v = b.Main.Version
 		for _, s := range b.Settings {
 			if s.Key == "vcs.revision" {
 				commit = ", commit " + s.Value[:min(12, len(s.Value))]
