@@ -19,6 +19,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
 	"net/http"
 	"strconv"
@@ -86,6 +87,14 @@ type Options struct {
 	// [schemas.ErrNotFound].
 	Latest func(context.Context, schemas.Tenant, schemas.SessionKey, schemas.Kind) (schemas.Event, error)
 
+	// Scan reads all events of a kind in a session, the oldest first. nil: only
+	// the latest is known, as Latest gives it.
+	Scan func(context.Context, schemas.Tenant, schemas.SessionKey, schemas.Kind) iter.Seq2[schemas.Event, error]
+
+	// MaxSessions is how many sessions may be open at upstreams, for revisions
+	// of MCP that have some; beyond, overloaded. Default 10,000.
+	MaxSessions int
+
 	// Store stores what belongs to no run: what a server says outside of calls.
 	Store schemas.Emit
 
@@ -116,6 +125,8 @@ type Options struct {
 
 	Now func() time.Time // default time.Now
 	Log *slog.Logger     // default: none
+
+	sessions *sessions // made by New, for the upstreams that have some
 }
 
 const (
@@ -145,6 +156,7 @@ type Dispatcher struct {
 	name      string // of this process in claims, unique for each Dispatcher
 	runs      atomic.Uint64
 	calls     calls
+	sessions  *sessions
 }
 
 // New makes a Dispatcher. The caller runs Close when no Handle runs any more.
@@ -173,6 +185,8 @@ func New(opt Options) (*Dispatcher, error) {
 	// from what it was before a restart: nobody may take a dead claimant's
 	// claim for its own.
 	d.name = opt.Instance + "." + rand.Text()[:13] + "."
+	d.sessions = newSessions(opt, d.name)
+	opt.sessions = d.sessions
 	for _, s := range opt.Servers {
 		if d.upstreams[s.Name] != nil {
 			d.Close()
@@ -193,8 +207,10 @@ func New(opt Options) (*Dispatcher, error) {
 	return d, nil
 }
 
-// Close lets go of the pooled connections. It does not wait for calls.
+// Close stops listening to sessions and lets go of the pooled connections. It
+// does not wait for calls.
 func (d *Dispatcher) Close() {
+	d.sessions.close()
 	for _, u := range d.order {
 		u.close()
 	}
@@ -250,6 +266,20 @@ func (d *Dispatcher) Handle(ctx context.Context, e schemas.Event, emit schemas.E
 func (d *Dispatcher) Cancel(_ context.Context, e schemas.Event, _ schemas.Emit) error {
 	if c, ok := e.Data.(*schemas.Cancel); ok {
 		d.calls.cancel(e, clip(c.Reason, maxWords))
+	}
+	return nil
+}
+
+// Hear is the [schemas.Handler] for all that every dispatcher has to hear:
+// cancel, answered and closed.
+func (d *Dispatcher) Hear(ctx context.Context, e schemas.Event, emit schemas.Emit) error {
+	switch e.Kind() {
+	case schemas.KindCancel:
+		return d.Cancel(ctx, e, emit)
+	case schemas.KindAnswered:
+		return d.Answered(ctx, e, emit)
+	case schemas.KindClosed:
+		return d.Closed(ctx, e, emit)
 	}
 	return nil
 }

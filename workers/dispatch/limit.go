@@ -19,6 +19,7 @@ type upstream struct {
 	name       string
 	call       Upstream
 	close      func()
+	mcp        *mcpServer // nil: of another kind
 	idempotent func(*schemas.Requested) bool
 	calls      *limit
 	streams    *limit
@@ -43,7 +44,7 @@ func newUpstream(s Server, opt Options) (*upstream, error) {
 		return nil, err
 	}
 	return &upstream{
-		name: s.Name, call: c.Call, close: c.Close,
+		name: s.Name, call: c.Call, close: c.Close, mcp: c.mcp,
 		idempotent: func(r *schemas.Requested) bool {
 			if _, ok := k.reads[r.Method]; ok || c.Harmless != nil && c.Harmless(r) {
 				return true
@@ -121,6 +122,7 @@ type Stat struct {
 	InFlight int // calls
 	Waiting  int // calls
 	Streams  int
+	Sessions int    // open there, for revisions that have some
 	Breaker  string // closed, half-open, open
 }
 
@@ -133,6 +135,7 @@ func (d *Dispatcher) Stats() []Stat {
 			InFlight: len(u.calls.slots),
 			Waiting:  int(u.calls.waiting.Load()),
 			Streams:  len(u.streams.slots),
+			Sessions: d.sessions.count(u.name),
 			Breaker:  u.breaker.State().String(),
 		})
 	}

@@ -34,6 +34,15 @@ var mcpReads = map[string]string{
 	"completion/complete":      "suggests values",
 	"tasks/get":                "asks how a task stands",
 	"subscriptions/listen":     "only listens; as a stream it is asked again by the client alone",
+
+	// Of the revisions with sessions.
+	"initialize":            "opens a session, in the place of one whose answer nobody heard",
+	"ping":                  "asks whether anybody is there",
+	"logging/setLevel":      "sets the same again",
+	"resources/subscribe":   "a resource is subscribed to once",
+	"resources/unsubscribe": "likewise",
+	"tasks/list":            "a list",
+	"tasks/result":          "waits for what a task comes to; the task does not depend on who waits",
 }
 
 // mcpNames says which member of the params the Mcp-Name header repeats.
@@ -42,12 +51,14 @@ var mcpNames = map[string]struct {
 	member   string
 	required bool
 }{
-	"tools/call":     {"name", true},
-	"prompts/get":    {"name", true},
-	"resources/read": {"uri", true},
-	"tasks/get":      {"taskId", false},
-	"tasks/update":   {"taskId", false},
-	"tasks/cancel":   {"taskId", false},
+	"tools/call":            {"name", true},
+	"prompts/get":           {"name", true},
+	"resources/read":        {"uri", true},
+	"resources/subscribe":   {"uri", false},
+	"resources/unsubscribe": {"uri", false},
+	"tasks/get":             {"taskId", false},
+	"tasks/update":          {"taskId", false},
+	"tasks/cancel":          {"taskId", false},
 }
 
 // mcpRevision is sent when an event names none.
@@ -65,13 +76,17 @@ const maxResultType = 64
 // linger is what a server gets to end a response whose answer has been read.
 const linger = 20 * time.Millisecond
 
-// mcpServer calls one MCP server over streamable HTTP, revision 2026-07-28.
+// mcpServer calls one MCP server over streamable HTTP, revision 2026-07-28 or,
+// in legacy.go, one with sessions.
 //
-// Of the request only the JSON-RPC id is replaced, by the call id as a string;
+// Of the request only the JSON-RPC id is replaced, by the call id as a string,
+// and the name by the server's where a front has given it another;
 // the answer is returned as it came, and so still has it. The headers that
 // mirror the body are made anew from the event. Nothing of the caller's
 // credentials can get here: the event has none.
 type mcpServer struct {
+	name      string
+	sessions  *sessions
 	url       *url.URL
 	header    http.Header // the same for every request; never modified
 	transport *http.Transport
@@ -87,7 +102,7 @@ func openMCP(s Server, opt Options) (Connection, error) {
 	if u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
 		return Connection{}, fmt.Errorf("url %q: must be http or https", u.Redacted())
 	}
-	m := &mcpServer{url: u, header: http.Header{}, maxAnswer: opt.MaxAnswer}
+	m := &mcpServer{name: s.Name, sessions: opt.sessions, url: u, header: http.Header{}, maxAnswer: opt.MaxAnswer}
 	for name, values := range s.Header {
 		name = http.CanonicalHeaderKey(name)
 		if !headerName(name) || ours(name) {
@@ -143,7 +158,7 @@ func openMCP(s Server, opt Options) (Connection, error) {
 		// No ResponseHeaderTimeout: a call may take long, its deadline is the
 		// bound.
 	}
-	return Connection{Call: m.call, Close: m.transport.CloseIdleConnections}, nil
+	return Connection{Call: m.call, Close: m.transport.CloseIdleConnections, mcp: m}, nil
 }
 
 // ours tells whether the gateway itself decides on a header.
@@ -158,33 +173,19 @@ func ours(name string) bool {
 }
 
 func (m *mcpServer) call(ctx context.Context, c Call, progress func([]byte) error) (Answer, error) {
+	if legacy(c.Requested.Revision) {
+		return m.legacy(ctx, c, progress)
+	}
 	body, header, err := m.request(c)
 	if err != nil {
 		return Answer{}, &Fault{Kind: Invalid, Err: err}
 	}
-	reached := false
-	req := (&http.Request{
-		Method: http.MethodPost, URL: m.url, Host: m.url.Host, Header: header,
-		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
-		Body: io.NopCloser(bytes.NewReader(body)), ContentLength: int64(len(body)),
-		GetBody: func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(body)), nil },
-	}).WithContext(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
-		// Before the first byte is written. With HTTP/1.1 it is called on the
-		// goroutine of RoundTrip.
-		GotConn: func(httptrace.GotConnInfo) { reached = true; c.Connected() },
-	}))
-	resp, err := m.transport.RoundTrip(req)
+	resp, err := m.send(ctx, http.MethodPost, header, body, c.Connected)
 	if err != nil {
-		// A connection is dialled again after one was had only when nothing
-		// had been written to that.
-		var op *net.OpError
-		if !reached || errors.As(err, &op) && op.Op == "dial" {
-			return Answer{}, faultf(Unsent, "%w", err)
-		}
-		return Answer{}, faultf(Broken, "%w", err)
+		return Answer{}, err
 	}
 	c.Heard()
-	answer, err := m.answer(resp, c, progress)
+	answer, err := m.answer(resp, c, func() (Answer, error) { return m.stream(resp.Body, c, progress) })
 	if err != nil {
 		resp.Body.Close() // which hangs up, unless all was read
 		return Answer{}, err
@@ -193,35 +194,44 @@ func (m *mcpServer) call(ctx context.Context, c Call, progress func([]byte) erro
 	return answer, nil
 }
 
+// send sends one request and returns when the answer has begun. The error is a
+// [*Fault]. body may be nil.
+func (m *mcpServer) send(ctx context.Context, method string, header http.Header, body []byte, connected func()) (*http.Response, error) {
+	reached := false
+	req := &http.Request{
+		Method: method, URL: m.url, Host: m.url.Host, Header: header,
+		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
+	}
+	if body != nil {
+		req.Body, req.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
+		req.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(body)), nil }
+	}
+	resp, err := m.transport.RoundTrip(req.WithContext(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		// Before the first byte is written. With HTTP/1.1 it is called on the
+		// goroutine of RoundTrip.
+		GotConn: func(httptrace.GotConnInfo) { reached = true; connected() },
+	})))
+	if err != nil {
+		// A connection is dialled again after one was had only when nothing
+		// had been written to that.
+		var op *net.OpError
+		if !reached || errors.As(err, &op) && op.Op == "dial" {
+			return nil, faultf(Unsent, "%w", err)
+		}
+		return nil, faultf(Broken, "%w", err)
+	}
+	return resp, nil
+}
+
 // request makes the body and the headers. What policy judged is what the
 // upstream is going to read: an event whose body says something else than its
 // target is not sent.
 func (m *mcpServer) request(c Call) ([]byte, http.Header, error) {
-	msg, err := jsonrpc.Decode(c.Body, jsonrpc.Limits{Bytes: len(c.Body)})
+	body, name, err := mcpBody(c)
 	if err != nil {
-		return nil, nil, fmt.Errorf("the request: %w", err)
+		return nil, nil, err
 	}
 	target := c.Requested.Target
-	if msg.Method() != target.Method {
-		return nil, nil, fmt.Errorf("the request's method is %q, authorized was %q", msg.Method(), target.Method)
-	}
-	name := ""
-	if at, ok := mcpNames[target.Method]; ok {
-		name, ok = msg.Params().Get(at.member).Text()
-		if (at.required || target.Name != "") && (!ok || name != target.Name) {
-			return nil, nil, fmt.Errorf("the request's %s is %q, authorized was %q", at.member, name, target.Name)
-		}
-	}
-	body := c.Body
-	switch {
-	case msg.IsRequest() == c.Requested.OneWay:
-		return nil, nil, errors.New("the request has an id and wants no answer, or has none and wants one")
-	case msg.IsRequest():
-		p := msg.Patch().Replace(msg.ID(), []byte(`"`+string(c.ID)+`"`))
-		if body = p.Bytes(); body == nil {
-			return nil, nil, fmt.Errorf("replacing the id: %w", p.Err())
-		}
-	}
 
 	h := make(http.Header, len(m.header)+4+len(c.Requested.Headers))
 	maps.Copy(h, m.header)
@@ -256,14 +266,16 @@ func (m *mcpServer) request(c Call) ([]byte, http.Header, error) {
 	return body, h, nil
 }
 
-func (m *mcpServer) answer(resp *http.Response, c Call, progress func([]byte) error) (Answer, error) {
+// answer reads the answer from a response; what comes as a stream of events is
+// read by stream.
+func (m *mcpServer) answer(resp *http.Response, c Call, stream func() (Answer, error)) (Answer, error) {
 	ok := resp.StatusCode >= 200 && resp.StatusCode < 300
 	kind, _, _ := strings.Cut(resp.Header.Get("Content-Type"), ";")
 	if ok && strings.EqualFold(strings.TrimSpace(kind), "text/event-stream") {
 		if c.Requested.OneWay {
 			return Answer{}, faultf(Garbled, "a stream in answer to a one-way message")
 		}
-		a, err := m.stream(resp.Body, c, progress)
+		a, err := stream()
 		a.Release = drain(resp)
 		return a, err
 	}

@@ -258,11 +258,12 @@ func TestIdempotent(t *testing.T) {
 	})
 	for method, twice := range map[string]bool{
 		"tools/list": true, "resources/read": true, "server/discover": true,
-		"tools/call": false, "tasks/cancel": false, "tasks/update": false, "logging/setLevel": false, "unheard/of": false, "": false,
+		"ping": true, "logging/setLevel": true, "resources/subscribe": true, "tasks/result": true,
+		"tools/call": false, "tasks/cancel": false, "tasks/update": false, "unheard/of": false, "": false,
 	} {
 		calls.Store(0)
 		name := ""
-		if method == "tools/call" || method == "resources/read" {
+		if method == "tools/call" || method == "resources/read" || method == "resources/subscribe" {
 			name = "n"
 		}
 		d := r.fresh() // its breaker is new

@@ -27,6 +27,8 @@ type Connection struct {
 	// Harmless tells of calls that have no effect, beside the reads of the
 	// upstream's kind and the tools that Server.Idempotent names; nil: of none.
 	Harmless func(*schemas.Requested) bool
+
+	mcp *mcpServer // of that kind, to close its sessions
 }
 
 // Call is what an upstream is asked.

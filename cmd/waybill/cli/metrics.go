@@ -152,6 +152,10 @@ func (m *metrics) gauges() error {
 	if err != nil {
 		return err
 	}
+	sessions, err := m.meter.Int64ObservableGauge("waybill.upstream.sessions", metric.WithDescription("Sessions that this process has open at an upstream."), metric.WithUnit("{session}"))
+	if err != nil {
+		return err
+	}
 	_, err = m.meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
 		if m.g.dispatcher != nil {
 			for _, s := range m.g.dispatcher.Stats() {
@@ -159,6 +163,7 @@ func (m *metrics) gauges() error {
 				o.ObserveInt64(upstream, int64(s.InFlight), metric.WithAttributes(server, attribute.String("state", "in_flight")))
 				o.ObserveInt64(upstream, int64(s.Waiting), metric.WithAttributes(server, attribute.String("state", "waiting")))
 				o.ObserveInt64(upstream, int64(s.Streams), metric.WithAttributes(server, attribute.String("state", "streams")))
+				o.ObserveInt64(sessions, int64(s.Sessions), metric.WithAttributes(server))
 				o.ObserveInt64(breaker, map[string]int64{"half-open": 1, "open": 2}[s.Breaker], metric.WithAttributes(server))
 			}
 		}
@@ -171,7 +176,7 @@ func (m *metrics) gauges() error {
 			o.ObserveInt64(refused, int64(n), metric.WithAttributes(attribute.String("cause", cause.String())))
 		}
 		return nil
-	}, inflight, refused, upstream, breaker)
+	}, inflight, refused, upstream, sessions, breaker)
 	return err
 }
 

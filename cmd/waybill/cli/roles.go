@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
 	"net"
 	"os"
@@ -296,7 +297,10 @@ func (g *gateway) addDispatch(ctx context.Context, _ net.Listener) error {
 		return err
 	}
 	d, err := dispatch.New(dispatch.Options{
-		Servers: servers, Load: l.Load, Past: l.Past,
+		Servers: servers, Load: l.Load, Past: l.Past, Latest: l.Latest, Store: l.Publish,
+		Scan: func(ctx context.Context, t schemas.Tenant, s schemas.SessionKey, k schemas.Kind) iter.Seq2[schemas.Event, error] {
+			return l.Read(ctx, bus.Filter{Tenant: t, Session: s, Kinds: []schemas.Kind{k}}, 1)
+		},
 		Ask: ask, Fronts: g.c.fronts(), Fanout: g.c.fanout(), Version: programVersion(),
 		Lost:     func(e schemas.Event) bool { return e.Seq <= g.lost },
 		Instance: g.instance, Duplicates: bus.Duplicates, Now: time.Now, Log: g.log,
@@ -316,13 +320,14 @@ func (g *gateway) addDispatch(ctx context.Context, _ net.Listener) error {
 		}},
 		part{"cancel", func(ctx context.Context) error {
 			// Wishes that were stored while nobody listened count for the
-			// calls that are still open.
+			// calls that are still open; and sessions that were closed then
+			// are still open at the upstreams.
 			after, err := l.Floor(ctx, "dispatch")
 			if err != nil {
 				return err
 			}
-			return l.Follow(ctx, bus.Filter{Kinds: []schemas.Kind{schemas.KindCancel}}, after, cancels.Store,
-				func(ctx context.Context, e schemas.Event) error { return d.Cancel(ctx, e, l.Publish) })
+			return l.Follow(ctx, bus.Filter{Kinds: []schemas.Kind{schemas.KindCancel, schemas.KindAnswered, schemas.KindClosed}}, after, cancels.Store,
+				func(ctx context.Context, e schemas.Event) error { return d.Hear(ctx, e, l.Publish) })
 		}},
 	)
 	return nil

@@ -1,0 +1,187 @@
+package dispatch
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/cenkalti/backoff/v4"
+
+	"waybill.dev/schemas"
+	"waybill.dev/schemas/jsonrpc"
+)
+
+// maxAsked is how many requests of a server may wait for the client's answers
+// in one session. The next is answered by the gateway, with an error.
+const maxAsked = 64
+
+// asking is a request of a server that has no answer yet.
+type asking struct {
+	id       []byte // as the server wrote it
+	answered bool   // the answer is on its way
+}
+
+// answerTries is how often the gateway tries to bring an answer to the server.
+const answerTries = 5
+
+// number makes an ID that is unique within the client's session, whoever else
+// makes some.
+func (s *session) number() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.numbered++
+	return s.by + "." + strconv.FormatUint(s.numbered, 10)
+}
+
+// ask stores what the server asks of the client: as said within the call of e,
+// or outside of any if e has none. msg must be a request. The error is that of
+// the log, other than that it refuses the event.
+func (s *session) ask(ctx context.Context, e schemas.Event, msg *jsonrpc.Message) error {
+	id := s.number()
+	s.mu.Lock()
+	full := len(s.asked) >= maxAsked
+	if !full {
+		if s.asked == nil {
+			s.asked = make(map[string]asking)
+		}
+		// Before it is stored, since the answer may come at once.
+		s.asked[id] = asking{id: msg.ID().Raw()}
+	}
+	s.mu.Unlock()
+	if full {
+		s.refuse(ctx, msg.ID().Raw(), fmt.Sprintf("%d requests wait for the client already", maxAsked))
+		return nil
+	}
+	target := schemas.Target{Protocol: "mcp", Server: s.m.name, Method: msg.Method()}
+	err := s.store(ctx, e.Next(&schemas.Asked{Target: target, ID: id}, msg.Raw()))
+	if err == nil {
+		return nil
+	}
+	s.mu.Lock()
+	delete(s.asked, id)
+	s.mu.Unlock()
+	if refused(err) {
+		s.refuse(ctx, msg.ID().Raw(), "the request cannot be passed on to the client")
+		return nil
+	}
+	return err
+}
+
+// refuse answers a server in place of the client.
+func (s *session) refuse(ctx context.Context, id []byte, why string) {
+	s.log().Warn("a request of the server is refused", "why", why)
+	ctx, cancel := context.WithTimeout(ctx, s.t.timing.cancel)
+	defer cancel()
+	if err := s.tell(ctx, jsonrpc.ErrorResponse(id, jsonrpc.CodeInternalError, why, nil)); err != nil {
+		s.log().Warn("a request of the server is left without an answer", "error", err)
+	}
+}
+
+// say stores what the server says outside of any call. What the log will never
+// take is left out, which is logged; another error is the log's.
+func (s *session) say(raw []byte) error {
+	msg, err := jsonrpc.Decode(raw, jsonrpc.Limits{Bytes: int(s.m.maxAnswer), Depth: answerDepth, AllowCaseVariants: true})
+	if err != nil {
+		return err
+	}
+	return s.notify(msg)
+}
+
+func (s *session) notify(msg *jsonrpc.Message) error {
+	target := schemas.Target{Protocol: "mcp", Server: s.m.name, Method: msg.Method()}
+	err := s.store(s.ctx, s.base.Next(&schemas.Notified{Target: target, ID: s.number()}, msg.Raw()))
+	if refused(err) {
+		s.log().Error("a message of the server is lost", "method", clip(msg.Method(), maxWords), "error", err)
+		return nil
+	}
+	return err
+}
+
+// store stores an event that came from the server, whatever becomes of ctx: the
+// server will not say it again. It tries for as long as the log is away, within
+// limits.
+func (s *session) store(ctx context.Context, e schemas.Event) error {
+	ctx, cancel := sure(ctx, s.t.timing.store)
+	defer cancel()
+	pauses := backoff.NewExponentialBackOff(backoff.WithInitialInterval(100*time.Millisecond), backoff.WithMaxInterval(5*time.Second))
+	return backoff.Retry(func() error {
+		_, err := s.t.opt.Store(ctx, e)
+		// When the process is being stopped one try has to do.
+		if refused(err) || err != nil && s.t.ctx.Err() != nil {
+			return backoff.Permanent(err)
+		}
+		return err
+	}, backoff.WithContext(pauses, ctx))
+}
+
+// Answered is the [schemas.Handler] for answered. Every dispatcher hears every
+// answer: the one whose upstream has asked brings it there, once.
+func (d *Dispatcher) Answered(_ context.Context, e schemas.Event, _ schemas.Emit) error {
+	a, ok := e.Data.(*schemas.Answered)
+	if !ok {
+		return nil
+	}
+	t := d.sessions
+	t.mu.Lock()
+	s := t.of[idOfSession(e)][a.Server]
+	t.mu.Unlock()
+	if s == nil {
+		return nil
+	}
+	s.mu.Lock()
+	asked, ok := s.asked[a.ID]
+	if !ok || asked.answered {
+		s.mu.Unlock()
+		return nil
+	}
+	asked.answered = true
+	s.asked[a.ID] = asked
+	s.mu.Unlock()
+	// One goroutine for each that was asked, of which there are few.
+	t.spawn(func() {
+		defer func() {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			delete(s.asked, a.ID)
+		}()
+		if err := s.answer(asked.id, e.Body); err != nil && s.ctx.Err() == nil {
+			// The client has been told that its answer is taken.
+			s.log().Error("an answer of the client did not reach the server", "id", a.ID, "seq", e.Seq, "error", err)
+		}
+	})
+	return nil
+}
+
+// answer brings the client's answer to the server. The server may hear it
+// twice, and it counts once there, as it does here.
+func (s *session) answer(id, body []byte) error {
+	msg, err := jsonrpc.Decode(body, jsonrpc.Limits{Bytes: max(len(body), 1), Depth: answerDepth, AllowCaseVariants: true})
+	if err == nil && (!msg.IsResponse() || !msg.ID().Exists()) {
+		err = errors.New("it is no answer")
+	}
+	if err == nil {
+		p := msg.Patch().Replace(msg.ID(), id)
+		if body = p.Bytes(); body == nil {
+			err = p.Err()
+		}
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, s.t.timing.answer)
+	defer cancel()
+	if err != nil {
+		s.refuse(ctx, id, "the client's answer cannot be read")
+		return err
+	}
+	pauses := backoff.NewExponentialBackOff(backoff.WithInitialInterval(s.t.timing.pause))
+	return backoff.Retry(func() error {
+		err := s.tell(ctx, body)
+		if f := new(Fault); errors.As(err, &f) && f.Kind != Garbled {
+			return err
+		}
+		if err != nil {
+			return backoff.Permanent(err)
+		}
+		return nil
+	}, backoff.WithContext(backoff.WithMaxRetries(pauses, answerTries-1), ctx))
+}

@@ -1,0 +1,148 @@
+package dispatch
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"time"
+
+	"github.com/cenkalti/backoff/v4"
+
+	"waybill.dev/schemas/jsonrpc"
+	"waybill.dev/schemas/sse"
+)
+
+// maxGarbage is how many messages of a session's stream that cannot be read are
+// passed over before the connection is given up.
+const maxGarbage = 16
+
+// listener follows a session's own stream, on which the server speaks outside of
+// calls. It belongs to one goroutine and holds one connection, beside what the
+// limits of the server count: it lives as long as the session, of which there
+// are at most Options.MaxSessions. It reads on when the log has what it read,
+// so that a server that floods it waits; one message is in memory at a time.
+type listener struct {
+	s     *session
+	last  string // event ID
+	retry time.Duration
+	was   bool // there has been a stream
+	moved bool // a message was stored since the stream was asked for
+}
+
+// listen begins to follow the session's stream, if nobody does.
+func (s *session) listen() {
+	s.mu.Lock()
+	was := s.listening
+	s.listening = true
+	s.mu.Unlock()
+	if !was {
+		s.t.spawn(func() { (&listener{s: s}).run() })
+	}
+}
+
+// errNoStream: the server has none, or will not give it.
+var errNoStream = errors.New("the session has no stream of its own")
+
+func (l *listener) run() {
+	t := l.s.t.timing
+	pauses := backoff.NewExponentialBackOff(
+		backoff.WithInitialInterval(t.pause), backoff.WithMultiplier(2), backoff.WithMaxInterval(t.rest), backoff.WithMaxElapsedTime(0))
+	for {
+		l.moved = false
+		err := l.once()
+		switch {
+		case l.s.ctx.Err() != nil || errors.Is(err, errNoStream):
+			if l.s.ctx.Err() == nil {
+				l.s.log().Debug("not listening to the server", "why", err)
+			}
+			return
+		case errors.Is(err, errLost):
+			// It is opened again at once: a client may do nothing but listen.
+			if _, err := l.s.t.again(l.s.t.ctx, l.s); err != nil && l.s.t.ctx.Err() == nil {
+				l.s.log().Warn("a session that the server lost is not open again yet: the next call will try", "error", err)
+			}
+			return
+		}
+		if l.moved {
+			pauses.Reset()
+		}
+		l.s.log().Debug("the server's stream ended, asking for it again", "why", err)
+		if !pause(l.s.ctx, max(pauses.NextBackOff(), min(l.retry, t.retry))) {
+			return
+		}
+	}
+}
+
+// once asks for the stream and reads it to its end.
+func (l *listener) once() error {
+	s := l.s
+	resp, err := s.get(s.ctx, l.last)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	resumed := l.last != ""
+	if !eventStream(resp) {
+		switch code := resp.StatusCode; {
+		case code == http.StatusConflict, code == http.StatusTooManyRequests, code == http.StatusRequestTimeout, code >= 500 && code != http.StatusNotImplemented:
+			return fmt.Errorf("HTTP %d", code)
+		case code == http.StatusNotFound, code == http.StatusBadRequest:
+			// A server that has no such stream may say so too, in which case
+			// there has never been one.
+			if gone, err := s.gone(resp, ""); err != nil {
+				return err
+			} else if gone && l.was {
+				return errLost
+			}
+			if resumed { // it may be the event that it does not know
+				l.last = ""
+				return fmt.Errorf("HTTP %d", code)
+			}
+		}
+		return fmt.Errorf("%w: HTTP %d", errNoStream, resp.StatusCode)
+	}
+	l.was = true
+	garbage := 0
+	for event, err := range sse.Read(resp.Body, 2*int(s.m.maxAnswer)) {
+		if errors.Is(err, sse.ErrTooLarge) {
+			// With what came before it would come again, for ever.
+			l.last = ""
+			s.log().Error("a message of the server is lost: it is too large")
+		}
+		if err != nil {
+			return err
+		}
+		if event.Retry != 0 {
+			l.retry = max(event.Retry, 0)
+		}
+		id := event.ID != "" && len(event.ID) <= maxEventID && headerValue(event.ID)
+		known := id && s.saw(event.ID) && resumed
+		if len(event.Data) > 0 && (event.Name == "" || event.Name == "message") && !known {
+			msg, err := jsonrpc.Decode(event.Data, jsonrpc.Limits{Bytes: int(s.m.maxAnswer), Depth: answerDepth, AllowCaseVariants: true})
+			switch {
+			case err != nil:
+				if garbage++; garbage == 1 && !resumed {
+					s.log().Warn("a message of the server's stream cannot be read and is left out", "error", err)
+				}
+				err = nil
+				if garbage == maxGarbage {
+					err = errors.New("too many messages cannot be read")
+				}
+			case msg.IsRequest():
+				err = s.ask(s.ctx, s.base, msg)
+			case msg.IsNotification():
+				err = s.notify(msg)
+			}
+			if err != nil {
+				// The event ID stays what it was, so that the message comes
+				// again if the server can repeat it.
+				return fmt.Errorf("a message of the server's stream: %w", err)
+			}
+			l.moved = l.moved || garbage == 0
+		}
+		if id {
+			l.last = event.ID
+		}
+	}
+	return errCut
+}
