@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"net/http"
 	"net/http/httptest"
 	"runtime"
@@ -30,6 +31,7 @@ type memLog struct {
 	again  func(e schemas.Event) bool  // stored, the receipt is lost, and a retry within emit succeeds
 	stored chan schemas.Kind           // when set: told of every event
 	reads  int                         // of Past
+	news   chan struct{}               // closed when something is stored
 }
 
 func (l *memLog) emit(ctx context.Context, e schemas.Event) (schemas.Receipt, error) {
@@ -71,6 +73,10 @@ func (l *memLog) put(e schemas.Event) schemas.Receipt {
 	l.ids[e.ID()] = len(l.events) - 1
 	if l.stored != nil {
 		l.stored <- e.Kind()
+	}
+	if l.news != nil {
+		close(l.news)
+		l.news = nil
 	}
 	return schemas.Receipt{Seq: e.Seq}
 }
@@ -135,6 +141,46 @@ func (l *memLog) ending(t testing.TB) schemas.Event {
 	return ends[0]
 }
 
+// await waits until there are n events of a kind, and returns them.
+func (l *memLog) await(t testing.TB, k schemas.Kind, n int) []schemas.Event {
+	t.Helper()
+	late := time.After(20 * time.Second)
+	for {
+		l.mu.Lock()
+		if l.news == nil {
+			l.news = make(chan struct{})
+		}
+		news := l.news
+		l.mu.Unlock()
+		if found := l.of(k); len(found) >= n {
+			return found
+		}
+		select {
+		case <-news:
+		case <-late:
+			t.Fatalf("no %d events of kind %s come:%v", n, k, l)
+		}
+	}
+}
+
+func (l *memLog) latest(_ context.Context, tenant schemas.Tenant, s schemas.SessionKey, k schemas.Kind) (found schemas.Event, err error) {
+	err = schemas.ErrNotFound
+	for e := range l.scan(context.Background(), tenant, s, k) {
+		found, err = e, nil
+	}
+	return found, err
+}
+
+func (l *memLog) scan(_ context.Context, tenant schemas.Tenant, s schemas.SessionKey, k schemas.Kind) iter.Seq2[schemas.Event, error] {
+	return func(yield func(schemas.Event, error) bool) {
+		for _, e := range l.of(k) {
+			if e.Tenant == tenant && e.Session == s && !yield(e, nil) {
+				return
+			}
+		}
+	}
+}
+
 func (l *memLog) String() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -190,6 +236,9 @@ func newRig(t testing.TB, h http.HandlerFunc, change ...func(*Options)) *rig {
 		Servers:  []Server{{Name: "s", URL: url, Idempotent: []string{"read*"}}},
 		Load:     r.log.load,
 		Past:     r.log.past,
+		Latest:   r.log.latest,
+		Scan:     r.log.scan,
+		Store:    r.log.emit,
 		Instance: "test",
 		Pause:    time.Millisecond,
 	}
