@@ -5,6 +5,7 @@ import "sync/atomic"
 // tenant is what one tenant has in flight.
 type tenant struct {
 	inFlight atomic.Int64
+	streams  atomic.Int64
 	bodies   budget
 }
 

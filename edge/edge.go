@@ -10,7 +10,7 @@
 //	draining               503
 //	Authorization          401   a wrong token is never taken for none
 //	Content-Type, -Encoding 415
-//	in flight              503 for the gateway, 429 for the tenant
+//	in flight, streams     503 for the gateway, 429 for the tenant
 //	bytes of bodies        503 for the gateway, 429 for the tenant
 //	body                   413, 408, 400
 //
@@ -63,6 +63,8 @@ type Options struct {
 	MaxBody           int64 // bytes; default 4 MiB
 	MaxInFlight       int   // calls, streams among them; default 4096
 	MaxInFlightTenant int   // the same for one tenant; default half of MaxInFlight
+	MaxStreams        int   // open at once on routes that say Stream; default 4 × MaxInFlight
+	MaxStreamsTenant  int   // the same for one tenant; default half of MaxStreams
 
 	// MaxBodies bounds the bytes of the bodies of all calls in flight, and
 	// MaxBodiesTenant those of one tenant's; without them memory would be
@@ -73,7 +75,7 @@ type Options struct {
 	MaxBodies       int64 // default 128 MiB
 	MaxBodiesTenant int64 // default half of MaxBodies
 
-	MaxConns int // open connections; the next are closed at once; default 4 × MaxInFlight
+	MaxConns int // open connections; the next are closed at once; default 4 × MaxInFlight + MaxStreams
 
 	HeaderTimeout time.Duration // until the header has come; default 10 s
 	BodyTimeout   time.Duration // from there until the body has come, however slowly; default 30 s
@@ -96,6 +98,11 @@ type Route struct {
 	// r.Context ends when the client goes away, and with the cause
 	// [ErrDraining] when the server gives up waiting. A panic becomes a 500.
 	Serve func(w http.ResponseWriter, r *http.Request, p Principal)
+
+	// Stream says that what Serve answers is a stream that lasts as long as the
+	// client likes. These are counted apart from the calls, so that clients which
+	// only listen take no place from those which ask.
+	Stream bool
 
 	// Refuse writes the body for requests that the shell refuses, in the form
 	// in which the protocol has its errors. Nil: {"error":{"code","message"}}.
@@ -200,8 +207,14 @@ func (o Options) withDefaults() Options {
 		o.MaxBodiesTenant = o.MaxBodies / 2
 	}
 	o.MaxBodiesTenant = max(o.MaxBodiesTenant, o.MaxBody)
+	if o.MaxStreams <= 0 {
+		o.MaxStreams = 4 * o.MaxInFlight
+	}
+	if o.MaxStreamsTenant <= 0 {
+		o.MaxStreamsTenant = max(1, o.MaxStreams/2)
+	}
 	if o.MaxConns <= 0 {
-		o.MaxConns = 4 * o.MaxInFlight
+		o.MaxConns = 4*o.MaxInFlight + o.MaxStreams
 	}
 	def(&o.HeaderTimeout, 10*time.Second)
 	def(&o.BodyTimeout, 30*time.Second)

@@ -91,8 +91,10 @@ var (
 // checkContent refuses bodies that are not plain JSON. Compressed ones are
 // refused and not inflated, since what is stored and forwarded is what came.
 func checkContent(r *http.Request) refusal {
-	if r.ContentLength == 0 && r.Method != http.MethodPost {
-		return refusal{}
+	switch {
+	case r.Method == http.MethodPost:
+	case r.ContentLength == 0, r.Method == http.MethodGet, r.Method == http.MethodHead, r.Method == http.MethodDelete:
+		return refusal{} // a body has no meaning there (RFC 9110 §9.3), and nobody looks at it
 	}
 	for _, v := range r.Header["Content-Encoding"] {
 		if v != "" && !strings.EqualFold(v, "identity") {

@@ -72,7 +72,7 @@ func (s *Server) serve(hw http.ResponseWriter, r *http.Request, route Route) {
 		s.refuse(w, r, route, f)
 		return
 	}
-	leave, f := s.enter(w, p)
+	leave, f := s.enter(w, p, route)
 	if f.yes() {
 		s.refuse(w, r, route, f)
 		return
@@ -98,7 +98,10 @@ func (s *Server) serve(hw http.ResponseWriter, r *http.Request, route Route) {
 
 // enter counts a call in; leave counts it out. Only tenants with a principal
 // come this far, and each of them has a counter.
-func (s *Server) enter(w http.ResponseWriter, p Principal) (leave func(), f refusal) {
+func (s *Server) enter(w http.ResponseWriter, p Principal, route Route) (leave func(), f refusal) {
+	if route.Stream {
+		return s.enterStream(w, p)
+	}
 	if s.stats.inFlight.Add(1) > int64(s.o.MaxInFlight) {
 		s.stats.inFlight.Add(-1)
 		retryAfter(w, 1)
@@ -114,6 +117,27 @@ func (s *Server) enter(w http.ResponseWriter, p Principal) (leave func(), f refu
 	return func() {
 		mine.Add(-1)
 		s.stats.inFlight.Add(-1)
+		s.stats.served.Add(1)
+	}, refusal{}
+}
+
+// enterStream counts a stream in, as enter does a call.
+func (s *Server) enterStream(w http.ResponseWriter, p Principal) (leave func(), f refusal) {
+	if s.stats.streams.Add(1) > int64(s.o.MaxStreams) {
+		s.stats.streams.Add(-1)
+		retryAfter(w, 5)
+		return nil, refusal{http.StatusServiceUnavailable, CauseStreams, fmt.Sprintf("the gateway has %d streams open and takes no more: try again", s.o.MaxStreams)}
+	}
+	mine := &s.tenants[p.Tenant].streams
+	if mine.Add(1) > int64(s.o.MaxStreamsTenant) {
+		mine.Add(-1)
+		s.stats.streams.Add(-1)
+		retryAfter(w, 5)
+		return nil, refusal{http.StatusTooManyRequests, CauseStreamsTenant, fmt.Sprintf("the tenant %s has %d streams open, its limit: try again when one has ended", p.Tenant, s.o.MaxStreamsTenant)}
+	}
+	return func() {
+		mine.Add(-1)
+		s.stats.streams.Add(-1)
 		s.stats.served.Add(1)
 	}, refusal{}
 }

@@ -23,6 +23,8 @@ const (
 	CauseContent
 	CauseInFlight
 	CauseInFlightTenant
+	CauseStreams
+	CauseStreamsTenant
 	CauseBodyBudget
 	CauseBodyBudgetTenant
 	CauseBodySize
@@ -34,7 +36,7 @@ const (
 
 var causeNames = [causes]string{
 	"host", "origin", "path", "method", "draining", "token", "content_type",
-	"in_flight", "in_flight_tenant", "body_budget", "body_budget_tenant", "body_size", "body_timeout", "body", "connections",
+	"in_flight", "in_flight_tenant", "streams", "streams_tenant", "body_budget", "body_budget_tenant", "body_size", "body_timeout", "body", "connections",
 }
 
 func (c Cause) String() string { return causeNames[c] }
@@ -42,7 +44,8 @@ func (c Cause) String() string { return causeNames[c] }
 // Stats is what there is to measure, at one moment.
 type Stats struct {
 	Connections int64
-	InFlight    int64                    // calls given to a route, streams among them
+	InFlight    int64                    // calls given to a route; those that are answered with a stream are among them
+	Streams     int64                    // open on routes of streams
 	Tenants     map[schemas.Tenant]int64 // in flight, of each
 	Bodies      int64                    // bytes taken by the bodies of calls in flight
 	Served      uint64                   // calls that a route has ended
@@ -52,6 +55,7 @@ type Stats struct {
 
 type counters struct {
 	inFlight atomic.Int64
+	streams  atomic.Int64
 	served   atomic.Uint64
 	panics   atomic.Uint64
 	refused  [causes]atomic.Uint64
@@ -62,6 +66,7 @@ func (s *Server) Stats() Stats {
 	st := Stats{
 		Connections: s.conns.open.Load(),
 		InFlight:    s.stats.inFlight.Load(),
+		Streams:     s.stats.streams.Load(),
 		Tenants:     make(map[schemas.Tenant]int64, len(s.tenants)),
 		Bodies:      s.bodies.used.Load(),
 		Served:      s.stats.served.Load(),

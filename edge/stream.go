@@ -14,6 +14,10 @@ type StreamOptions struct {
 	Patience  time.Duration // open the stream when nothing was sent for so long; 0: do not open it unasked
 	KeepAlive time.Duration // a comment when nothing was sent for so long; 0: none
 
+	// First is asked for the event that a stream begins with, once, before its
+	// header is written; nil, and a nil function: none.
+	First func() *sse.Event
+
 	// Lost is told, once, that the client cannot be written to any more. It
 	// must not call the stream.
 	Lost func(error)
@@ -74,15 +78,23 @@ func (s *Stream) put(e *sse.Event) error {
 	if s.err != nil {
 		return s.err
 	}
+	s.buf = s.buf[:0]
 	if !s.opened {
 		s.opened = true
+		if s.o.First != nil {
+			if first := s.o.First(); first != nil {
+				s.buf = sse.Append(s.buf, *first)
+			}
+		}
 		h := s.w.Header()
 		h["Content-Type"] = streamType
 		h["X-Accel-Buffering"] = noBuffering
 		s.w.WriteHeader(http.StatusOK)
 	}
-	if e != nil {
-		s.buf = sse.Append(s.buf[:0], *e)
+	if e != nil && (len(s.buf) == 0 || !isBare(e)) {
+		s.buf = sse.Append(s.buf, *e)
+	}
+	if len(s.buf) > 0 {
 		if _, err := s.w.Write(s.buf); err != nil {
 			return s.fail(err)
 		}
@@ -95,6 +107,12 @@ func (s *Stream) put(e *sse.Event) error {
 	}
 	s.rearm()
 	return nil
+}
+
+// isBare tells whether e is a bare comment, which says nothing once something
+// else stands before it.
+func isBare(e *sse.Event) bool {
+	return e.ID == "" && !e.HasID && e.Name == "" && e.Data == nil && e.Retry == 0 && e.Comment == ""
 }
 
 var (

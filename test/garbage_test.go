@@ -505,7 +505,7 @@ func TestTwoRequestsOrOne(t *testing.T) {
 func TestCrowd(t *testing.T) {
 	up := newRawServer(t)
 	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("raw", up.url(), "")+`
-limits: {in_flight: 4, in_flight_per_tenant: 3}
+limits: {in_flight: 4, in_flight_per_tenant: 3, streams: 4}
 tenants: [{id: acme}, {id: other}]
 agents: [{id: researcher, tenant: acme}, {id: second, tenant: other, token_sha256: cd747cb74256709ce755d64f388e4dd9ea251c5ea412f48779dab222aaeae98a}]
 auth: {anonymous: researcher}
@@ -546,7 +546,7 @@ auth: {anonymous: researcher}
 	full("\nAuthorization: Bearer token-of-the-second", http.StatusServiceUnavailable, "the gateway has 4 calls in flight")
 	full("", http.StatusServiceUnavailable, "the gateway has 4 calls in flight")
 
-	// Connections beyond four times the calls are closed as they come.
+	// Connections beyond four times the calls, and the streams, are closed as they come.
 	var conns []net.Conn
 	for range 300 {
 		conn, err := net.Dial("tcp", strings.TrimPrefix(g.URL, "http://"))
@@ -561,12 +561,12 @@ auth: {anonymous: researcher}
 		if _, err := conn.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
 			closed++
 		}
-		if closed == len(conns)-16 {
+		if closed == len(conns)-20 {
 			break
 		}
 	}
-	if closed < len(conns)-16 {
-		t.Errorf("%d of %d connections were closed, 16 may be open", closed, len(conns))
+	if closed < len(conns)-20 {
+		t.Errorf("%d of %d connections were closed, 20 may be open", closed, len(conns))
 	}
 	for _, conn := range conns {
 		_ = conn.Close()

@@ -21,6 +21,7 @@ import (
 type caller struct {
 	a       *Adapter
 	w       http.ResponseWriter
+	front   *schemas.Front // nil at the endpoint of one server
 	call    schemas.CallID
 	id      []byte // the client's, in its bytes; empty for a notification
 	request *schemas.Requested
@@ -71,14 +72,14 @@ func (c *caller) emit(_ context.Context, e schemas.Event) (schemas.Receipt, erro
 			return schemas.Receipt{}, nil // seen: a worker that died was replaced
 		}
 		c.next = d.Index + 1
-		return schemas.Receipt{}, c.stream.Send(sse.Event{Data: c.renumber(e.Body)})
+		return schemas.Receipt{}, c.stream.Send(sse.Event{Data: c.a.outward(c.front, c.request.Server, c.renumber(e.Body))})
 	case *schemas.Notified:
 		// Only a subscription hears of what is outside of its call
 		// (streamable HTTP, "Receiving Messages").
 		if !c.request.Stream || d.ToServer {
 			return schemas.Receipt{}, nil
 		}
-		return schemas.Receipt{}, c.stream.Send(sse.Event{Data: c.renumber(e.Body)})
+		return schemas.Receipt{}, c.stream.Send(sse.Event{Data: c.a.outward(c.front, d.Server, c.renumber(e.Body))})
 	case *schemas.Held:
 		// A person decides, and the deadline is not about persons.
 		if c.late != nil {
@@ -91,7 +92,7 @@ func (c *caller) emit(_ context.Context, e schemas.Event) (schemas.Receipt, erro
 	case *schemas.Completed:
 		return schemas.Receipt{}, c.complete(d, e.Body)
 	case *schemas.Denied:
-		return schemas.Receipt{}, c.fail(deniedReply(c.request.Target))
+		return schemas.Receipt{}, c.fail(deniedReply(asWritten(c.request)))
 	case *schemas.Failed:
 		f, ok := failures[d.Code]
 		if !ok {
@@ -142,22 +143,15 @@ func (c *caller) finish(ctx context.Context, err error) {
 
 // notStored answers a call that never began.
 func (c *caller) notStored(err error) {
-	f := cannotStore
 	switch {
-	case errors.Is(err, schemas.ErrOverloaded):
-		f = failures[schemas.FailOverloaded]
-		f.reason = string(schemas.FailOverloaded)
-	case errors.Is(err, schemas.ErrTooLarge):
-		f = tooLargeToStore
+	case errors.Is(err, schemas.ErrOverloaded), errors.Is(err, schemas.ErrTooLarge):
 	case errors.Is(err, schemas.ErrInvalid):
 		// What check lets pass should make a sound event.
 		c.a.o.Log.LogAttrs(context.Background(), slog.LevelWarn, "request makes no sound event", slog.Any("call", c.call), slog.Any("error", err))
-		f = failures[schemas.FailInvalid]
-		f.reason = string(schemas.FailInvalid)
 	default:
 		c.a.o.Log.LogAttrs(context.Background(), slog.LevelError, "cannot store", slog.Any("call", c.call), slog.Any("error", err))
 	}
-	_ = c.fail(f)
+	_ = c.fail(notStoredReply(err))
 }
 
 // drain ends a call that the shutdown cuts off. A subscription ends with the
@@ -307,6 +301,7 @@ func (c *caller) rewrite(body []byte) (out []byte, code int, err error) {
 			c.patchSubscription(p, result)
 		}
 	}
+	outwardResult(p, c.front, c.request.Target, result)
 	return p.Bytes(), code, p.Err()
 }
 

@@ -109,9 +109,6 @@ func checkVersion(m *jsonrpc.Message, h http.Header, meta meta) *reply {
 	inHeader, _ := header(h, headerVersion)
 	inBody, ok := meta.version.Text()
 	switch {
-	case !ok && m.Method() == "initialize" && inHeader < Revision:
-		asked, _ := m.Params().Get("protocolVersion").Text()
-		return unsupported(asked)
 	case !ok && inHeader != "" && inHeader < Revision:
 		return unsupported(inHeader)
 	case inHeader == "":

@@ -57,6 +57,10 @@ var (
 		message: "The request is larger than the log can hold: its body, or its name and Mcp-Param headers together. The call was not carried out."}
 	cannotStore = reply{status: 503, code: jsonrpc.CodeInternalError, reason: "not_stored", retry: 1,
 		message: "The gateway cannot write to its log. The call was not carried out; try again later."}
+	cannotRead = reply{status: 503, code: jsonrpc.CodeInternalError, reason: "not_read", retry: 1,
+		message: "The gateway cannot read its log. Nothing was done; try again later."}
+	goneOn = reply{status: 400, code: codeBadRequest, reason: "left",
+		message: "The connection was closed, or taken over by another, before the answer. The call goes on."}
 	lostTrack = reply{status: 200, code: jsonrpc.CodeInternalError, reason: "lost",
 		message: "The gateway lost track of this call and its outcome is unknown; name the call to the operator."}
 	overdue = reply{status: 200, code: jsonrpc.CodeInternalError, reason: "overdue",

@@ -160,7 +160,23 @@ func scripted(script string, saw func(schemas.Event)) schemas.Handler {
 			case "notified":
 				err = say(&schemas.Notified{ID: "1"}, rest)
 			case "asked":
-				err = say(&schemas.Asked{Target: schemas.Target{Method: rest}, ID: "1"}, "")
+				method, rest, _ := strings.Cut(rest, " ")
+				id, body, _ := strings.Cut(rest, " ")
+				if id == "" {
+					id = "1"
+				}
+				err = say(&schemas.Asked{Target: schemas.Target{Server: "everything", Method: method}, ID: id}, body)
+			case "beside": // an event of the session, of a server
+				server, body, _ := strings.Cut(rest, " ")
+				b := e
+				b.Call, b.Root, b.Edge = "", "", ""
+				_, err = emit(ctx, b.Next(&schemas.Notified{Target: schemas.Target{Server: server}, ID: fmt.Sprint("n", n)}, []byte(body)))
+				n++
+			case "question": // the same, to be answered
+				id, body, _ := strings.Cut(rest, " ")
+				b := e
+				b.Call, b.Root, b.Edge = "", "", ""
+				_, err = emit(ctx, b.Next(&schemas.Asked{Target: schemas.Target{Server: "everything", Method: "roots/list"}, ID: id}, []byte(body)))
 			case "held":
 				err = say(&schemas.Held{}, "")
 			case "completed":

@@ -1,9 +1,19 @@
-// Package mcp is the edge adapter for the Model Context Protocol, revision
-// 2026-07-28 over streamable HTTP: POST /mcp/{server}.
+// Package mcp is the edge adapter for the Model Context Protocol over
+// streamable HTTP: /mcp/{server} is one server, /mcp all of them together and
+// /mcp/{view} a chosen set ([schemas.Front]).
 //
-// It is stateless. A request becomes one requested event, which the rest of
-// the gateway ([Options].Ask) turns into events for the caller; each of these
-// becomes bytes on the connection. What it would need to resume is in the log.
+// A request becomes one requested event, which the rest of the gateway
+// ([Options].Ask) turns into events for the caller; each of these becomes bytes
+// on the connection. What it needs to resume is in the log.
+//
+// Two eras share the URLs. A request whose MCP-Protocol-Version is 2026-07-28 or
+// later, or that says so in its body and names no session, is of the modern one,
+// which has no sessions: POST only, and a client that leaves cancels its call.
+// All else is of the legacy era, 2025-11-25, 2025-06-18 and 2025-03-26 without
+// its batches: initialize opens a session, whose ID the client sends along; GET
+// is the session's own stream or, with Last-Event-ID, the rest of any; DELETE
+// ends it; and a call goes on when its client is gone. A session is events as
+// well, so any replica serves it, and one that has restarted.
 //
 // # What is changed on the way
 //
@@ -20,8 +30,21 @@
 //  4. ttlMs and cacheScope where one of these results, being complete, lacks
 //     them: added as 0 and "private", as the revision requires both.
 //  5. supportedVersions of server/discover: what the gateway serves.
+//     What an error's status is in HTTP follows the revision.
 //  6. In an event stream a CR between two tokens becomes LF, since no event can
 //     carry it; in a JSON answer it stays.
+//
+// For a client with a session 2 to 5 do not apply, since its revisions have
+// none of these members, and the status of an answered call is 200. Instead
+//
+//  7. id of a request that an upstream makes to the client: [schemas.Asked].ID,
+//     unique in the session; and so params.requestId when the upstream takes it
+//     back.
+//
+// At a front, for both eras,
+//
+//  8. uris of resources in results of resources/read, tools/call and
+//     prompts/get, and in notifications/resources/updated: those of the front.
 //
 // What the gateway answers by itself is in failures.go, and what it refuses
 // before it stores anything in check.go.
@@ -46,7 +69,7 @@ import (
 // Protocol is the adapter's name in events.
 const Protocol schemas.Protocol = "mcp"
 
-// Revision is the protocol revision that is served; the only one.
+// Revision is the protocol revision that is served without sessions.
 const Revision = "2026-07-28"
 
 // Options of an [Adapter].
@@ -59,11 +82,30 @@ type Options struct {
 	// does, Ask stores the wish to cancel.
 	Ask schemas.Handler
 
-	Store schemas.Emit    // for the opened event of a session
+	Store schemas.Emit    // for what is no request: the events of a session, the wish to cancel
 	Edge  schemas.Replica // this process
 
 	// Deadline is the time a call may take; 0 or a nil function: any.
 	Deadline func(server, method string) time.Duration
+
+	// What the log holds, for sessions with an ID. Without these there is nothing
+	// in it beyond what this process has seen.
+
+	// Follow hands on what is stored after a sequence of the call of `of`, to its
+	// ending, or, where that names no call, what its session has outside of any.
+	Follow func(ctx context.Context, of schemas.Event, after uint64, emit schemas.Emit) error
+	// Load reads the event at a sequence; [schemas.ErrNotFound].
+	Load func(ctx context.Context, seq uint64) (schemas.Event, error)
+	// Latest reads the newest event of a kind in a session; [schemas.ErrNotFound].
+	Latest func(context.Context, schemas.Tenant, schemas.SessionKey, schemas.Kind) (schemas.Event, error)
+	// Asked reads what a session's client was asked by its ID; [schemas.ErrNotFound].
+	Asked func(ctx context.Context, t schemas.Tenant, s schemas.SessionKey, id string) (schemas.Event, error)
+	// Sessions emits the opened and closed events of all sessions, those in the
+	// log first, until ctx is done.
+	Sessions func(ctx context.Context, emit schemas.Emit) error
+
+	Fronts        []*schemas.Front // endpoints that show several servers as one
+	SessionLimits SessionLimits    // of sessions with an ID
 
 	Now    func() time.Time // default: time.Now
 	Limits jsonrpc.Limits   // of requests
@@ -73,7 +115,10 @@ type Options struct {
 // Adapter turns HTTP into events and back. It is safe for concurrent use.
 type Adapter struct {
 	o        Options
-	sessions *seen
+	fronts   map[string]*schemas.Front // by name; immutable
+	sessions *seen                     // those without an ID that were opened
+	table    *table                    // those with one
+	long     names                     // what shortened names stand for
 }
 
 // New returns an adapter.
@@ -87,14 +132,52 @@ func New(o Options) *Adapter {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Adapter{o: o, sessions: newSeen(maxSeen)}
+	if o.Follow == nil {
+		o.Follow = func(ctx context.Context, _ schemas.Event, _ uint64, _ schemas.Emit) error {
+			<-ctx.Done()
+			return ctx.Err()
+		}
+	}
+	if o.Load == nil {
+		o.Load = func(context.Context, uint64) (e schemas.Event, err error) { return e, schemas.ErrNotFound }
+	}
+	if o.Latest == nil {
+		o.Latest = func(context.Context, schemas.Tenant, schemas.SessionKey, schemas.Kind) (e schemas.Event, err error) {
+			return e, schemas.ErrNotFound
+		}
+	}
+	if o.Asked == nil {
+		o.Asked = func(context.Context, schemas.Tenant, schemas.SessionKey, string) (e schemas.Event, err error) {
+			return e, schemas.ErrNotFound
+		}
+	}
+	if o.Sessions == nil {
+		o.Sessions = func(ctx context.Context, _ schemas.Emit) error {
+			<-ctx.Done()
+			return nil
+		}
+	}
+	a := &Adapter{o: o, fronts: map[string]*schemas.Front{}, sessions: newSeen(maxSeen), table: newTable(o.SessionLimits)}
+	a.fronts[schemas.Gateway] = &schemas.Front{Name: schemas.Gateway} // of no server, unless told
+	for _, f := range o.Fronts {
+		a.fronts[f.Name] = f
+	}
+	return a
 }
 
-// Routes lists what the adapter serves. GET and DELETE, with which older
-// revisions open and close sessions, are answered 405 by the shell (streamable
-// HTTP, "Earlier Streamable HTTP Revisions").
+// Routes lists what the adapter serves. GET and DELETE belong to sessions with
+// an ID; a modern client's are answered 405 (streamable HTTP, "Earlier
+// Streamable HTTP Revisions").
 func (a *Adapter) Routes() []edge.Route {
-	return []edge.Route{{Pattern: "POST /mcp/{server}", Serve: a.post, Refuse: refuse}}
+	var routes []edge.Route
+	for _, path := range []string{"/mcp", "/mcp/{server}"} {
+		routes = append(routes,
+			edge.Route{Pattern: "POST " + path, Serve: a.post, Refuse: refuse},
+			edge.Route{Pattern: "GET " + path, Serve: a.get, Refuse: refuse, Stream: true},
+			edge.Route{Pattern: "DELETE " + path, Serve: a.delete, Refuse: refuse},
+		)
+	}
+	return routes
 }
 
 const (
@@ -117,15 +200,22 @@ func (a *Adapter) post(w http.ResponseWriter, r *http.Request, p edge.Principal)
 		write(w, nil, undecodable(err))
 		return
 	}
+	if isLegacy(m, r.Header) {
+		a.postLegacy(w, r, p, m)
+		return
+	}
 	id, oneWay := m.ID().Raw(), m.IsNotification()
 	if m.IsResponse() {
 		write(w, nil, reply{status: http.StatusBadRequest, code: jsonrpc.CodeInvalidRequest,
 			message: "A client sends requests and notifications only: this is a response."})
 		return
 	}
+	front, endpoint := a.endpoint(r)
 	req, bad := check(m, r.Header)
 	if bad == nil {
-		req.Server = r.PathValue("server")
+		if req.Server = endpoint; front != nil {
+			req.Server = front.Name
+		}
 		bad = bounds(&req.Requested, id)
 	}
 	stream := req.Method == "subscriptions/listen" && !oneWay
@@ -148,13 +238,6 @@ func (a *Adapter) post(w http.ResponseWriter, r *http.Request, p edge.Principal)
 	}
 
 	req.OneWay, req.Stream = oneWay, stream
-	limit := a.o.Deadline(req.Server, req.Method)
-	if stream {
-		limit = 0
-	}
-	if limit > 0 {
-		req.Deadline = now.Add(limit)
-	}
 	call := schemas.NewCallID(now)
 	e := schemas.Event{
 		Tenant: p.Tenant, Session: session.key, Call: call, Root: call, Agent: p.Agent,
@@ -175,12 +258,22 @@ func (a *Adapter) post(w http.ResponseWriter, r *http.Request, p edge.Principal)
 	ctx, cancel := context.WithCancelCause(parent)
 	defer cancel(nil)
 	c := &caller{
-		a: a, w: w, call: call, id: id, request: &req.Requested,
+		a: a, w: w, front: front, call: call, id: id, request: &req.Requested,
 		json: json, sse: sse && !oneWay, cancel: cancel,
 	}
 	if err := a.open(ctx, e, session); err != nil {
 		c.notStored(err)
 		return
+	}
+	if front != nil {
+		a.resolve(ctx, e, front, m.Params())
+	}
+	limit := a.o.Deadline(req.Server, req.Method)
+	if stream {
+		limit = 0
+	}
+	if limit > 0 {
+		req.Deadline = now.Add(limit)
 	}
 	c.begin(limit)
 	defer c.stop()

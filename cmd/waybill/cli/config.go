@@ -149,6 +149,15 @@ type LimitsConfig struct {
 	InFlightTenant int      `yaml:"in_flight_per_tenant" json:"in_flight_per_tenant"` // default 512
 	Deadline       Duration `yaml:"deadline" json:"deadline"`                         // of one call; default 60s
 	Drain          Duration `yaml:"drain" json:"drain"`                               // how long calls may finish at shutdown; default 10s
+
+	// Of sessions with an ID, of MCP revisions before 2026-07-28, and the streams
+	// that their clients hold open.
+	Streams           int      `yaml:"streams" json:"streams"`                         // at once; default 4096
+	StreamsTenant     int      `yaml:"streams_per_tenant" json:"streams_per_tenant"`   // default 2048
+	SessionIdle       Duration `yaml:"session_idle" json:"session_idle"`               // after it a session ends that is not in use; default 1h
+	SessionMax        Duration `yaml:"session_max" json:"session_max"`                 // after it every session ends; default 12h, or bus.max_age if that is less, which is also the most
+	SessionsPerAgent  int      `yaml:"sessions_per_agent" json:"sessions_per_agent"`   // open at once; default 1000
+	SessionsPerTenant int      `yaml:"sessions_per_tenant" json:"sessions_per_tenant"` // default 10000
 }
 
 // Duration is written as Go writes it, 90s or 1h30m, in the file and in what
@@ -171,8 +180,12 @@ func (d Duration) MarshalText() ([]byte, error) { return []byte(d.String()), nil
 func defaults() Config {
 	return Config{
 		Listen: "127.0.0.1:8080", Admin: "127.0.0.1:8081", Data: "data",
-		Bus:    BusConfig{MaxBytes: 4 << 30, MaxAge: Duration{Duration: 24 * time.Hour}},
-		Limits: LimitsConfig{Body: 4 << 20, InFlight: 1024, InFlightTenant: 512, Deadline: Duration{Duration: time.Minute}, Drain: Duration{Duration: 10 * time.Second}},
+		Bus: BusConfig{MaxBytes: 4 << 30, MaxAge: Duration{Duration: 24 * time.Hour}},
+		Limits: LimitsConfig{
+			Body: 4 << 20, InFlight: 1024, InFlightTenant: 512, Deadline: Duration{Duration: time.Minute}, Drain: Duration{Duration: 10 * time.Second},
+			Streams: 4096, StreamsTenant: 2048, SessionIdle: Duration{Duration: time.Hour},
+			SessionsPerAgent: 1000, SessionsPerTenant: 10000,
+		},
 	}
 }
 
@@ -227,6 +240,9 @@ func parseConfig(b []byte, dir string) (*Config, error) {
 	}
 	if c.Bus.URL != "" && c.Bus.Replicas == 0 {
 		c.Bus.Replicas = 3
+	}
+	if c.Limits.SessionMax == (Duration{}) && c.Bus.MaxAge.bad == nil {
+		c.Limits.SessionMax.Duration = min(12*time.Hour, c.Bus.MaxAge.Duration)
 	}
 	for _, p := range []*string{&c.Data, &c.Bus.Creds} {
 		*p = c.path(*p)
@@ -449,8 +465,22 @@ func (c *Config) check() error {
 			bad("allow[%d]: needs agents, servers, and tools or methods; as it is it allows nothing", i)
 		}
 	}
-	if badly("limits.deadline", c.Limits.Deadline) || badly("limits.drain", c.Limits.Drain) {
-		return together(errs)
+	for _, d := range []struct {
+		key string
+		d   Duration
+	}{
+		{"limits.deadline", c.Limits.Deadline}, {"limits.drain", c.Limits.Drain},
+		{"limits.session_idle", c.Limits.SessionIdle}, {"limits.session_max", c.Limits.SessionMax},
+	} {
+		if badly(d.key, d.d) {
+			return together(errs)
+		}
+	}
+	if l := c.Limits; l.Streams <= 0 || l.StreamsTenant <= 0 || l.SessionIdle.Duration < time.Second || l.SessionMax.Duration < time.Second || l.SessionsPerAgent <= 0 || l.SessionsPerTenant <= 0 {
+		bad("limits: streams, streams_per_tenant, sessions_per_agent and sessions_per_tenant must be positive, session_idle and session_max at least 1s")
+	}
+	if l := c.Limits; c.Bus.MaxAge.bad == nil && l.SessionMax.Duration > c.Bus.MaxAge.Duration {
+		bad("limits.session_max: %s is longer than the log keeps what a session needs, bus.max_age of %s", l.SessionMax, c.Bus.MaxAge)
 	}
 	if l := c.Limits; l.Body <= 0 || l.Body > 4<<20 || l.InFlight <= 0 || l.InFlightTenant <= 0 || l.Deadline.Duration <= 0 || l.Drain.Duration < 0 {
 		bad("limits: body must be 1 to 4194304, in_flight, in_flight_per_tenant and deadline positive, drain not negative")
@@ -730,4 +760,13 @@ func configCheck(_ context.Context, env Env, args []string) error {
 	}
 	_, err = fmt.Fprintf(env.Stdout, "# In effect:\n%s", out)
 	return err
+}
+
+// front is the endpoint that shows all servers as one.
+func (c *Config) front() *schemas.Front {
+	f := &schemas.Front{Name: schemas.Gateway}
+	for _, s := range c.Servers {
+		f.Servers = append(f.Servers, s.Name)
+	}
+	return f
 }

@@ -374,8 +374,29 @@ func (g *gateway) addEdge(ctx context.Context, ln net.Listener) error {
 	}
 	// Every protocol stands in this list.
 	var routes []edge.Route
-	routes = append(routes, mcp.New(mcp.Options{
+	agents := mcp.New(mcp.Options{
 		Ask: g.metrics.observe(asker.Ask), Store: l.Publish, Edge: replica,
+		Follow: asker.Follow, Load: l.Load, Latest: l.Latest,
+		Asked: func(ctx context.Context, t schemas.Tenant, s schemas.SessionKey, id string) (schemas.Event, error) {
+			for e, err := range l.Read(ctx, bus.Filter{Tenant: t, Session: s, Kinds: []schemas.Kind{schemas.KindAsked}}, 0) {
+				if err != nil && !errors.Is(err, bus.ErrUndecodable) {
+					return schemas.Event{}, err
+				}
+				if a, ok := e.Data.(*schemas.Asked); err == nil && ok && a.ID == id {
+					return e, nil
+				}
+			}
+			return schemas.Event{}, schemas.ErrNotFound
+		},
+		Sessions: func(ctx context.Context, emit schemas.Emit) error {
+			return l.Follow(ctx, bus.Filter{Kinds: []schemas.Kind{schemas.KindOpened, schemas.KindClosed}}, 0, nil,
+				func(ctx context.Context, e schemas.Event) error { _, err := emit(ctx, e); return err })
+		},
+		Fronts: []*schemas.Front{g.c.front()},
+		SessionLimits: mcp.SessionLimits{
+			Idle: g.c.Limits.SessionIdle.Duration, Max: g.c.Limits.SessionMax.Duration,
+			PerAgent: g.c.Limits.SessionsPerAgent, PerTenant: g.c.Limits.SessionsPerTenant,
+		},
 		Deadline: func(server, _ string) time.Duration {
 			if d := deadline[server]; d > 0 {
 				return d
@@ -383,12 +404,14 @@ func (g *gateway) addEdge(ctx context.Context, ln net.Listener) error {
 			return g.c.Limits.Deadline.Duration
 		},
 		Now: time.Now, Limits: jsonrpc.Limits{Bytes: int(g.c.Limits.Body)}, Log: g.log,
-	}).Routes()...)
+	})
+	routes = append(routes, agents.Routes()...)
 
 	tokens, anonymous := g.c.principals()
 	g.front, err = edge.New(edge.Options{
 		Hosts: g.c.Hosts, Origins: g.c.Origins, Tokens: tokens, Anonymous: anonymous,
 		MaxBody: g.c.Limits.Body, MaxInFlight: g.c.Limits.InFlight, MaxInFlightTenant: g.c.Limits.InFlightTenant,
+		MaxStreams: g.c.Limits.Streams, MaxStreamsTenant: g.c.Limits.StreamsTenant,
 		DrainTimeout: g.c.Limits.Drain.Duration, Log: g.log,
 	}, routes...)
 	if err != nil {
@@ -397,6 +420,7 @@ func (g *gateway) addEdge(ctx context.Context, ln net.Listener) error {
 	ready := g.up("edge")
 	g.workers = append(g.workers,
 		part{"answers", func(ctx context.Context) error { return asker.Run(ctx, ready.Store) }},
+		part{"sessions", agents.Run},
 		part{"watch", func(ctx context.Context) error { return l.Watch(ctx, time.Second) }},
 	)
 	g.edges = append(g.edges, part{"edge", func(ctx context.Context) error { return g.front.Run(ctx, ln) }})
