@@ -29,10 +29,10 @@ var legacyHeaders = []string{"MCP-Protocol-Version: 2025-11-25", "Mcp-Session-Id
 //
 //	NAME/stored    golden: the events that it added to the log, one a line
 //
-// $SESSION is the session ID that an answer last had, $CALL the call id. A line
-// "+events N" makes the client leave after so many events, a line "+later" runs
-// the script of the exchange when the next but one begins, "+restart" starts the
-// gateway anew on its log.
+// $SESSION is the session ID that an answer last had, $CALL the call id; a line
+// "next" in a script begins that of the next call. A line "+events N" makes the
+// client leave after so many events, "+restart" starts the gateway anew on its
+// log first.
 func TestLegacyGolden(t *testing.T) {
 	files, err := filepath.Glob("testdata/legacy/*.txt")
 	if err != nil || len(files) == 0 {
@@ -66,14 +66,9 @@ func legacyFile(t *testing.T, file string) {
 			sections[section] += line
 		}
 	}
-	scripts, later := make(chan string, 16), make(chan struct{})
+	scripts := make(chan string, 16)
 	log := newMemory(t, func(ctx context.Context, e schemas.Event, emit schemas.Emit) error {
-		script := <-scripts
-		if rest, wait := strings.CutPrefix(script, "later\n"); wait {
-			script = rest
-			<-later
-		}
-		return scripted(script, func(schemas.Event) {})(ctx, e, emit)
+		return scripted(<-scripts, func(schemas.Event) {})(ctx, e, emit)
 	})
 	o := log.options()
 	o.Now = func() time.Time { return noon }
@@ -100,10 +95,6 @@ func legacyFile(t *testing.T, file string) {
 			switch verb, rest, _ := strings.Cut(l, " "); verb {
 			case "+events":
 				fmt.Sscan(rest, &events)
-			case "+later":
-				script = "later\n" + script
-			case "+now":
-				close(later)
 			case "+restart":
 				stop()
 				addr, stop = up(t, o)
@@ -120,7 +111,9 @@ func legacyFile(t *testing.T, file string) {
 			}
 		}
 		if _, ok := sections[name+"/ask"]; ok {
-			scripts <- script
+			for _, one := range strings.Split(script, "next\n") {
+				scripts <- one
+			}
 		}
 		text := strings.ReplaceAll(strings.Join(lines, "\n")+"\n\n"+body, "$SESSION", session)
 		response, id := legacyExchange(t, addr, text, events)
