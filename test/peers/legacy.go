@@ -17,8 +17,11 @@ import (
 // The clients of the legacy era against server-everything. Each script takes the same steps and says what it saw in the
 // same terms, so that what a gateway in between changes, or loses, shows.
 
-// legacy is the revision that the clients must settle on.
-const legacy = "2025-11-25"
+// legacy is the revision that the clients must settle on, and legacyOlder the one that some ask for.
+const (
+	legacy      = "2025-11-25"
+	legacyOlder = "2025-06-18"
+)
 
 // legacySeen is what a client saw in one session, from its beginning to its end.
 type legacySeen struct {
@@ -70,7 +73,7 @@ var everythingTools = []string{
 // everythingOptional are the tools that depend on what else an SDK declares by itself.
 var everythingOptional = []string{"trigger-elicitation-request-async", "trigger-sampling-request-async", "trigger-url-elicitation"}
 
-func (s legacySeen) check(t testing.TB, e Endpoint) {
+func (s legacySeen) check(t testing.TB, e Endpoint, revision string) {
 	t.Helper()
 	same := func(what string, got, want any) {
 		t.Helper()
@@ -113,7 +116,7 @@ func (s legacySeen) check(t testing.TB, e Endpoint) {
 		}
 	}
 
-	same("revision", s.Revision, legacy)
+	same("revision", s.Revision, revision)
 	has("roots", s.Roots[0], "(1 total)", "file:///waybill/one")
 	has("roots after list_changed", s.Roots[1], "(2 total)", "file:///waybill/one", "file:///waybill/two")
 	same("tools", slices.DeleteFunc(ours(s.Tools), func(name string) bool { return slices.Contains(everythingOptional, name) }), everythingTools)
@@ -170,7 +173,7 @@ func gunzip(blob string) (string, error) {
 func ExerciseLegacyTypeScript(t testing.TB, e Endpoint, sdk string) {
 	t.Helper()
 	_, here, _, _ := runtime.Caller(0)
-	tap := newTap(t, e)
+	tap := newTap(t, e, breakOff)
 	args, err := json.Marshal(map[string]string{"sdk": sdk, "url": tap.URL, "prefix": e.Prefix, "unique": unique(), "token": e.Token})
 	if err != nil {
 		t.Fatal(err)
@@ -186,7 +189,7 @@ func checkLegacy(t testing.TB, e Endpoint, tap *tap, who string, out Output) {
 	if err := json.Unmarshal([]byte(out.Stdout), &s); err != nil || out.Exit != 0 {
 		t.Fatalf("%s: exit %d, %v\n%s%s", who, out.Exit, err, out.Stdout, out.Stderr)
 	}
-	s.check(t, e)
+	s.check(t, e, legacy)
 	tap.check(t, e)
 }
 
@@ -199,6 +202,10 @@ func ExerciseLegacy(t *testing.T, e Endpoint) {
 	for name, exercise := range map[string]func(testing.TB, Endpoint){
 		"TypeScript v1": func(t testing.TB, e Endpoint) { ExerciseLegacyTypeScript(t, e, "v1") },
 		"TypeScript v2": func(t testing.TB, e Endpoint) { ExerciseLegacyTypeScript(t, e, "v2") },
+		"Go SDK":        ExerciseLegacyGoSDK,
+		"mcp-go":        ExerciseLegacyMCPGo,
+		"HTTP":          func(t testing.TB, e Endpoint) { ExerciseLegacyHTTP(t, e, legacy) },
+		"HTTP older":    func(t testing.TB, e Endpoint) { ExerciseLegacyHTTP(t, e, legacyOlder) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

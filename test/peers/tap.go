@@ -25,6 +25,7 @@ import (
 // everything else as it is.
 type tap struct {
 	URL string
+	how cut
 
 	mu        sync.Mutex
 	sessions  []string // that the endpoint handed out
@@ -45,18 +46,25 @@ var cutOperation = struct {
 // the operation has to be over. A gateway is asked at once.
 const afterCut = time.Second
 
+// cut is how a stream is cut: broken off, as by a network that fails, or ended before its time, as by a server that wants its
+// client to come back. Not every SDK resumes a stream that broke off.
+type cut error
+
+var (
+	breakOff cut = errors.New("broken off on purpose")
+	endEarly cut = io.EOF
+)
+
 // cutKey marks the context of the request whose answer is to be cut.
 type cutKey struct{}
 
-var errCut = errors.New("cut on purpose")
-
-func newTap(t testing.TB, e Endpoint) *tap {
+func newTap(t testing.TB, e Endpoint, how cut) *tap {
 	t.Helper()
 	target, err := url.Parse(e.URL)
 	if err != nil {
 		t.Fatal(err)
 	}
-	tap := &tap{}
+	tap := &tap{how: how}
 	quiet := log.New(io.Discard, "", 0) // streams that clients leave are none of our errors
 	transport := &http.Transport{}
 	proxy := &httputil.ReverseProxy{
@@ -161,7 +169,7 @@ type knife struct {
 func (k *knife) Read(b []byte) (int, error) {
 	if len(k.rest) == 0 {
 		if k.done {
-			return 0, errCut
+			return 0, k.tap.how
 		}
 		line, err := k.lines.ReadBytes('\n')
 		if err != nil && len(line) == 0 {
