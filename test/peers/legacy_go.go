@@ -473,10 +473,13 @@ func (b bearer) RoundTrip(r *http.Request) (*http.Response, error) {
 	return http.DefaultTransport.RoundTrip(r)
 }
 
-// ExerciseLegacyGoSDK takes the steps with the Go SDK's client, which finds out the era by itself.
-func ExerciseLegacyGoSDK(t testing.TB, e Endpoint) {
+// ExerciseLegacyGoSDK takes the steps with the Go SDK's client, which is told the revision to ask for: by itself it would
+// prefer the modern era.
+func ExerciseLegacyGoSDK(t testing.TB, e Endpoint, revision string) {
 	t.Helper()
-	exerciseLegacyGo(t, e, legacy, breakOff, connectGoSDK)
+	exerciseLegacyGo(t, e, revision, breakOff, func(ctx context.Context, e Endpoint, h *host) (legacyClient, error) {
+		return connectGoSDK(ctx, e, h, revision)
+	})
 }
 
 type goSDK struct {
@@ -485,7 +488,7 @@ type goSDK struct {
 	host    *host
 }
 
-func connectGoSDK(ctx context.Context, e Endpoint, h *host) (legacyClient, error) {
+func connectGoSDK(ctx context.Context, e Endpoint, h *host, revision string) (legacyClient, error) {
 	client := mcp.NewClient(&mcp.Implementation{Name: "waybill-test-go", Version: "1"}, &mcp.ClientOptions{
 		CreateMessageHandler: func(_ context.Context, r *mcp.CreateMessageRequest) (*mcp.CreateMessageResult, error) {
 			return answerAs[mcp.CreateMessageResult](h, "sampling/createMessage", r.Params)
@@ -511,7 +514,7 @@ func connectGoSDK(ctx context.Context, e Endpoint, h *host) (legacyClient, error
 	}
 	session, err := client.Connect(ctx, &mcp.StreamableClientTransport{
 		Endpoint: e.URL, HTTPClient: &http.Client{Transport: bearer(e.Token)},
-	}, nil)
+	}, &mcp.ClientSessionOptions{ProtocolVersion: revision})
 	if err != nil {
 		return nil, err
 	}
@@ -602,7 +605,7 @@ func connectMCPGo(ctx context.Context, e Endpoint, h *host) (legacyClient, error
 	if err != nil {
 		return nil, err
 	}
-	client := mcpgo.NewClient(transport, mcpgo.WithSamplingHandler(mcpGoHost{h}),
+	client := mcpgo.NewClient(transport, mcpgo.WithProtocolVersion(legacy), mcpgo.WithSamplingHandler(mcpGoHost{h}),
 		mcpgo.WithElicitationHandler(mcpGoHost{h}), mcpgo.WithRootsHandler(mcpGoHost{h}))
 	client.OnNotification(func(n mcpgotypes.JSONRPCNotification) { h.tell(n.Method, n.Params) })
 	if err := client.Start(ctx); err != nil {

@@ -162,24 +162,37 @@ func NodeScript(t testing.TB, file string, args ...string) Output {
 // node runs the pinned Node, in a home of its own because the Inspector writes below $HOME.
 func node(t testing.TB, args ...string) Output {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
-	defer cancel()
 	cmd := exec.Command(Node(t), args...)
 	cmd.Env = append(os.Environ(), "HOME="+t.TempDir(), "NO_COLOR=1", "NODE_OPTIONS=")
+	return run(t, cmd)
+}
+
+// python runs the Python that has the packages of requirements.txt, and sees no others.
+func python(t testing.TB, args ...string) Output {
+	t.Helper()
+	return run(t, exec.Command(installed(t, "python", "bin", "python"), append([]string{"-I"}, args...)...))
+}
+
+// run runs a program to its end.
+func run(t testing.TB, cmd *exec.Cmd) Output {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	name := filepath.Base(cmd.Path)
 	exited, err := start(cmd)
 	if err != nil {
-		t.Fatalf("starting node: %v", err)
+		t.Fatalf("starting %s: %v", name, err)
 	}
 	select {
 	case err = <-exited:
 	case <-ctx.Done():
 		kill(cmd, exited)
-		t.Fatalf("node %s did not end: %v\n%s%s", strings.Join(args, " "), ctx.Err(), &stdout, &stderr)
+		t.Fatalf("%s did not end: %v\n%s%s", strings.Join(cmd.Args, " "), ctx.Err(), &stdout, &stderr)
 	}
 	if ended := new(exec.ExitError); err != nil && !errors.As(err, &ended) {
-		t.Fatalf("node %s: %v", strings.Join(args, " "), err)
+		t.Fatalf("%s: %v", strings.Join(cmd.Args, " "), err)
 	}
 	return Output{Stdout: stdout.String(), Stderr: stderr.String(), Exit: cmd.ProcessState.ExitCode()}
 }
