@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	mcpgo "github.com/mark3labs/mcp-go/client"
 	mcpgotransport "github.com/mark3labs/mcp-go/client/transport"
@@ -150,6 +151,9 @@ func convert[T any](from any) (*T, error) {
 	return to, json.Unmarshal(raw, to)
 }
 
+// stepsPatience bounds all steps of one client, which take a few seconds.
+const stepsPatience = time.Minute
+
 // script is one run of the steps by a client. What fails there ends the test.
 type script struct {
 	t      testing.TB
@@ -162,7 +166,7 @@ type script struct {
 // exerciseLegacyGo takes the steps with a client that connect makes, and checks what it saw. One stream is cut, as how says.
 func exerciseLegacyGo(t testing.TB, e Endpoint, revision string, how cut, connect func(context.Context, Endpoint, *host) (legacyClient, error)) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	ctx, cancel := context.WithTimeout(t.Context(), stepsPatience)
 	defer cancel()
 	tap := newTap(t, e, how)
 	through := e

@@ -23,6 +23,8 @@ type Endpoint struct {
 	// Direct says that this is server-everything itself. It answers 400, not 404, for a session that is gone, and a
 	// stream that is resumed gets from it only what was stored before.
 	Direct bool
+	// MCPGo says that the server, here or behind the gateway, is MCPGoServer.
+	MCPGo bool
 }
 
 // gone is the status of an answer to who names a session that is gone.
