@@ -1,4 +1,4 @@
-// Package peers runs other people's MCP programs against ours: the conformance suite, the Inspector, the TypeScript, Python
+// Package peers runs other people's programs against ours: the conformance suite, the Inspector, the TypeScript, Python
 // and Go SDKs and mcp-go as clients, and servers of three of them as upstreams.
 //
 // For the modern era begin with [EverythingServer], which starts an upstream, and give its URL, or the gateway's in
@@ -131,6 +131,35 @@ func serve(t testing.TB, name string, command func(addr string) *exec.Cmd) (addr
 // portTaken tells from what a server printed that another has its port: Go's words, and Node's.
 func portTaken(output string) bool {
 	return strings.Contains(output, "address already in use") || strings.Contains(output, "is already in use")
+}
+
+// Prism starts Stoplight's mock server of a REST API on a free port of 127.0.0.1, and returns its URL once it accepts
+// connections. It answers as the OpenAPI document says, refuses requests and credentials that are not as the document
+// says, and prints a line for each request.
+func Prism(t testing.TB, document string) (url string, p *Process) {
+	t.Helper()
+	addr := freeAddr(t)
+	_, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(Node(t), pkg(t, "@stoplight", "prism-cli", "dist", "index.js"), "mock", "--host", "127.0.0.1", "--port", port, "--errors", document)
+	cmd.Env = append(os.Environ(), "HOME="+t.TempDir(), "NO_COLOR=1", "NODE_OPTIONS=")
+	p = &Process{cmd: cmd}
+	cmd.Stdout, cmd.Stderr = &p.out, &p.out
+	if p.exited, err = start(cmd); err != nil {
+		t.Fatalf("starting prism: %v", err)
+	}
+	t.Cleanup(func() {
+		p.Kill()
+		if t.Failed() {
+			t.Logf("prism at %s printed:\n%s", addr, tail(p.Output(), 6000))
+		}
+	})
+	if err := answers(t.Context(), addr, p.exited); err != nil {
+		t.Fatalf("prism at %s: %v\n%s", addr, err, p.Output())
+	}
+	return "http://" + addr, p
 }
 
 // Output is what a program that ran to its end left behind.

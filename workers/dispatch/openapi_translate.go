@@ -888,7 +888,12 @@ func (t *translation) responses(tool *restTool, op *openapi3.Operation) (output 
 		types = append(types, m)
 	}
 	types = slices.DeleteFunc(types, func(m string) bool { return m == "*/*" })
-	tool.accept = strings.Join(append(types, "application/json;q=0.9", "application/problem+json;q=0.9", "*/*;q=0.5"), ", ")
+	for _, m := range []string{"application/json", "application/problem+json"} {
+		if !accepts[m] {
+			types = append(types, m+";q=0.9")
+		}
+	}
+	tool.accept = strings.Join(append(types, "*/*;q=0.5"), ", ")
 	slices.Sort(more)
 	more = slices.Compact(more)
 	if !promise || len(objects) == 0 || tool.method == http.MethodHead {
