@@ -1,0 +1,221 @@
+package test
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"waybill.dev/schemas"
+	"waybill.dev/test/gateway"
+	"waybill.dev/test/peers"
+)
+
+// hanging takes connections and never says a word.
+func hanging(t *testing.T) string {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var mu sync.Mutex
+	var held []net.Conn
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			mu.Lock()
+			held = append(held, c)
+			mu.Unlock()
+		}
+	}()
+	t.Cleanup(func() {
+		_ = ln.Close()
+		<-done
+		for _, c := range held {
+			_ = c.Close()
+		}
+	})
+	return "http://" + ln.Addr().String() + "/mcp"
+}
+
+// federation is a gateway in front of 18 servers that work, one that hangs and
+// one that refuses, in between.
+func federation(t *testing.T, more string) *gateway.Gateway {
+	var servers strings.Builder
+	servers.WriteString("servers:\n")
+	for i := range 20 {
+		name := fmt.Sprintf("s%02d", i)
+		switch i {
+		case 7:
+			servers.WriteString(gateway.Server("hangs", hanging(t), "deadline: 1s"))
+		case 13:
+			servers.WriteString(gateway.Server("refuses", "http://"+gateway.FreeAddr(t)+"/mcp", ""))
+		default:
+			servers.WriteString(gateway.Server(name, peers.EverythingServer(t), ""))
+		}
+	}
+	return gateway.Start(t, gateway.Config(servers.String()+more))
+}
+
+// atFront is a request at a front.
+func atFront(t *testing.T, g *gateway.Gateway, server, method, name, params string, header ...string) json.RawMessage {
+	t.Helper()
+	if params != "" {
+		params += ","
+	}
+	a, err := g.Post(t.Context(), server, method, name,
+		fmt.Sprintf(`{"jsonrpc":"2.0","id":7,"method":%q,"params":{%s%s}}`, method, params, gateway.Meta), header...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	body := a.Body
+	for line := range strings.Lines(string(a.Body)) { // a stream: the last message is the answer
+		if data, ok := strings.CutPrefix(line, "data:"); ok {
+			body = []byte(data)
+		}
+	}
+	var m struct {
+		ID     int
+		Result json.RawMessage
+		Error  any
+	}
+	if err := json.Unmarshal(body, &m); err != nil || m.ID != 7 || m.Error != nil {
+		t.Fatalf("%s: HTTP %d, %v\n%.2000s", method, a.Status, err, a.Body)
+	}
+	return m.Result
+}
+
+type toolList struct {
+	Tools []struct {
+		Name, Description string
+		InputSchema       json.RawMessage
+	}
+	NextCursor string
+	Meta       struct {
+		Servers map[string]struct{ Error, Message string } `json:"dev.waybill/servers"`
+	} `json:"_meta"`
+}
+
+// One server of twenty hangs and one refuses: the list comes within the
+// deadline and says so, and a call to a server that works is none the slower.
+func TestFederatedList(t *testing.T) {
+	g := federation(t, `
+views:
+  - name: support
+    from:
+      s02: [{tool: test_simple_text, as: say, description: "Says \"hello\"."}, nothing]
+      s01: [test_image_content]
+`)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+
+	// Beside everything that follows.
+	var calls sync.WaitGroup
+	var slowest time.Duration
+	calls.Go(func() {
+		for ctx.Err() == nil {
+			began := time.Now()
+			a, err := g.Post(ctx, "s05", "tools/call", "test_simple_text",
+				`{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"test_simple_text",`+gateway.Meta+`}}`)
+			if ctx.Err() != nil {
+				return
+			}
+			if err != nil || !strings.Contains(string(a.Body), "simple text response") {
+				t.Errorf("HTTP %d, %v: %s", a.Status, err, a.Body)
+				return
+			}
+			slowest = max(slowest, time.Since(began))
+		}
+	})
+
+	began := time.Now()
+	var l toolList
+	raw := atFront(t, g, schemas.Gateway, "tools/list", "", "")
+	if err := json.Unmarshal(raw, &l); err != nil {
+		t.Fatal(err)
+	}
+	if took := time.Since(began); took > 5*time.Second*slowdown {
+		t.Errorf("the list took %v", took)
+	} else {
+		t.Logf("the list took %v", took)
+	}
+	var servers []string
+	for _, tool := range l.Tools {
+		server, _, _ := strings.Cut(tool.Name, "__")
+		if len(servers) == 0 || servers[len(servers)-1] != server {
+			servers = append(servers, server)
+		}
+	}
+	if len(servers) != 18 || !slices.IsSorted(servers) || slices.Contains(servers, "hangs") {
+		t.Errorf("of %d servers: %v", len(servers), servers)
+	}
+	if m := l.Meta.Servers; len(m) != 2 || m["hangs"].Error != "timeout" || m["refuses"].Error != "unavailable" {
+		t.Errorf("%+v", m)
+	}
+
+	// Again, and in another order of answers: the same.
+	if again := atFront(t, g, schemas.Gateway, "tools/list", "", ""); string(again) != string(raw) {
+		t.Errorf("first\n%s\nthen\n%s", raw, again)
+	}
+	for method, array := range map[string]string{
+		"prompts/list": `"prompts":[{`, "resources/list": `"resources":[{`, "resources/templates/list": `"resourceTemplates":[{`,
+	} {
+		if got := string(atFront(t, g, schemas.Gateway, method, "", "")); !strings.HasPrefix(got, "{"+array) {
+			t.Errorf("%s: %s", method, got)
+		}
+	}
+
+	l = toolList{}
+	raw = atFront(t, g, "support", "tools/list", "", "")
+	if err := json.Unmarshal(raw, &l); err != nil {
+		t.Fatal(err)
+	}
+	if len(l.Tools) != 2 || l.Tools[0].Name != "test_image_content" || l.Tools[1].Name != "say" || l.Tools[1].Description != `Says "hello".` {
+		t.Errorf("%s", raw)
+	}
+	if m := l.Meta.Servers; len(m) != 1 || m["s02"].Error != "missing_tools" {
+		t.Errorf("%+v", m)
+	}
+	atFront(t, g, schemas.Gateway, "server/discover", "", "")
+
+	cancel()
+	calls.Wait()
+	t.Logf("the slowest call on a healthy server took %v", slowest)
+	if slowest > time.Second*slowdown {
+		t.Error("a call on a healthy server was held up")
+	}
+	metrics := get(t, g.Admin+"/metrics")
+	for _, want := range []string{
+		`waybill_front_calls_total{code="timeout",method="tools/list",outcome="failed",server="hangs"} `,
+		`waybill_front_calls_total{code="unavailable",method="tools/list",outcome="failed",server="refuses"} `,
+	} {
+		if !strings.Contains(metrics, want) {
+			t.Errorf("metrics lack %s", want)
+		}
+	}
+}
+
+func get(t *testing.T, url string) string {
+	t.Helper()
+	resp, err := http.Get(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil || resp.StatusCode != http.StatusOK {
+		t.Fatalf("%s: HTTP %d, %v", url, resp.StatusCode, err)
+	}
+	return string(b)
+}
