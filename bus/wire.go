@@ -67,7 +67,7 @@ func encode(e schemas.Event) (*nats.Msg, error) {
 // session or kind. Seq and Stored are the caller's to set.
 func decode(subj string, h nats.Header, body []byte) (schemas.Event, error) {
 	var e schemas.Event
-	if err := e.UnmarshalJSON([]byte(h.Get(headerEnvelope))); err != nil {
+	if err := e.UnmarshalString(h.Get(headerEnvelope)); err != nil {
 		return e, fmt.Errorf("%w on %s: %w", ErrUndecodable, subj, err)
 	}
 	if want := subject(e); want != subj {

@@ -1,7 +1,6 @@
 package schemas
 
 import (
-	"bytes"
 	"encoding/json"
 	"fmt"
 	"time"
@@ -46,19 +45,29 @@ type written struct {
 	said
 }
 
-// MarshalJSON writes the event whole: envelope, place in the log, body. Where
-// it matters, call it directly: json.Marshal goes over the result again.
-func (e Event) MarshalJSON() ([]byte, error) {
-	if e.Data == nil {
-		return nil, fmt.Errorf("%w: no payload", ErrInvalid)
-	}
-	w := written{
+// written is the event without its body.
+func (e Event) written() written {
+	return written{
 		envelope: envelope{
 			V: Version, Kind: e.Kind(), ID: e.ID(), Seq: e.Seq, Stored: e.Stored, Time: e.Time,
 			Tenant: e.Tenant, Session: e.Session, Call: e.Call, Parent: e.Parent, Root: e.Root,
 			Agent: e.Agent, Edge: e.Edge, Trace: e.Trace,
 		},
 		Data: e.Data,
+	}
+}
+
+// MarshalJSON writes the event whole: envelope, place in the log, body. Where
+// it matters, call it directly: json.Marshal goes over the result again.
+func (e Event) MarshalJSON() ([]byte, error) {
+	if e.Data == nil {
+		return nil, fmt.Errorf("%w: no payload", ErrInvalid)
+	}
+	w := e.written()
+	if e.Body == nil {
+		if b, ok := w.header(); ok {
+			return b, nil
+		}
 	}
 	if utf8.Valid(e.Body) && e.Body != nil {
 		s := string(e.Body)
@@ -72,11 +81,15 @@ func (e Event) MarshalJSON() ([]byte, error) {
 // UnmarshalJSON reads what MarshalJSON wrote. It returns an error that wraps
 // [ErrInvalid] for a newer version, an unknown kind, an envelope that breaks
 // its rules, and an ID that is not the derived one.
-func (e *Event) UnmarshalJSON(b []byte) error {
-	w, ok := readHeader(b)
+func (e *Event) UnmarshalJSON(b []byte) error { return e.UnmarshalString(string(b)) }
+
+// UnmarshalString is UnmarshalJSON of a string, of which the event then keeps
+// parts.
+func (e *Event) UnmarshalString(s string) error {
+	w, ok := readHeader(s)
 	if !ok {
 		var err error
-		if w, err = readAny(b); err != nil {
+		if w, err = readAny([]byte(s)); err != nil {
 			return fmt.Errorf("%w: %w", ErrInvalid, err)
 		}
 	}
@@ -125,59 +138,4 @@ func readAny(b []byte) (w written, err error) {
 		return w, fmt.Errorf("%s payload: %w", r.Kind, err)
 	}
 	return w, nil
-}
-
-// readHeader reads the form that lies in the log's headers, to the letter as
-// MarshalJSON writes it: no seq, no stored, no body, no string of the envelope
-// escaped. Every step of every call reads it, and so it costs less than half
-// of what readAny costs. Anything else, broken or not, it leaves to readAny;
-// what it reads, readAny reads the same, which FuzzEvent checks.
-func readHeader(b []byte) (w written, ok bool) {
-	member := func(start string, into *string) {
-		rest, ok := bytes.CutPrefix(b, []byte(start))
-		if !ok {
-			return // the member is left out
-		}
-		if end := plain(rest); end >= 0 {
-			*into, b = string(rest[:end]), rest[end+1:]
-		}
-	}
-	var at string
-	member(`{"v":1,"kind":"`, (*string)(&w.Kind))
-	member(`,"id":"`, (*string)(&w.ID))
-	member(`,"time":"`, &at)
-	member(`,"tenant":"`, (*string)(&w.Tenant))
-	member(`,"session":"`, (*string)(&w.Session))
-	member(`,"call":"`, (*string)(&w.Call))
-	member(`,"parent":"`, (*string)(&w.Parent))
-	member(`,"root":"`, (*string)(&w.Root))
-	member(`,"agent":"`, (*string)(&w.Agent))
-	member(`,"edge":"`, (*string)(&w.Edge))
-	member(`,"trace":"`, &w.Trace)
-	data, ok := bytes.CutPrefix(b, []byte(`,"data":`))
-	if !ok {
-		return w, false // something stood between, or was not plain
-	}
-	data, ok = bytes.CutSuffix(data, []byte(`}`))
-	empty, known := kinds[w.Kind]
-	if !ok || !known || !bytes.HasPrefix(data, []byte(`{`)) || w.Time.UnmarshalText([]byte(at)) != nil {
-		return w, false
-	}
-	w.V, w.Data = Version, empty()
-	// A member after data makes this two values, which Unmarshal refuses.
-	return w, json.Unmarshal(data, w.Data) == nil
-}
-
-// plain is the length of the string that b begins with, up to its closing
-// quote; -1 when it holds anything but printable ASCII that stands for itself.
-func plain(b []byte) int {
-	for i, c := range b {
-		switch {
-		case c == '"':
-			return i
-		case c < 0x20 || c > 0x7e || c == '\\':
-			return -1
-		}
-	}
-	return -1
 }

@@ -220,6 +220,10 @@ func TestRoundTrip(t *testing.T) {
 			t.Fatalf("%s: %v\ngot  %+v\nwant %+v", text, err, back, e)
 		}
 		sameAsSlow(t, text)
+		w := e.written()
+		if slow, err := json.Marshal(&w); err != nil || !bytes.Equal(text, slow) {
+			t.Fatalf("header:        %s\nencoding/json: %s, %v", text, slow, err)
+		}
 	})
 }
 
@@ -232,8 +236,12 @@ func TestHeaderIsFast(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, ok := readHeader(text); !ok {
+		if _, ok := readHeader(string(text)); !ok {
 			t.Errorf("not read by readHeader: %s", text)
+		}
+		w := e.written()
+		if fast, ok := w.header(); !ok || !bytes.Equal(fast, text) {
+			t.Errorf("not written by header: %s", text)
 		}
 		sameAsSlow(t, text)
 	}
@@ -245,7 +253,7 @@ func sameAsSlow(t interface {
 	Fatalf(string, ...any)
 }, text []byte) {
 	t.Helper()
-	fast, ok := readHeader(text)
+	fast, ok := readHeader(string(text))
 	if !ok {
 		return
 	}
@@ -362,6 +370,12 @@ func FuzzEvent(f *testing.F) {
 		}
 		if !bytes.Equal(e.Body, again.Body) {
 			t.Fatalf("body %q became %q", e.Body, again.Body)
+		}
+		w := again.written()
+		if fast, ok := w.header(); ok {
+			if slow, err := json.Marshal(&w); err != nil || !bytes.Equal(fast, slow) {
+				t.Fatalf("header:        %s\nencoding/json: %s, %v", fast, slow, err)
+			}
 		}
 		twice, err := again.MarshalJSON()
 		if err != nil || !bytes.Equal(once, twice) {
