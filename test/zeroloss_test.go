@@ -24,6 +24,7 @@ import (
 
 	"waybill.dev/schemas"
 	"waybill.dev/test/gateway"
+	"waybill.dev/test/peers"
 )
 
 var update = flag.Bool("update", false, "rewrite the golden sections of testdata/*/*.txt")
@@ -117,10 +118,19 @@ func exchange(t *testing.T, g *gateway.Gateway, up *rawServer, name, request, an
 	answerHead, answerBody := split(answer)
 	answered, wantDown := unmark(answerBody)
 
+	legacy := strings.Contains(head, "$SESSION")
+	if legacy {
+		head = strings.ReplaceAll(head, "$SESSION", openRaw(t, g, up))
+	}
+
 	// The upstream keeps what it got and says what the file says.
 	var seen *received
 	id := ""
 	up.serve(func(c net.Conn, r *received) {
+		if r.method != http.MethodPost { // the gateway looks for the stream of a session
+			_, _ = io.WriteString(c, notAllowed)
+			return
+		}
 		seen = r
 		if m := callID.FindSubmatch(r.body); m != nil {
 			id = string(m[1])
@@ -195,9 +205,38 @@ func exchange(t *testing.T, g *gateway.Gateway, up *rawServer, name, request, an
 	fmt.Fprintf(&out, "client < %s\n", resp.Status)
 	lines("client <", resp.Header)
 	for _, e := range g.Session(schemas.SessionKey(resp.Header.Get("Waybill-Session-Key"))) {
+		if legacy && string(e.Call) != resp.Header.Get("Waybill-Call") {
+			continue // of the session's opening
+		}
 		fmt.Fprintf(&out, "log %s%s\n", e.Kind(), stored(t, e, sent, said))
 	}
 	return out.String()
+}
+
+const (
+	notAllowed = "HTTP/1.1 405 Method Not Allowed\r\nContent-Length: 0\r\n\r\n"
+	accepted   = "HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n"
+)
+
+// openRaw opens a session of the revision 2025-11-25 and returns its ID.
+func openRaw(t *testing.T, g *gateway.Gateway, up *rawServer) string {
+	t.Helper()
+	up.serve(func(c net.Conn, r *received) {
+		answer := accepted
+		switch id := callID.FindSubmatch(r.body); {
+		case r.method != http.MethodPost:
+			answer = notAllowed
+		case id != nil:
+			result := `{"jsonrpc":"2.0","id":` + string(id[0]) + `,"result":{"protocolVersion":"2025-11-25","capabilities":{},"serverInfo":{"name":"raw","version":"1"}}}`
+			answer = fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nMcp-Session-Id: upstream-session\r\nContent-Length: %d\r\n\r\n%s", len(result), result)
+		}
+		_, _ = io.WriteString(c, answer) // the other end will show
+	})
+	s, _, err := peers.OpenLegacy(t.Context(), peers.Endpoint{URL: g.URL + "/mcp/raw"}, "2025-11-25", struct{}{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s.ID
 }
 
 // split parts the lines of a header from the body.
@@ -296,8 +335,8 @@ func messages(stream string) (all []string) {
 				data = append(data, strings.TrimPrefix(d, " "))
 			}
 		}
-		if data != nil && !other {
-			all = append(all, strings.Join(data, "\n"))
+		if text := strings.Join(data, "\n"); text != "" && !other { // an event without data only names its id
+			all = append(all, text)
 		}
 	}
 	return all

@@ -34,7 +34,7 @@ const (
 )
 
 func TestMain(m *testing.M) {
-	gateway.Main(m, map[string]func(context.Context) error{"upstream": upstream, "proxy": proxy})
+	gateway.Main(m, map[string]func(context.Context) error{"upstream": upstream, "legacy-upstream": legacyUpstream, "proxy": proxy})
 }
 
 // listen serves until the context ends.

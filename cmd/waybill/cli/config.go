@@ -761,12 +761,3 @@ func configCheck(_ context.Context, env Env, args []string) error {
 	_, err = fmt.Fprintf(env.Stdout, "# In effect:\n%s", out)
 	return err
 }
-
-// front is the endpoint that shows all servers as one.
-func (c *Config) front() *schemas.Front {
-	f := &schemas.Front{Name: schemas.Gateway}
-	for _, s := range c.Servers {
-		f.Servers = append(f.Servers, s.Name)
-	}
-	return f
-}

@@ -392,7 +392,7 @@ func (g *gateway) addEdge(ctx context.Context, ln net.Listener) error {
 			return l.Follow(ctx, bus.Filter{Kinds: []schemas.Kind{schemas.KindOpened, schemas.KindClosed}}, 0, nil,
 				func(ctx context.Context, e schemas.Event) error { _, err := emit(ctx, e); return err })
 		},
-		Fronts: []*schemas.Front{g.c.front()},
+		Fronts: g.c.fronts(),
 		SessionLimits: mcp.SessionLimits{
 			Idle: g.c.Limits.SessionIdle.Duration, Max: g.c.Limits.SessionMax.Duration,
 			PerAgent: g.c.Limits.SessionsPerAgent, PerTenant: g.c.Limits.SessionsPerTenant,
