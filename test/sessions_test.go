@@ -43,7 +43,9 @@ func TestLegacyPeersThroughAllServers(t *testing.T) {
 	g := gateway.Start(t, gateway.Config("servers:\n"+
 		gateway.Server("everything", peers.ServerEverything(t), "")+
 		gateway.Server("conformance", peers.EverythingServer(t, "-stateless=false"), "")))
-	peers.ExerciseLegacy(t, peers.Endpoint{URL: g.URL + "/mcp", Prefix: "everything__"})
+	t.Run("all servers", func(t *testing.T) {
+		peers.ExerciseLegacy(t, peers.Endpoint{URL: g.URL + "/mcp", Prefix: "everything__"})
+	})
 	if err := g.Stop(); err != nil {
 		t.Errorf("stopping: %v", err)
 	}
