@@ -64,11 +64,14 @@ var frontReads = map[string]string{
 	"notifications/roots/list_changed": "to say it again does no harm",
 }
 
-// places counts what all fronts of a process ask together.
-type places struct{ calls, streams chan struct{} }
+// places bounds what the fronts of a process do and ask together.
+type places struct {
+	fronts, frontStreams int // calls and streams at a front (or at all views) at once
+	calls, streams       chan struct{}
+}
 
 func newPlaces() *places {
-	return &places{calls: make(chan struct{}, childCalls), streams: make(chan struct{}, childStreams)}
+	return &places{frontCalls, frontStreams, make(chan struct{}, childCalls), make(chan struct{}, childStreams)}
 }
 
 // openFronts makes the upstreams of the fronts, as far as they share places.
@@ -76,9 +79,12 @@ func (d *Dispatcher) openFronts() error {
 	if len(d.opt.Fronts) > 0 && d.opt.Ask == nil {
 		return errors.New("dispatch: fronts need Ask")
 	}
-	d.opt.places = newPlaces()
+	if d.opt.places == nil {
+		d.opt.places = newPlaces()
+	}
 	limits := func() (calls, streams *limit) {
-		return &limit{slots: make(chan struct{}, frontCalls), queue: frontCalls}, &limit{slots: make(chan struct{}, frontStreams)}
+		p := d.opt.places
+		return &limit{slots: make(chan struct{}, p.fronts), queue: int64(p.fronts)}, &limit{slots: make(chan struct{}, p.frontStreams)}
 	}
 	calls, streams := limits()
 	for _, f := range d.opt.Fronts {
@@ -290,6 +296,9 @@ const grace = 500 * time.Millisecond
 // ask makes a child call and follows it to its end, which comes soon after
 // until, or when ctx ends.
 func (q *question) ask(ctx context.Context, ch child) ended {
+	if ctx.Err() != nil {
+		return ended{wrong: failure(schemas.FailExpired)}
+	}
 	now := q.opt.Now()
 	deadline := ch.until
 	if d := q.deadline[ch.server]; d > 0 && !ch.stream && now.Add(d).Before(deadline) {

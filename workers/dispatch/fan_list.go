@@ -52,6 +52,7 @@ func (l *listed) renamed(alias string) []byte {
 // from there. They are read no further once enough says so.
 func (q *question) read(ctx context.Context, server, method, cursor string, until time.Time, all bool, enough func(*listing) bool) listing {
 	l := listing{server: server, next: cursor}
+	size := 0
 	for range maxPages {
 		asked := l.next
 		body, err := q.listRequest(method, asked)
@@ -77,6 +78,10 @@ func (q *question) read(ctx context.Context, server, method, cursor string, unti
 		l.removed, l.more = append(l.removed, o.end.Removed...), l.more || o.end.RemovedMore > 0
 		l.take(o.result, method)
 		if l.wrong != nil || l.next == "" {
+			return l
+		}
+		if size += len(o.answer.Raw()); all && size > int(q.opt.MaxAnswer) {
+			l.next, l.wrong = "", &trouble{string(schemas.FailTooLarge), "Its list is longer than is read."}
 			return l
 		}
 		if l.next == asked || len(l.next) > maxCursor {

@@ -3,6 +3,8 @@ package dispatch
 import (
 	"context"
 	"fmt"
+	"slices"
+	"strconv"
 
 	"waybill.dev/schemas"
 	"waybill.dev/schemas/jsonrpc"
@@ -27,12 +29,18 @@ type ownTool struct {
 	call func(*question, context.Context, jsonrpc.Value) (Answer, error)
 }
 
+// ownTools are those that the config names, in the order of this list.
 func ownTools(names []string) ([]ownTool, error) {
-	var tools []ownTool
-	for _, name := range names {
-		return nil, fmt.Errorf("the gateway has no tool %q of its own", name)
+	known := []ownTool{
+		{findTools, findToolsDefinition, (*question).findTools},
+		{callMany, callManyDefinition, (*question).callMany},
 	}
-	return tools, nil
+	for _, name := range names {
+		if !slices.ContainsFunc(known, func(t ownTool) bool { return t.name == name }) {
+			return nil, fmt.Errorf("the gateway has no tool %q of its own", name)
+		}
+	}
+	return slices.DeleteFunc(known, func(t ownTool) bool { return !slices.Contains(names, t.name) }), nil
 }
 
 // ownListed are the gateway's own tools in a list, and the names of those that
@@ -73,10 +81,38 @@ func allowed(only []string, name string) bool {
 
 // ownCall answers tools/call.
 func (q *question) ownCall(ctx context.Context) (Answer, error) {
-	for _, t := range q.own {
-		if t.name == q.c.Requested.Name {
-			return t.call(q, ctx, q.m.Params().Get("arguments"))
-		}
+	r := q.c.Requested
+	if name, ok := q.m.Params().Get("name").Text(); !ok || name != r.Name && (r.Alias == "" || name != r.Alias) {
+		return Answer{}, faultf(Invalid, "the request's name is %q, authorized was %q", name, r.Name)
 	}
-	return q.error(q.c, jsonrpc.CodeInvalidParams, fmt.Sprintf("unknown tool %q", q.c.Requested.Name)), nil
+	for _, t := range q.own {
+		if t.name != r.Name {
+			continue
+		}
+		arguments := q.m.Params().Get("arguments")
+		if k := arguments.Kind(); k != jsonrpc.Object && k != jsonrpc.None {
+			return q.error(q.c, jsonrpc.CodeInvalidParams, "arguments must be an object"), nil
+		}
+		return t.call(q, ctx, arguments)
+	}
+	return q.error(q.c, jsonrpc.CodeInvalidParams, "unknown tool "+strconv.Quote(r.Name)), nil
+}
+
+// misused answers a tool's call whose arguments are wrong: as a result, so that
+// whoever chose them reads it and mends them (MCP, server/tools, "Error Handling").
+func (q *question) misused(format string, args ...any) Answer {
+	return q.toolResult(fmt.Sprintf(format, args...), nil, true)
+}
+
+// toolResult is the result of one of the gateway's own tools.
+func (q *question) toolResult(text string, structured []byte, isError bool) Answer {
+	b := append([]byte(`"content":[{"type":"text","text":`), jsonrpc.Quote(text)...)
+	b = append(b, `}]`...)
+	if structured != nil {
+		b = append(append(b, `,"structuredContent":`...), structured...)
+	}
+	if isError {
+		b = append(b, `,"isError":true`...)
+	}
+	return q.result(q.c, q.complete(b, "", false))
 }
