@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -16,6 +17,7 @@ import (
 	"waybill.dev/schemas"
 	"waybill.dev/test/gateway"
 	"waybill.dev/test/peers"
+	"waybill.dev/test/upstream"
 )
 
 // hanging takes connections and never says a word.
@@ -218,4 +220,130 @@ func get(t *testing.T, url string) string {
 		t.Fatalf("%s: HTTP %d, %v", url, resp.StatusCode, err)
 	}
 	return string(b)
+}
+
+// One call to twenty servers: one answer, twenty calls in the log under the one,
+// and the slowest of them decides how long it takes, not their sum.
+func TestCallMany(t *testing.T) {
+	u := upstream.Start(t)
+	var servers strings.Builder
+	servers.WriteString("servers:\n")
+	for i := range 20 {
+		servers.WriteString(gateway.Server(fmt.Sprintf("s%02d", i), u.URL, ""))
+	}
+	g := gateway.Start(t, gateway.Config(servers.String()+"fanout: {tools: [find_tools, call_many], concurrency: 20}\n"))
+
+	const each = 1500 // milliseconds that every one of them takes
+	began := time.Now()
+	raw := atFront(t, g, schemas.Gateway, "tools/call", "call_many",
+		fmt.Sprintf(`"name":"call_many","arguments":{"tool":"count","servers":["*"],"arguments":{"key":"k","wait":%d}}`, each), "Waybill-Session: many")
+	took := time.Since(began)
+	t.Logf("20 calls of %d ms each took %v", each, took)
+	if took > 4*each*time.Millisecond*slowdown {
+		t.Error("the calls waited for each other")
+	}
+	var m struct {
+		StructuredContent struct {
+			Results []struct {
+				Tool, Server string
+				OK           bool
+				Call         schemas.CallID
+				Result       json.RawMessage
+			}
+			OK, Failed int
+		}
+	}
+	if err := json.Unmarshal(raw, &m); err != nil {
+		t.Fatal(err)
+	}
+	s := m.StructuredContent
+	if len(s.Results) != 20 || s.OK != 20 || s.Failed != 0 {
+		t.Fatalf("%s", raw)
+	}
+	effects := u.Effects()
+	if len(effects) != 20 {
+		t.Errorf("%d effects", len(effects))
+	}
+	for i, r := range s.Results {
+		if r.Server != fmt.Sprintf("s%02d", i) || r.Tool != "count" || !r.OK || !strings.Contains(string(r.Result), "count k for the ") {
+			t.Errorf("%d: %+v", i, r)
+		}
+		if !slices.ContainsFunc(effects, func(e upstream.Effect) bool { return e.Call == string(r.Call) }) {
+			t.Errorf("no effect of %s", r.Call)
+		}
+	}
+
+	// The log has them as what they are.
+	var parent schemas.CallID
+	children := map[schemas.CallID]bool{}
+	ended := map[schemas.CallID]schemas.Kind{}
+	for _, e := range g.Events() {
+		switch q, ok := e.Data.(*schemas.Requested); {
+		case ok && e.Parent == "":
+			parent = e.Call
+		case ok:
+			if e.Parent != parent || e.Root != parent || q.Name != "count" {
+				t.Errorf("%+v %+v", e, q)
+			}
+			children[e.Call] = true
+		case e.Kind().Ends():
+			ended[e.Call] = e.Kind()
+		}
+	}
+	if len(children) != 20 || len(ended) != 21 || ended[parent] != schemas.KindCompleted {
+		t.Errorf("%d children, %d endings", len(children), len(ended))
+	}
+	out, errs, exit := g.CLI("replay", string(g.Events()[0].Session))
+	if exit != 0 || strings.Count(out, "├─ ")+strings.Count(out, "└─ ") < 20 {
+		t.Errorf("exit %d, %s\n%s", exit, errs, out)
+	}
+	tree := regexp.MustCompile(`(?m)^ +[├└]─ .*tools/call count → s\d\d +completed`).FindAllString(out, -1)
+	if len(tree) != 20 || strings.Count(out, "tools/call call_many → waybill") != 1 {
+		t.Errorf("%d calls under the one:\n%s", len(tree), out)
+	}
+}
+
+// The caller goes away: every call that was made for it is cancelled.
+func TestCallManyIsCancelled(t *testing.T) {
+	u := upstream.Start(t)
+	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("a", u.URL, "")+gateway.Server("b", u.URL, "")+
+		"fanout: {tools: [call_many]}\n"))
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	left := make(chan struct{})
+	go func() {
+		defer close(left)
+		_, err := g.Post(ctx, schemas.Gateway, "tools/call", "call_many",
+			`{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"call_many","arguments":{"tool":"count","servers":["*"],"arguments":{"key":"k","wait":30000}},`+gateway.Meta+`}}`)
+		if err == nil {
+			t.Error("an answer to who left")
+		}
+	}()
+	poll(t, func() bool { return len(u.Effects()) == 2 })
+	cancel()
+	<-left
+	poll(t, func() bool {
+		n := 0
+		for _, e := range g.Events() {
+			if e.Kind() == schemas.KindCancelled {
+				n++
+			}
+		}
+		return n == 3
+	})
+}
+
+// poll waits until done, but not for ever.
+func poll(t *testing.T, done func() bool) {
+	t.Helper()
+	again := time.NewTicker(50 * time.Millisecond)
+	defer again.Stop()
+	late := time.After(time.Minute)
+	for !done() {
+		select {
+		case <-again.C:
+		case <-late:
+			t.Fatal("waited in vain")
+		}
+	}
 }

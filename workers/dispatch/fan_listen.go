@@ -80,7 +80,7 @@ func (q *question) listen(ctx context.Context) (Answer, error) {
 
 	agreed := newAgreement(notifications)
 	var unsent [][]byte
-	size := 0 // of them
+	size := 0     // of them
 	open := false // the acknowledgement has been sent
 	acknowledge := func() error {
 		open = true
