@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -60,7 +61,7 @@ var frontReads = map[string]string{
 	"resources/templates/list":         "a list of lists",
 	"logging/setLevel":                 "to set it again changes nothing",
 	"subscriptions/listen":             "only listens",
-	"notifications/initialized":        "nothing",
+	"notifications/initialized":        "to say it again does no harm",
 	"notifications/roots/list_changed": "to say it again does no harm",
 }
 
@@ -166,7 +167,7 @@ func (f *front) call(ctx context.Context, c Call, progress func([]byte) error) (
 	var answer Answer
 	switch method := c.Requested.Method; {
 	case c.Requested.OneWay:
-		if method == "notifications/roots/list_changed" {
+		if !q.modern && (method == "notifications/initialized" || method == "notifications/roots/list_changed") {
 			q.everybody(ctx, q.until(listTime))
 		}
 	case method == "initialize" && !q.modern:
@@ -184,7 +185,7 @@ func (f *front) call(ctx context.Context, c Call, progress func([]byte) error) (
 	case method == "tools/call" && f.Name == schemas.Gateway:
 		answer, err = q.ownCall(ctx)
 	default:
-		answer = f.error(c, jsonrpc.CodeMethodNotFound, "Method not found")
+		answer = q.unknown()
 	}
 	if err == nil && ctx.Err() != nil {
 		// What was not asked any more must not look as if it were not there.
@@ -216,6 +217,25 @@ func (f *front) error(c Call, code int, message string) Answer {
 	return a
 }
 
+// unknown answers what is not here, like an edge answers what a caller may not
+// have: a name that none of the servers has comes to the front itself.
+func (q *question) unknown() Answer {
+	r := q.c.Requested
+	name := cmp.Or(r.Alias, r.Name)
+	switch r.Method {
+	case "tools/call":
+		return q.error(q.c, jsonrpc.CodeInvalidParams, "unknown tool "+strconv.Quote(name))
+	case "prompts/get":
+		return q.error(q.c, jsonrpc.CodeInvalidParams, "unknown prompt "+strconv.Quote(name))
+	case "resources/read":
+		a := q.error(q.c, jsonrpc.CodeInvalidParams, "")
+		data := slices.Concat([]byte(`{"uri":`), jsonrpc.Quote(name), []byte(`}`))
+		a.Body = jsonrpc.ErrorResponse(jsonrpc.Quote(string(q.c.ID)), jsonrpc.CodeInvalidParams, "Resource not found", data)
+		return a
+	}
+	return q.error(q.c, jsonrpc.CodeMethodNotFound, "Method not found")
+}
+
 // question is one call at a front, being answered. Its fields do not change;
 // progress is called on the goroutine of front.call only.
 type question struct {
@@ -245,6 +265,7 @@ type child struct {
 	body                 []byte
 	until                time.Time // its deadline at the latest; zero for a stream
 	oneWay, stream       bool
+	detached             bool // nobody waits for its end
 
 	// heard is given what the server says before its answer. An error ends the
 	// call. May be nil.
@@ -316,6 +337,11 @@ func (q *question) ask(ctx context.Context, ch child) ended {
 		}
 	}
 
+	leave := context.CancelCauseFunc(func(error) {})
+	if ch.detached {
+		ctx, leave = context.WithCancelCause(ctx)
+		defer leave(nil)
+	}
 	e := q.c.Event.Next(&schemas.Requested{
 		Target:   schemas.Target{Protocol: q.c.Requested.Protocol, Server: ch.server, Method: ch.method, Name: ch.name},
 		Revision: q.c.Requested.Revision, Deadline: deadline, OneWay: ch.oneWay, Stream: ch.stream,
@@ -326,6 +352,10 @@ func (q *question) ask(ctx context.Context, ch child) ended {
 	next := 0
 	err := q.opt.Ask(ctx, e, func(_ context.Context, got schemas.Event) (schemas.Receipt, error) {
 		switch d := got.Data.(type) {
+		case *schemas.Requested:
+			if ch.detached {
+				leave(schemas.ErrDetached)
+			}
 		case *schemas.Progressed:
 			if d.Index < next || ch.heard == nil {
 				return schemas.Receipt{}, nil // seen: a worker that died was replaced
@@ -435,9 +465,10 @@ func each(n, atOnce int, do func(i int)) {
 
 // everybody says to every server what was said to the front.
 //
-// That is every server, not only those to which the session is connected:
-// which these are only the log knows, and a session that has asked for a list
-// is connected to all that answer.
+// What wants no answer is left to itself once it is stored, so that a server
+// that hangs holds up nobody. It goes to every server, not only to those to which
+// the session is connected: with notifications/initialized it is connected
+// to all, since a client expects to hear from then on what a server has to say.
 func (q *question) everybody(ctx context.Context, until time.Time) []ended {
 	out := make([]ended, len(q.servers))
 	body, err := q.same(nil)
@@ -447,7 +478,8 @@ func (q *question) everybody(ctx context.Context, until time.Time) []ended {
 			return
 		}
 		out[i] = q.ask(ctx, child{
-			server: q.servers[i], method: q.c.Requested.Method, body: body, until: until, oneWay: q.c.Requested.OneWay,
+			server: q.servers[i], method: q.c.Requested.Method, body: body, until: until,
+			oneWay: q.c.Requested.OneWay, detached: q.c.Requested.OneWay,
 		})
 	})
 	return out

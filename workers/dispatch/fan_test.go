@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -42,6 +43,7 @@ type town struct {
 	allow  func(*schemas.Requested) (bool, []string)
 	places chan struct{} // as bus.Work.InFlight
 	most   atomic.Int64  // calls that were at a server at once
+	ready  atomic.Int64  // servers that were told that the client is ready
 }
 
 func newTown(t *testing.T, servers map[string]script, change ...func(*Options)) *town {
@@ -50,8 +52,12 @@ func newTown(t *testing.T, servers map[string]script, change ...func(*Options)) 
 	w.allow = func(*schemas.Requested) (bool, []string) { return true, nil }
 	opt := Options{
 		Load: w.log.load, Past: w.log.past, Instance: "test", Pause: time.Millisecond, Attempts: 1,
-		Ask: w.ask, Version: "1",
+		Ask: w.ask, Version: "1", Latest: w.log.latest, Store: w.log.emit,
 	}
+	w.log.add(schemas.Event{
+		Tenant: "acme", Session: "s1", Agent: "a1",
+		Data: &schemas.Opened{Protocol: "mcp", Name: "c", Revision: "2025-11-25"}, Body: []byte(initialize),
+	})
 	var names []string
 	var now atomic.Int64
 	for name := range servers {
@@ -62,9 +68,23 @@ func newTown(t *testing.T, servers map[string]script, change ...func(*Options)) 
 		serve := servers[name]
 		srv := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 			b, _ := io.ReadAll(r.Body)
+			if r.Method != http.MethodPost {
+				rw.WriteHeader(http.StatusMethodNotAllowed)
+				return
+			}
 			m, err := jsonrpc.Decode(b, jsonrpc.Limits{})
 			if err != nil {
 				http.Error(rw, err.Error(), http.StatusBadRequest)
+				return
+			}
+			switch {
+			case m.Method() == "initialize":
+				rw.Header().Set("Mcp-Session-Id", "up")
+				answerJSON(rw, 200, `{"jsonrpc":"2.0","id":`+string(m.ID().Raw())+`,"result":{"protocolVersion":"2025-11-25","capabilities":{},"serverInfo":{"name":"s","version":"1"}}}`)
+				return
+			case m.Method() == "notifications/initialized":
+				w.ready.Add(1)
+				rw.WriteHeader(http.StatusAccepted)
 				return
 			}
 			for n := now.Add(1); ; {
@@ -167,6 +187,9 @@ func (w *town) ask(ctx context.Context, e schemas.Event, emit schemas.Emit) erro
 				return fmt.Errorf("no ending: %w", err)
 			}
 		case <-ctx.Done():
+			if errors.Is(context.Cause(ctx), schemas.ErrDetached) {
+				return ctx.Err()
+			}
 			return w.d.Cancel(ctx, w.log.add(e.Next(&schemas.Cancel{Reason: context.Cause(ctx).Error()}, nil)), nil)
 		}
 	}
@@ -230,7 +253,7 @@ func (w *town) result(server, method, name, params string, change ...func(*schem
 	return strings.TrimSuffix(body, "}")
 }
 
-func legacy(q *schemas.Requested) { q.Revision = "2025-11-25" }
+func older(q *schemas.Requested) { q.Revision = "2025-11-25" }
 
 const info = `"_meta":{"io.modelcontextprotocol/serverInfo":{"name":"waybill","version":"1"}`
 
@@ -327,7 +350,7 @@ func TestFrontOtherLists(t *testing.T) {
 		"resources/list":           `"result":{"resources":[{"uri":"waybill://a/file:///x?a=b","name":"x"}]}`,
 		"resources/templates/list": `"result":{"resourceTemplates":[{"name":"t","uriTemplate":"waybill://a/x://{id}/y"}]}`,
 	} {
-		if got := w.result(schemas.Gateway, method, "", `{}`, legacy); got != want {
+		if got := w.result(schemas.Gateway, method, "", `{}`, older); got != want {
 			t.Errorf("got\n%s\nwant\n%s", got, want)
 		}
 	}
@@ -484,7 +507,7 @@ func TestFrontView(t *testing.T) {
 		t.Error(got)
 	}
 	r := w.call(context.Background(), "v", "tools/call", findTools, `{"name":"find_tools",`+fanMeta+`}`)
-	if d := r.end.Data.(*schemas.Completed); d.ErrorCode != jsonrpc.CodeMethodNotFound {
+	if d := r.end.Data.(*schemas.Completed); d.ErrorCode != jsonrpc.CodeInvalidParams || !strings.Contains(string(r.end.Body), `unknown tool \"find_tools\"`) {
 		t.Errorf("%+v", d)
 	}
 }
@@ -496,14 +519,16 @@ func TestFrontItself(t *testing.T) {
 		method, params, want string
 		change               []func(*schemas.Requested)
 	}{
-		{"ping", `{}`, `"result":{}`, []func(*schemas.Requested){legacy}},
+		{"ping", `{}`, `"result":{}`, []func(*schemas.Requested){older}},
 		{"initialize", `{"protocolVersion":"2025-11-25","capabilities":{},"clientInfo":{"name":"c","version":"1"}}`,
 			`"result":{"protocolVersion":"2025-11-25","capabilities":{"completions":{},"logging":{},"prompts":{"listChanged":true},"resources":{"listChanged":true,"subscribe":true},"tools":{"listChanged":true}},"serverInfo":{"name":"waybill","version":"1"},"instructions":"`,
-			[]func(*schemas.Requested){legacy}},
+			[]func(*schemas.Requested){older}},
 		{"server/discover", `{` + fanMeta + `}`, `"result":{"supportedVersions":["2026-07-28"],"capabilities":{`, nil},
 		{"initialize", `{` + fanMeta + `}`, `"error":{"code":-32601,`, nil},
-		{"server/discover", `{}`, `"error":{"code":-32601,`, []func(*schemas.Requested){legacy}},
-		{"resources/read", `{"uri":"x"}`, `"error":{"code":-32601,`, nil},
+		{"server/discover", `{}`, `"error":{"code":-32601,`, []func(*schemas.Requested){older}},
+		{"resources/read", `{"uri":"x"}`, `"error":{"code":-32602,"message":"Resource not found","data":{"uri":"`, nil},
+		{"prompts/get", `{"name":"x"}`, `"error":{"code":-32602,"message":"unknown prompt`, nil},
+		{"completion/complete", `{}`, `"error":{"code":-32601,`, nil},
 		{"what/ever", `{}`, `"error":{"code":-32601,`, nil},
 		{"tools/list", `[]`, `"error":{"code":-32602,`, nil},
 	} {
@@ -541,17 +566,28 @@ func TestFrontEverybody(t *testing.T) {
 	}
 	bad := func(string, *jsonrpc.Message) said { return said{err: `{"code":-32602,"message":"no such level"}`} }
 	w := newTown(t, map[string]script{"a": none, "b": took, "c": bad})
-	if got := w.result(schemas.Gateway, "logging/setLevel", "", `{"level":"debug"}`, legacy); got != `"result":{}` {
+	if got := w.result(schemas.Gateway, "logging/setLevel", "", `{"level":"debug"}`, older); got != `"result":{}` {
 		t.Error(got)
 	}
 	w = newTown(t, map[string]script{"a": none, "c": bad})
-	if got := w.result(schemas.Gateway, "logging/setLevel", "", `{"level":"loud"}`, legacy); got != `"error":{"code":-32602,"message":"no such level"}` {
+	if got := w.result(schemas.Gateway, "logging/setLevel", "", `{"level":"loud"}`, older); got != `"error":{"code":-32602,"message":"no such level"}` {
 		t.Error(got)
 	}
 	w = newTown(t, map[string]script{"a": none, "b": took})
-	r := w.call(context.Background(), schemas.Gateway, "notifications/roots/list_changed", "", `{}`, legacy, func(q *schemas.Requested) { q.OneWay = true })
-	if _, ok := r.end.Data.(*schemas.Completed); !ok || roots.Load() != 2 {
-		t.Errorf("%+v, %d servers told", r.end.Data, roots.Load())
+	for _, method := range []string{"notifications/initialized", "notifications/roots/list_changed"} {
+		r := w.call(context.Background(), schemas.Gateway, method, "", `{}`, older, func(q *schemas.Requested) { q.OneWay = true })
+		if _, ok := r.end.Data.(*schemas.Completed); !ok {
+			t.Errorf("%+v", r.end.Data)
+		}
+	}
+	// Nobody waits for it, but it is done.
+	late := time.After(10 * time.Second)
+	for roots.Load() != 2 || w.ready.Load() != 2 {
+		select {
+		case <-late:
+			t.Fatalf("%d servers told, %d ready", roots.Load(), w.ready.Load())
+		case <-time.After(time.Millisecond):
+		}
 	}
 }
 

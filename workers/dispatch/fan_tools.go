@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"slices"
-	"strconv"
 
 	"waybill.dev/schemas"
 	"waybill.dev/schemas/jsonrpc"
@@ -95,7 +94,7 @@ func (q *question) ownCall(ctx context.Context) (Answer, error) {
 		}
 		return t.call(q, ctx, arguments)
 	}
-	return q.error(q.c, jsonrpc.CodeInvalidParams, "unknown tool "+strconv.Quote(r.Name)), nil
+	return q.unknown(), nil
 }
 
 // misused answers a tool's call whose arguments are wrong: as a result, so that
