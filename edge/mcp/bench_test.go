@@ -35,7 +35,11 @@ func newServer(tb testing.TB, o mcp.Options) *edge.Server {
 		o.Store = stored
 	}
 	o.Edge = "e0"
-	s, err := edge.New(edge.Options{Anonymous: &edge.Principal{Tenant: "acme", Agent: "researcher"}}, mcp.New(o).Routes()...)
+	return serverOf(tb, mcp.New(o))
+}
+
+func serverOf(tb testing.TB, a *mcp.Adapter) *edge.Server {
+	s, err := edge.New(edge.Options{Anonymous: &edge.Principal{Tenant: "acme", Agent: "researcher"}}, a.Routes()...)
 	if err != nil {
 		tb.Fatal(err)
 	}
