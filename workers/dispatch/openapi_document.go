@@ -64,18 +64,18 @@ func readDocument(file string, now func() time.Time) (_ *readAPI, _ []fileState,
 		if len(contents) >= maxDocumentFiles {
 			return nil, fmt.Errorf("the document has more than %d files", maxDocumentFiles)
 		}
+		info, err := root.Stat(name)
+		if err != nil {
+			return nil, err
+		}
+		if !info.Mode().IsRegular() { // to open a pipe would wait for who writes to it
+			return nil, fmt.Errorf("%s is not a file", name)
+		}
 		f, err := root.Open(name)
 		if err != nil {
 			return nil, err
 		}
 		defer f.Close()
-		info, err := f.Stat()
-		if err != nil {
-			return nil, err
-		}
-		if !info.Mode().IsRegular() {
-			return nil, fmt.Errorf("%s is not a file", name)
-		}
 		states[name] = fileState{name, info.ModTime(), info.Size(), now()}
 		b, err := io.ReadAll(io.LimitReader(f, left+1))
 		if err != nil {

@@ -594,3 +594,17 @@ func unused(t testing.TB) string {
 	defer l.Close()
 	return "http://" + l.Addr().String()
 }
+
+// toolsOf are the tools of a document's text.
+func toolsOf(t testing.TB, text string) []*restTool {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "api.yaml")
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	a, err := newRESTAPI(Server{Name: "rest", OpenAPI: &OpenAPI{Document: file, BaseURL: "https://api.example/v1"}}, Options{Now: time.Now})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a.doc.Load().order
+}
