@@ -153,7 +153,7 @@ func (a *api) result(revision, method, params string) jsonrpc.Value {
 	if err != nil {
 		a.t.Fatalf("%s: %v", method, err)
 	}
-	m, err := jsonrpc.Decode(answer.Body, jsonrpc.Limits{})
+	m, err := jsonrpc.Decode(answer.Body, jsonrpc.Limits{Depth: answerDepth})
 	if err != nil {
 		a.t.Fatalf("%s: %v\n%s", method, err, answer.Body)
 	}
@@ -607,4 +607,132 @@ func toolsOf(t testing.TB, text string) []*restTool {
 		t.Fatal(err)
 	}
 	return a.doc.Load().order
+}
+
+// parsed is JSON as the arguments of a call.
+func parsed(t testing.TB, text string) jsonrpc.Value {
+	t.Helper()
+	v, err := jsonrpc.Parse([]byte(text), jsonrpc.Limits{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
+
+// The API may repeat what only the gateway knows; the agent does not hear it.
+func TestOpenAPISecrets(t *testing.T) {
+	const doc = `openapi: 3.0.3
+info: {title: t, version: '1'}
+paths:
+  /x: {get: {operationId: x, security: [{q: [], basic: []}], parameters: [{name: page, in: query, schema: {type: integer}}], responses: {'200': {description: ok}}}}
+components: {securitySchemes: {q: {type: apiKey, in: query, name: api_key}, basic: {type: http, scheme: basic}}}
+`
+	const key, password, header = "s3cr3t+k&y/é", `user:pa"ss word`, "Bearer operator-token"
+	answer := func(status int, kind, body string) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			if u, p, ok := r.BasicAuth(); !ok || u+":"+p != password || r.URL.Query().Get("api_key") != key || r.Header.Get("X-Operator") != header {
+				t.Errorf("%s %v", r.URL, r.Header)
+			}
+			w.Header().Set("Link", "<https://a.example/x?"+r.URL.RawQuery+"&page=2>; rel=next")
+			w.Header().Set("Location", r.URL.String())
+			answerWith(status, kind, body)(w, r)
+		}
+	}
+	escaped := "s3cr3t%2Bk%26y%2F%C3%A9"
+	for name, h := range map[string]http.HandlerFunc{
+		"json":     answer(200, "application/json", `{"next":"https://a.example/x?api_key=`+escaped+`","authorization":"Basic `+base64Text(password)+`","raw":"`+key+`","quoted":"user:pa\"ss word","h":"operator-token"}`),
+		"text":     answer(200, "text/plain", key+" "+password+" "+header),
+		"problem":  answer(403, "application/problem+json", `{"title":"no `+key+`","detail":"`+escaped+`"}`),
+		"nothing":  answer(201, "", ""),
+		"redirect": answer(302, "text/plain", "go to ?api_key="+escaped),
+	} {
+		t.Run(name, func(t *testing.T) {
+			a := newAPI(t, doc, h, func(s *Server, _ *Options) {
+				s.OpenAPI.Auth = map[string]string{"q": key, "basic": password}
+				s.Header = http.Header{"X-Operator": {header}}
+			})
+			text, r := a.tool("x", `{}`)
+			for _, secret := range []string{"s3cr3t", "pa\"ss", `pa\"ss`, base64Text(password), "operator-token"} {
+				if strings.Contains(string(r.Raw())+a.logs.String(), secret) {
+					t.Errorf("%q in %s\n%s", secret, r.Raw(), a.logs)
+				}
+			}
+			if !strings.Contains(text, "[redacted]") {
+				t.Error(text)
+			}
+		})
+	}
+	// Nor does the log of what happened to the connection.
+	a := newAPI(t, doc, nil, func(s *Server, _ *Options) {
+		s.OpenAPI.Auth, s.OpenAPI.BaseURL = map[string]string{"q": key, "basic": password}, unused(t)
+	})
+	if _, err := a.ask(modernRevision, "tools/call", `{"name":"x"}`); err == nil || strings.Contains(err.Error(), "s3cr3t") {
+		t.Error(err)
+	}
+}
+
+// More kinds of answers.
+func TestOpenAPIAnswers(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		tool  string
+		h     http.HandlerFunc
+		want  []string // in the result
+		error bool
+	}{
+		{"JSON without a type", "x", func(w http.ResponseWriter, _ *http.Request) {
+			w.Header()["Content-Type"] = nil
+			_, _ = io.WriteString(w, ` {"a":1}`)
+		}, []string{`"structuredContent":{"a":1}`}, false},
+		{"JSON that says a name twice", "x", answerWith(200, "application/json", `{"a":1,"a":2}`), []string{`{\"a\":1,\"a\":2}`}, false},
+		{"JSON with a byte order mark", "x", answerWith(200, "application/json", "\ufeff{\"a\":1}"), []string{`"structuredContent":{"a":1}`}, false},
+		{"broken JSON", "x", answerWith(200, "application/json", `{"a":`), []string{`{\"a\":`}, false},
+		{"broken text", "x", answerWith(200, "text/plain", "a\xffb"), []string{"a\uFFFDb"}, false},
+		{"Latin-1", "x", answerWith(200, "text/plain; charset=ISO-8859-1", "caf\xe9"), []string{"café"}, false},
+		{"lines", "x", answerWith(200, "application/x-ndjson", "{}\n{}\n"), []string{`{}\n{}\n`}, false},
+		{"bytes", "x", answerWith(200, "application/pdf", "%PDF\x00"), []string{`"blob":"JVBERgA="`, `"mimeType":"application/pdf"`}, false},
+		{"sound", "x", answerWith(200, "audio/wav", "RIFF"), []string{`"type":"audio"`, `"data":"UklGRg=="`}, false},
+		{"many bytes", "x", func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", "image/png")
+			_, _ = w.Write(make([]byte, maxBlob+1))
+		}, []string{"1048577 bytes of image/png, which are too many to show"}, false},
+		{"deep JSON", "x", answerWith(200, "application/json", `{"a":`+strings.Repeat("[", 600)+strings.Repeat("]", 600)+`}`), []string{`"type":"text"`}, false},
+		{"created", "x", func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("Location", "/x/7"); w.WriteHeader(201) }, []string{`HTTP 201 Created, without a body.\nLocation: /x/7`}, false},
+		{"not modified", "x", answerWith(304, "", ""), []string{"HTTP 304 Not Modified"}, true},
+		{"a status of nobody", "x", answerWith(599, "", ""), []string{`"HTTP 599"`}, true},
+		{"unavailable", "x", answerWith(503, "text/html", "<html><title> Down for\n maintenance</title>"), []string{"HTTP 503 Service Unavailable: Down for maintenance", "a page of HTML"}, true},
+		{"too many", "x", answerWith(429, "application/json", `{"error":{"message":"slow down"}}`), []string{"HTTP 429 Too Many Requests: slow down"}, true},
+		{"gateway, read", "x", answerWith(504, "", ""), []string{`HTTP 504 Gateway Timeout"`}, true},
+		{"gateway, write", "w", answerWith(504, "", ""), []string{"it is not known whether it was carried out"}, true},
+		{"unauthorized", "x", answerWith(401, "application/json", `{"error":"invalid_token","error_description":"expired"}`), []string{"HTTP 401 Unauthorized (the gateway sent no credentials): expired"}, true},
+		{"a long problem", "x", answerWith(500, "text/plain", strings.Repeat("x", 100_000)), []string{"xxx…"}, true},
+		{"bytes of an error", "x", answerWith(500, "image/png", "x"), []string{"(1 bytes of image/png)"}, true},
+		{"head", "h", func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", "text/csv")
+			w.Header().Set("Content-Length", "12")
+		}, []string{`HTTP 200 OK, without a body.\nContent-Type: text/csv\nContent-Length: 12`}, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			a := newAPI(t, minimal("    post: {operationId: w, responses: {}}\n    head: {operationId: h, responses: {}}\n"), c.h, func(_ *Server, o *Options) { o.MaxAnswer = 4 << 20 })
+			_, r := a.tool(c.tool, `{}`)
+			if isError(r) != c.error {
+				t.Errorf("isError %v: %s", isError(r), clip(string(r.Raw()), 2000))
+			}
+			for _, want := range c.want {
+				if !strings.Contains(string(r.Raw()), want) {
+					t.Errorf("%s is missing in %s", want, clip(string(r.Raw()), 2000))
+				}
+			}
+		})
+	}
+}
+
+// An answer that is too large twice is given once.
+func TestOpenAPILargeAnswer(t *testing.T) {
+	body := `{"a":"` + strings.Repeat("x", 700_000) + `"}`
+	a := newAPI(t, minimal(""), answerWith(200, "application/json", body))
+	r := a.result(modernRevision, "tools/call", `{"name":"x"}`)
+	if string(r.Get("structuredContent").Raw()) != body || !strings.Contains(string(r.Get("content").Raw()), "the answer is in structuredContent") {
+		t.Error(clip(string(r.Raw()), 200))
+	}
 }

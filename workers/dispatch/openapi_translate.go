@@ -556,10 +556,11 @@ func (t *translation) parameters(tool *restTool, item *openapi3.PathItem, op *op
 		inPath[m[1]] = false
 	}
 	// Properties have the parameter's name; where that stands for several, all
-	// of them say where they are.
-	spelled := map[string]int{}
+	// of them say where they are, and have a digest if that is not enough.
+	spelled, placed := map[string]int{}, map[string]int{}
 	for _, k := range order {
 		spelled[propertyName(k.name)]++
+		placed[propertyName(k.name+"_"+k.in)]++
 	}
 	for _, k := range order {
 		p := merged[k]
@@ -583,7 +584,9 @@ func (t *translation) parameters(tool *restTool, item *openapi3.PathItem, op *op
 		}
 		rp.property = propertyName(p.Name)
 		if spelled[rp.property] > 1 {
-			rp.property = propertyName(p.Name + "_" + p.In)
+			if rp.property = propertyName(p.Name + "_" + p.In); placed[rp.property] > 1 {
+				rp.property = distinct(rp.property, p.In+" "+p.Name)
+			}
 		}
 		if properties[rp.property] != nil {
 			return fmt.Errorf("two parameters would both be called %s", rp.property)
