@@ -16,14 +16,16 @@ import (
 )
 
 const (
-	// maxSchemaNodes and maxSchemaDepth bound the schema of one tool, however
-	// the document's parts refer to each other.
-	maxSchemaNodes = 20_000
+	// maxSchemaDepth bounds the schema of one tool, however the document's
+	// parts refer to each other.
 	maxSchemaDepth = 100
 
 	// A definition is read by every model that is offered the tool.
 	maxInputSchema  = 256 << 10
-	maxOutputSchema = 64 << 10
+	maxOutputSchema = 32 << 10
+
+	// schemaNode is what a subschema has at least: {"type":"null"} and a name.
+	schemaNode = 12
 )
 
 // schemaWriter writes schemas of OpenAPI 3.0 and 3.1 as JSON Schema 2020-12
@@ -33,14 +35,19 @@ type schemaWriter struct {
 	request bool // what only answers have is left out, or the other way round
 	note    func(what, why string)
 
+	limit int // bytes
 	defs  map[string]any
 	names map[*openapi3.Schema]string
 	nodes int
-	err   error // the schema is too large
+	err   error // the schema is too large; nothing more is written
 }
 
 func newSchemaWriter(request bool, note func(what, why string)) *schemaWriter {
-	return &schemaWriter{request: request, note: note, defs: map[string]any{}, names: map[*openapi3.Schema]string{}}
+	limit := maxOutputSchema
+	if request {
+		limit = maxInputSchema
+	}
+	return &schemaWriter{request: request, note: note, limit: limit, defs: map[string]any{}, names: map[*openapi3.Schema]string{}}
 }
 
 var errSchemaSize = errors.New("the schema is too large")
@@ -56,8 +63,10 @@ func (w *schemaWriter) ref(s *openapi3.SchemaRef, depth int) any {
 		w.note("schema", fmt.Sprintf("%q is not resolved: anything is taken there", s.Ref))
 		return map[string]any{}
 	}
-	if w.nodes++; w.nodes > maxSchemaNodes || depth > maxSchemaDepth {
+	if w.nodes++; w.nodes*schemaNode > w.limit || depth > maxSchemaDepth {
 		w.err = errSchemaSize
+	}
+	if w.err != nil {
 		return map[string]any{}
 	}
 	if s.Ref == "" {
@@ -299,7 +308,7 @@ func orNull(out map[string]any) map[string]any {
 }
 
 // finish adds the definitions, and checks by compiling that the schema is one.
-func (w *schemaWriter) finish(schema map[string]any, limit int) (json.RawMessage, *jsonschema.Schema, error) {
+func (w *schemaWriter) finish(schema map[string]any) (json.RawMessage, *jsonschema.Schema, error) {
 	if w.err != nil {
 		return nil, nil, w.err
 	}
@@ -310,8 +319,8 @@ func (w *schemaWriter) finish(schema map[string]any, limit int) (json.RawMessage
 	if err != nil {
 		return nil, nil, err
 	}
-	if len(b) > limit {
-		return nil, nil, fmt.Errorf("%w: %d bytes, the most is %d", errSchemaSize, len(b), limit)
+	if len(b) > w.limit {
+		return nil, nil, fmt.Errorf("%w: %d bytes, the most is %d", errSchemaSize, len(b), w.limit)
 	}
 	compiled, err := compileSchema(b)
 	return b, compiled, err

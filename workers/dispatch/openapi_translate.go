@@ -130,13 +130,22 @@ type translation struct {
 	out     *restDoc
 	op      string // of which is reported
 	schemes map[string]*openapi3.SecurityScheme
+	outputs map[*openapi3.Schema]*outputSchema // many operations answer with the same
+}
+
+// outputSchema is a schema of answers, or why there is none.
+type outputSchema struct {
+	raw      json.RawMessage
+	compiled *jsonschema.Schema
+	err      error
+	notes    []Untranslated
 }
 
 // translate makes tools of a document. What it cannot say in a tool, it says
 // in the report: a parameter that may be left out is left out, else the tool is.
 func (a *restAPI) translate(doc *readAPI) (*restDoc, error) {
 	t := &translation{
-		api: a, doc: doc, schemes: map[string]*openapi3.SecurityScheme{},
+		api: a, doc: doc, schemes: map[string]*openapi3.SecurityScheme{}, outputs: map[*openapi3.Schema]*outputSchema{},
 		out: &restDoc{pin: doc.pin, tools: map[string]*restTool{}},
 	}
 	if doc.Info != nil {
@@ -406,7 +415,7 @@ func (t *translation) tool(method, path string, item *openapi3.PathItem, op *ope
 		slices.Sort(required)
 		schema["required"] = required
 	}
-	input, compiled, err := in.finish(schema, maxInputSchema)
+	input, compiled, err := in.finish(schema)
 	if err != nil {
 		return nil, fmt.Errorf("its input: %w", clipped(err))
 	}
@@ -844,8 +853,7 @@ func (t *translation) fields(b *restBody, content *openapi3.MediaType) error {
 // every success answers with a JSON object.
 func (t *translation) responses(tool *restTool, op *openapi3.Operation) (output json.RawMessage, more []string) {
 	accepts := map[string]bool{}
-	w := newSchemaWriter(false, func(what, why string) { t.note("answer: "+what, why) })
-	var objects []any
+	var objects []*openapi3.SchemaRef
 	promise := true
 	codes := op.Responses.Map()
 	for _, code := range slices.Sorted(maps.Keys(codes)) {
@@ -872,7 +880,9 @@ func (t *translation) responses(tool *restTool, op *openapi3.Operation) (output 
 			more = append(more, nextMembers(c.Schema.Value)...)
 			if isObject(c.Schema.Value, 0) && !object {
 				object = true
-				objects = append(objects, w.ref(c.Schema, 1))
+				if !slices.ContainsFunc(objects, func(o *openapi3.SchemaRef) bool { return o.Value == c.Schema.Value }) {
+					objects = append(objects, c.Schema)
+				}
 			}
 		}
 		if !object || len(r.Content) > 1 && !onlyJSON(r.Content) {
@@ -902,24 +912,46 @@ func (t *translation) responses(tool *restTool, op *openapi3.Operation) (output 
 	if !promise || len(objects) == 0 || tool.method == http.MethodHead {
 		return nil, more
 	}
-	schema := map[string]any{"type": "object"}
-	if len(objects) == 1 {
-		if m, ok := objects[0].(map[string]any); ok && m["$ref"] == nil {
-			schema = m
-		} else {
-			schema["allOf"] = objects
+	known := t.outputs[objects[0].Value]
+	if known == nil || len(objects) > 1 {
+		known = newOutputSchema(objects)
+		if len(objects) == 1 {
+			t.outputs[objects[0].Value] = known
 		}
-		schema["type"] = "object"
-	} else {
-		schema["anyOf"] = objects
 	}
-	output, compiled, err := w.finish(schema, maxOutputSchema)
-	if err != nil {
-		t.note("answer", "its schema is left out: "+clipped(err).Error())
+	for _, n := range known.notes {
+		t.note(n.What, n.Why)
+	}
+	if known.err != nil {
+		t.note("answer", "its schema is left out: "+clipped(known.err).Error())
 		return nil, more
 	}
-	tool.output = compiled
-	return output, more
+	tool.output = known.compiled
+	return known.raw, more
+}
+
+// newOutputSchema is the schema of answers that are one of the given, all of
+// which are objects.
+func newOutputSchema(objects []*openapi3.SchemaRef) *outputSchema {
+	out := &outputSchema{}
+	w := newSchemaWriter(false, func(what, why string) {
+		out.notes = append(out.notes, Untranslated{What: "answer: " + what, Why: why})
+	})
+	var written []any
+	for _, o := range objects {
+		written = append(written, w.ref(o, 1))
+	}
+	schema := map[string]any{}
+	if m, ok := written[0].(map[string]any); ok && len(written) == 1 && m["$ref"] == nil {
+		schema = m
+	} else if len(written) == 1 {
+		schema["allOf"] = written
+	} else {
+		schema["anyOf"] = written
+	}
+	schema["type"] = "object"
+	out.raw, out.compiled, out.err = w.finish(schema)
+	return out
 }
 
 func onlyJSON(c openapi3.Content) bool {
