@@ -104,19 +104,21 @@ func TestPetstore(t *testing.T) {
 		t.Errorf("prism received %d requests, want %d: wrong input went through", n, len(names))
 	}
 
-	// A client that holds results to the output schemas.
-	out := peers.NodeScript(t, filepath.Join("testdata", "petstore.mjs"), g.URL+"/mcp/petstore")
-	var seen struct {
-		Revision string
-		Listed   []string
-		Pet      map[string]any
-		Wrong    bool
-	}
-	if err := json.Unmarshal([]byte(out.Stdout), &seen); err != nil || out.Exit != 0 {
-		t.Fatalf("TypeScript client: exit %d\n%s%s", out.Exit, out.Stdout, out.Stderr)
-	}
-	if seen.Revision != "2026-07-28" || !slices.Equal(seen.Listed, want) || seen.Pet["name"] != "doggie" || !seen.Wrong {
-		t.Errorf("TypeScript client: %+v", seen)
+	// A client that holds results to the output schemas, in both eras.
+	for mode, revision := range map[string]string{"auto": "2026-07-28", "legacy": "2025-11-25"} {
+		out := peers.NodeScript(t, filepath.Join("testdata", "petstore.mjs"), g.URL+"/mcp/petstore", mode)
+		var seen struct {
+			Revision string
+			Listed   []string
+			Pet      map[string]any
+			Wrong    bool
+		}
+		if err := json.Unmarshal([]byte(out.Stdout), &seen); err != nil || out.Exit != 0 {
+			t.Fatalf("TypeScript client: exit %d\n%s%s", out.Exit, out.Stdout, out.Stderr)
+		}
+		if seen.Revision != revision || !slices.Equal(seen.Listed, want) || seen.Pet["name"] != "doggie" || !seen.Wrong {
+			t.Errorf("TypeScript client, %s: %+v", mode, seen)
+		}
 	}
 
 	// The schemas are sound to who looks closely.

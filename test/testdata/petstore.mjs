@@ -1,8 +1,8 @@
 // What the TypeScript SDK's client sees of the Petstore's tools, as one JSON object. It holds structured content to
-// the output schema. Argument: the endpoint's URL.
+// the output schema. Arguments: the endpoint's URL, and the mode of negotiation: auto, or legacy.
 import { Client, StreamableHTTPClientTransport } from '@modelcontextprotocol/client';
 
-const client = new Client({ name: 'waybill-test-petstore', version: '1' }, { versionNegotiation: { mode: 'auto' } });
+const client = new Client({ name: 'waybill-test-petstore', version: '1' }, { versionNegotiation: { mode: process.argv[3] } });
 await client.connect(new StreamableHTTPClientTransport(new URL(process.argv[2])));
 const seen = { revision: client.getNegotiatedProtocolVersion() };
 seen.listed = (await client.listTools()).tools.map((tool) => tool.name);
