@@ -5,8 +5,9 @@
 //   prefix  what stands before the names of tools and prompts
 //   unique  a word that no other run uses: server-everything shares the names of session resources among its sessions
 //   token   bearer token, or ""
+//   duration, steps   of the operation whose stream is cut
 // Both SDKs do every step themselves. URIs come from lists, because an endpoint may rewrite them.
-const { sdk, url, prefix, unique, token } = JSON.parse(process.argv[2]);
+const { sdk, url, prefix, unique, token, duration, steps } = JSON.parse(process.argv[2]);
 const named = (name) => prefix + name;
 const patience = 20_000;
 
@@ -203,7 +204,7 @@ seen.Added = (await client.readResource({ uri: added.uri })).contents[0].blob;
 
 // The peer in between cuts this call's stream after the first progress (legacy.go).
 seen.Resumed = [];
-seen.ResumedOperation = text(await call('trigger-long-running-operation', { duration: 0.6, steps: 3 },
+seen.ResumedOperation = text(await call('trigger-long-running-operation', { duration, steps },
   { onprogress: ({ progress, total }) => seen.Resumed.push([progress, total]), timeout: patience }));
 
 await transport.terminateSession();

@@ -285,7 +285,7 @@ func (s script) run() (seen legacySeen) {
 	seen.Added = s.read(s.find(s.list("resources/list", "resources"), file).URI).Blob
 
 	// The tap cuts this call's stream after the first progress.
-	seen.ResumedOperation, seen.Resumed = s.operation(cutOperation.Duration, cutOperation.Steps)
+	seen.ResumedOperation, seen.Resumed = s.operation(cutOperation, s.e.cutSteps())
 	return seen
 }
 

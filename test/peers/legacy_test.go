@@ -12,5 +12,5 @@ func TestLegacyDirect(t *testing.T) {
 // The legacy clients against a server that is made with mcp-go.
 func TestLegacyMCPGoServer(t *testing.T) {
 	t.Parallel()
-	ExerciseLegacy(t, Endpoint{URL: MCPGoServer(t), MCPGo: true})
+	ExerciseLegacy(t, Endpoint{URL: MCPGoServer(t), MCPGo: true, Direct: true})
 }

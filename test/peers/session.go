@@ -20,19 +20,30 @@ type Endpoint struct {
 	Prefix string // what stands before the names of tools and prompts, such as "everything__"
 	Token  string // bearer token, if one is needed
 
-	// Direct says that this is server-everything itself. It answers 400, not 404, for a session that is gone, and a
-	// stream that is resumed gets from it only what was stored before.
-	Direct bool
-	// MCPGo says that the server, here or behind the gateway, is MCPGoServer.
+	// MCPGo says that the server, here or behind the gateway, is MCPGoServer, not server-everything.
 	MCPGo bool
+	// Direct says that the URL is the server's own, with no gateway in between, and excuses what is peculiar to it.
+	Direct bool
 }
 
 // gone is the status of an answer to who names a session that is gone.
 func (e Endpoint) gone() int {
-	if e.Direct {
+	if e.Direct && !e.MCPGo {
 		return http.StatusBadRequest
 	}
 	return http.StatusNotFound
+}
+
+// resumesLive tells whether a stream that is resumed goes on, and does not end with what was stored before.
+func (e Endpoint) resumesLive() bool { return !e.Direct || e.MCPGo }
+
+// cutSteps is how many steps [cutOperation] has. mcp-go puts each report of progress on the stream of the call or on the
+// GET stream, by chance, so it takes many to have one to cut after.
+func (e Endpoint) cutSteps() int {
+	if e.MCPGo {
+		return 24
+	}
+	return 3
 }
 
 // LegacySession is a session of revision 2025-11-25 or older by plain HTTP, for what SDKs cannot do or hide: cut a

@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"log"
 	"mime"
@@ -21,7 +22,7 @@ import (
 )
 
 // tap stands between a client and an endpoint, so that what a client does on the wire is seen alike for every client, and
-// so that its stream can be cut where it hurts: [cutOperation]'s after its first progress, once. It passes on
+// so that its stream can be cut where it hurts: that of cutOperation after its first progress, once. It passes on
 // everything else as it is.
 type tap struct {
 	URL string
@@ -34,16 +35,14 @@ type tap struct {
 	cutTime   time.Time
 	resumedAt []string // Last-Event-IDs of the GET streams opened since
 	deleted   []string // sessions whose DELETE was answered well
+	heads     []string // of all answers, to be shown if the test fails
 }
 
-// cutOperation is the long operation whose stream is cut: nothing else in the scripts has so many steps.
-var cutOperation = struct {
-	Duration float64
-	Steps    int
-}{0.6, 3}
+// cutOperation is the long operation whose stream is cut, told from others by its number of steps.
+const cutOperation = 0.6 // seconds
 
 // afterCut is when server-everything may be asked to resume: it sends on a resumed stream only what was stored before, so
-// the operation has to be over. A gateway is asked at once.
+// the operation has to be over. Others are asked at once.
 const afterCut = time.Second
 
 // cut is how a stream is cut: broken off, as by a network that fails, or ended before its time, as by a server that wants its
@@ -77,7 +76,7 @@ func newTap(t testing.TB, e Endpoint, how cut) *tap {
 		ModifyResponse: tap.answered,
 	}
 	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.Method == http.MethodGet && r.Header.Get("Last-Event-ID") != "" && e.Direct {
+		if r.Method == http.MethodGet && r.Header.Get("Last-Event-ID") != "" && !e.resumesLive() {
 			tap.mu.Lock()
 			wait := time.Until(tap.cutTime.Add(afterCut))
 			tap.mu.Unlock()
@@ -94,7 +93,7 @@ func newTap(t testing.TB, e Endpoint, how cut) *tap {
 				return
 			}
 			r.Body = io.NopCloser(bytes.NewReader(body))
-			if tap.toCut(body) {
+			if tap.toCut(body, e.cutSteps()) {
 				r = r.WithContext(context.WithValue(r.Context(), cutKey{}, true))
 			}
 		}
@@ -106,18 +105,23 @@ func newTap(t testing.TB, e Endpoint, how cut) *tap {
 		server.CloseClientConnections()
 		server.Close()
 		transport.CloseIdleConnections()
+		tap.mu.Lock()
+		defer tap.mu.Unlock()
+		if t.Failed() {
+			t.Logf("the endpoint answered:\n%s", strings.Join(tap.heads, "\n"))
+		}
 	})
 	tap.URL = server.URL + target.Path
 	return tap
 }
 
 // toCut tells whether a request is the operation to be cut, and has not been cut yet.
-func (p *tap) toCut(body []byte) bool {
+func (p *tap) toCut(body []byte, steps int) bool {
 	var call struct {
 		Method string
 		Params struct{ Arguments struct{ Steps float64 } }
 	}
-	if json.Unmarshal(body, &call) != nil || call.Method != "tools/call" || call.Params.Arguments.Steps != float64(cutOperation.Steps) {
+	if json.Unmarshal(body, &call) != nil || call.Method != "tools/call" || call.Params.Arguments.Steps != float64(steps) {
 		return false
 	}
 	p.mu.Lock()
@@ -135,6 +139,7 @@ func (p *tap) answered(r *http.Response) error {
 	}
 	media, _, _ := mime.ParseMediaType(r.Header.Get("Content-Type"))
 	stream := r.StatusCode == http.StatusOK && media == "text/event-stream"
+	p.heads = append(p.heads, fmt.Sprintf("%s %s after %q: %s", time.Now().Format("05.000"), r.Request.Method, r.Request.Header.Get("Last-Event-ID"), r.Status))
 	switch r.Request.Method {
 	case http.MethodGet:
 		if after := r.Request.Header.Get("Last-Event-ID"); stream && after == "" {
@@ -204,8 +209,8 @@ func (p *tap) check(t testing.TB, e Endpoint) {
 	if len(p.sessions) != 1 {
 		t.Errorf("the endpoint handed out %d session ids, want 1", len(p.sessions))
 	}
-	if p.listened == 0 {
-		t.Error("the client opened no GET stream")
+	if p.listened != 1 {
+		t.Errorf("the client opened %d GET streams, want 1", p.listened)
 	}
 	if p.cutTime.IsZero() {
 		t.Error("nothing was cut")
