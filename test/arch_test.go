@@ -36,6 +36,7 @@ var archLayout = []string{"bus", "cmd", "deploy", "edge", "projections", "replay
 var archOutside = map[string][]string{
 	"github.com/nats-io/":    {"bus", "test"},
 	"github.com/ClickHouse/": {"projections", "test"},
+	"github.com/mark3labs/":  {"test"},
 }
 
 // archVocabulary says what schemas and its subpackages may import beside the

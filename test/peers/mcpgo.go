@@ -35,7 +35,8 @@ var mcpGoTools = []string{
 func MCPGoServer(t testing.TB) string {
 	t.Helper()
 	quiet := slog.New(slog.DiscardHandler)
-	s := &mcpGoServer{sessions: map[string]*mcpGoSession{}, closing: make(chan struct{})}
+	running, stop := context.WithCancel(context.Background())
+	s := &mcpGoServer{sessions: map[string]*mcpGoSession{}, running: running}
 	hooks := &server.Hooks{}
 	// A session is registered once, when it begins.
 	hooks.AddOnRegisterSession(func(_ context.Context, session server.ClientSession) { s.session(session.SessionID()) })
@@ -66,7 +67,7 @@ func MCPGoServer(t testing.TB) string {
 	mux.Handle("/mcp", handler)
 	listener := httptest.NewServer(mux)
 	t.Cleanup(func() {
-		close(s.closing)
+		stop()
 		listener.CloseClientConnections()
 		listener.Close()
 		_ = handler.Shutdown(context.Background()) // it has nothing left to shut down
@@ -77,8 +78,8 @@ func MCPGoServer(t testing.TB) string {
 
 type mcpGoServer struct {
 	*server.MCPServer
-	working sync.WaitGroup // questions that await their answers
-	closing chan struct{}
+	working sync.WaitGroup  // questions that await their answers
+	running context.Context // done when the server closes
 
 	mu       sync.Mutex
 	sessions map[string]*mcpGoSession
@@ -109,6 +110,7 @@ func sessionID(ctx context.Context) string { return server.ClientSessionFromCont
 func (s *mcpGoServer) askRoots(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, rootsPatience)
 	defer cancel()
+	defer context.AfterFunc(s.running, cancel)()
 	id := sessionID(ctx)
 	answer, err := s.RequestRoots(ctx, mcp.ListRootsRequest{})
 	if err != nil {
@@ -279,7 +281,7 @@ func (s *mcpGoServer) operate(ctx context.Context, r mcp.CallToolRequest) (*mcp.
 	for i := 1; i <= steps; i++ {
 		select {
 		case <-tick.C:
-		case <-s.closing:
+		case <-s.running.Done():
 			return nil, errors.New("the server is closing")
 		}
 		if r.Params.Meta != nil && r.Params.Meta.ProgressToken != nil {
