@@ -80,6 +80,7 @@ type Log struct {
 	full   atomic.Pointer[string] // why new calls are refused
 	stuck  atomic.Pointer[string] // which work stands still
 	pasts  pasts
+	acks   *acks
 }
 
 // Open connects a role to the log. The streams must be there ([Setup]).
@@ -91,8 +92,10 @@ func Open(ctx context.Context, o Options) (*Log, error) {
 		o.AckWait = 5 * time.Second
 	}
 	l := &Log{o: o}
+	closed := make(chan struct{})
 	nc, err := o.Dial(o.Role,
 		nats.MaxReconnects(-1),
+		nats.ClosedHandler(func(*nats.Conn) { close(closed) }),
 		nats.ReconnectWait(250*time.Millisecond),
 		nats.ErrorHandler(func(_ *nats.Conn, sub *nats.Subscription, err error) {
 			subject := ""
@@ -105,7 +108,7 @@ func Open(ctx context.Context, o Options) (*Log, error) {
 	if err != nil {
 		return nil, fmt.Errorf("connect %s to the log: %w", o.Role, err)
 	}
-	l.nc = nc
+	l.nc, l.acks = nc, newAcks(nc, closed)
 	if l.js, err = jetstream.New(nc); err == nil {
 		l.stream, err = l.js.Stream(ctx, events)
 	}

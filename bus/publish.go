@@ -38,10 +38,8 @@ func (l *Log) Publish(ctx context.Context, e schemas.Event) (schemas.Receipt, er
 				return err
 			}
 		}
-		once, cancel := context.WithTimeout(ctx, 5*time.Second)
-		defer cancel()
 		var err error
-		ack, err = l.js.PublishMsg(once, msg)
+		ack, err = l.acks.publish(ctx, msg)
 		if err == nil && l.o.Fault != nil {
 			err = l.o.Fault(e, true)
 		}

@@ -11,11 +11,28 @@ import (
 // call's id is in the envelope and never a token: a subject for every call
 // would cost 35 µs of CPU and 169 bytes of memory each.
 func subject(e schemas.Event) string {
+	t := tokens(e)
+	return strings.Join(t[:], ".")
+}
+
+func tokens(e schemas.Event) [5]string {
 	to := "_"
 	if e.Edge != "" && e.Kind().ToEdge() {
 		to = string(e.Edge)
 	}
-	return "ev." + string(e.Tenant) + "." + string(e.Session) + "." + string(e.Kind()) + "." + to
+	return [5]string{"ev", string(e.Tenant), string(e.Session), string(e.Kind()), to}
+}
+
+// standsOn tells whether s is the event's subject.
+func standsOn(e schemas.Event, s string) bool {
+	t := tokens(e)
+	for i := range t {
+		var token string
+		if token, s, _ = strings.Cut(s, "."); token != t[i] {
+			return false
+		}
+	}
+	return s == ""
 }
 
 // Filter selects events by their subject. The zero value selects all.

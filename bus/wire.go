@@ -70,8 +70,8 @@ func decode(subj string, h nats.Header, body []byte) (schemas.Event, error) {
 	if err := e.UnmarshalString(h.Get(headerEnvelope)); err != nil {
 		return e, fmt.Errorf("%w on %s: %w", ErrUndecodable, subj, err)
 	}
-	if want := subject(e); want != subj {
-		return e, fmt.Errorf("%w: stored on %s, its envelope says %s", ErrUndecodable, subj, want)
+	if !standsOn(e, subj) {
+		return e, fmt.Errorf("%w: stored on %s, its envelope says %s", ErrUndecodable, subj, subject(e))
 	}
 	if id := h.Get(jetstream.MsgIDHeader); id != string(e.ID()) {
 		return e, fmt.Errorf("%w on %s: Nats-Msg-Id %q, its envelope says %q", ErrUndecodable, subj, id, e.ID())
