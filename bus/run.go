@@ -51,7 +51,10 @@ func (l *Log) Run(ctx context.Context, w Work, h schemas.Handler) error {
 	if err != nil {
 		return err
 	}
-	r := &runner{l: l, w: w, h: h, busy: map[jetstream.Msg]bool{}}
+	r := &runner{
+		l: l, w: w, h: h, busy: map[jetstream.Msg]bool{},
+		next: make(chan jetstream.Msg), spare: make(chan struct{}, spareHandlers),
+	}
 	work, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 
@@ -95,6 +98,8 @@ type runner struct {
 	h schemas.Handler
 
 	handlers sync.WaitGroup
+	next     chan jetstream.Msg // to a goroutine that has handled one and waits for another
+	spare    chan struct{}      // one for each that waits
 
 	mu   sync.Mutex
 	busy map[jetstream.Msg]bool // true once a heartbeat has passed over it
@@ -127,7 +132,33 @@ func (r *runner) consume(ctx, work context.Context, c jetstream.Consumer) error 
 		r.mu.Lock()
 		r.busy[m] = false
 		r.mu.Unlock()
-		r.handlers.Go(func() { r.handle(work, m) })
+		select {
+		case r.next <- m:
+		default:
+			r.handlers.Go(func() { r.keep(ctx, work, m) })
+		}
+	}
+}
+
+// spareHandlers is how many goroutines wait for the next event. One that has
+// handled an event has the stack for it; a new one has to grow it.
+const spareHandlers = 64
+
+// keep handles m and then others, until ctx is done or enough others wait.
+func (r *runner) keep(ctx, work context.Context, m jetstream.Msg) {
+	for {
+		r.handle(work, m)
+		select {
+		case r.spare <- struct{}{}:
+		default:
+			return
+		}
+		select {
+		case m = <-r.next:
+			<-r.spare
+		case <-ctx.Done():
+			return
+		}
 	}
 }
 
