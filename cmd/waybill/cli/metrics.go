@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/http"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -28,6 +29,7 @@ type metrics struct {
 	calls    metric.Int64Counter
 	duration metric.Float64Histogram
 	caused   metric.Int64Counter
+	labels   labelCache
 }
 
 // methods that may be a label; a caller could invent any number of others.
@@ -46,7 +48,8 @@ func newMetrics(g *gateway) (*metrics, error) {
 	}
 	m := &metrics{
 		g: g, handler: promhttp.HandlerFor(registry, promhttp.HandlerOpts{}),
-		meter: sdk.NewMeterProvider(sdk.WithReader(exporter)).Meter("waybill.dev"),
+		meter:  sdk.NewMeterProvider(sdk.WithReader(exporter)).Meter("waybill.dev"),
+		labels: labelCache{all: map[labels]*labelled{}},
 	}
 	if m.calls, err = m.meter.Int64Counter("waybill.calls", metric.WithDescription("Calls that ended, by server, method and outcome."), metric.WithUnit("{call}")); err != nil {
 		return nil, err
@@ -111,27 +114,55 @@ func (m *metrics) count(ask schemas.Handler, calls metric.Int64Counter, timed bo
 			outcome = "refused"
 		}
 		r, _ := e.Data.(*schemas.Requested)
-		of := []attribute.KeyValue{
-			attribute.String("server", label(known[r.Server], r.Server)),
-			attribute.String("method", label(methods[r.Method], r.Method)),
-		}
-		calls.Add(ctx, 1, metric.WithAttributes(append(of, attribute.String("outcome", outcome), attribute.String("code", code))...))
+		l := m.labels.of(labels{label(known[r.Server], r.Server), label(methods[r.Method], r.Method), outcome, code})
+		calls.Add(ctx, 1, l.call...)
 		if r.Stream || !timed {
 			return err // its length says nothing about the gateway
 		}
-		record := func(part string, d time.Duration) {
-			m.duration.Record(ctx, d.Seconds(), metric.WithAttributes(attribute.String("part", part), of[0], of[1]))
-		}
-		record("total", time.Since(start))
+		m.duration.Record(ctx, time.Since(start).Seconds(), l.total...)
 		if summary != nil && !summary.AuthorizedAt.IsZero() {
-			record("policy", summary.AuthorizedAt.Sub(summary.RequestedAt))
+			m.duration.Record(ctx, summary.AuthorizedAt.Sub(summary.RequestedAt).Seconds(), l.policy...)
 			if !summary.UpstreamAt.IsZero() {
-				record("queue", summary.UpstreamAt.Sub(summary.AuthorizedAt))
-				record("upstream", ended.Sub(summary.UpstreamAt))
+				m.duration.Record(ctx, summary.UpstreamAt.Sub(summary.AuthorizedAt).Seconds(), l.queue...)
+				m.duration.Record(ctx, ended.Sub(summary.UpstreamAt).Seconds(), l.upstream...)
 			}
 		}
 		return err
 	}
+}
+
+// labels are those of one call.
+type labels struct{ server, method, outcome, code string }
+
+// labelled are the same labels as each measurement takes them.
+type labelled struct {
+	call                           []metric.AddOption
+	total, policy, queue, upstream []metric.RecordOption
+}
+
+// labelCache keeps what was made of labels, which costs more than to count.
+// There are no more than there are time series.
+type labelCache struct {
+	mu  sync.Mutex
+	all map[labels]*labelled
+}
+
+func (c *labelCache) of(l labels) *labelled {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	made := c.all[l]
+	if made == nil {
+		server, method := attribute.String("server", l.server), attribute.String("method", l.method)
+		part := func(name string) []metric.RecordOption {
+			return []metric.RecordOption{metric.WithAttributes(attribute.String("part", name), server, method)}
+		}
+		made = &labelled{
+			call:  []metric.AddOption{metric.WithAttributes(server, method, attribute.String("outcome", l.outcome), attribute.String("code", l.code))},
+			total: part("total"), policy: part("policy"), queue: part("queue"), upstream: part("upstream"),
+		}
+		c.all[l] = made
+	}
+	return made
 }
 
 // gauges are read when they are asked for.
