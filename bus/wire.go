@@ -3,7 +3,6 @@ package bus
 import (
 	"errors"
 	"fmt"
-	"time"
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
@@ -39,9 +38,7 @@ func encode(e schemas.Event) (*nats.Msg, error) {
 	if len(e.Body) > MaxBody {
 		return nil, fmt.Errorf("%w: body of %d bytes, the log takes %d", schemas.ErrTooLarge, len(e.Body), MaxBody)
 	}
-	body := e.Body
-	e.Body, e.Seq, e.Stored = nil, 0, time.Time{}
-	envelope, err := e.MarshalJSON()
+	envelope, err := e.MarshalString()
 	if err != nil {
 		return nil, err
 	}
@@ -52,14 +49,12 @@ func encode(e schemas.Event) (*nats.Msg, error) {
 	if len(envelope) > limit {
 		return nil, fmt.Errorf("%w: envelope of %d bytes, the log takes %d for %s", schemas.ErrTooLarge, len(envelope), limit, e.Kind())
 	}
-	h := nats.Header{
-		headerEnvelope:        {string(envelope)},
-		jetstream.MsgIDHeader: {string(e.ID())},
-	}
+	values := []string{envelope, string(e.ID()), e.Trace}
+	h := nats.Header{headerEnvelope: values[0:1:1], jetstream.MsgIDHeader: values[1:2:2]}
 	if e.Trace != "" {
-		h[headerTrace] = []string{e.Trace}
+		h[headerTrace] = values[2:]
 	}
-	return &nats.Msg{Subject: subject(e), Header: h, Data: body}, nil
+	return &nats.Msg{Subject: subject(e), Header: h, Data: e.Body}, nil
 }
 
 // decode reads a stored message. It checks that the event stands where it

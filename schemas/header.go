@@ -54,9 +54,9 @@ func membersOf(t reflect.Type) (all []member) {
 	return all
 }
 
-// header is the written form; ok is false when encoding/json has to make it.
-func (w *written) header() (_ []byte, ok bool) {
-	b := make([]byte, 0, 1024)
+// header appends the written form to b; ok is false when encoding/json has to
+// make it.
+func (w *written) header(b []byte) (_ []byte, ok bool) {
 	if b, ok = appendMembers(append(b, '{'), &w.envelope, ofEnvelope); !ok {
 		return nil, false
 	}

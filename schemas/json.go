@@ -65,7 +65,7 @@ func (e Event) MarshalJSON() ([]byte, error) {
 	}
 	w := e.written()
 	if e.Body == nil {
-		if b, ok := w.header(); ok {
+		if b, ok := w.header(make([]byte, 0, 1024)); ok {
 			return b, nil
 		}
 	}
@@ -76,6 +76,21 @@ func (e Event) MarshalJSON() ([]byte, error) {
 		w.Base64 = e.Body
 	}
 	return json.Marshal(&w)
+}
+
+// MarshalString is MarshalJSON of the event without its body and its place in
+// the log, as it lies in the log's headers.
+func (e Event) MarshalString() (string, error) {
+	e.Body, e.Seq, e.Stored = nil, 0, time.Time{}
+	if e.Data != nil {
+		var room [1024]byte
+		w := e.written()
+		if b, ok := w.header(room[:0]); ok {
+			return string(b), nil
+		}
+	}
+	b, err := e.MarshalJSON()
+	return string(b), err
 }
 
 // UnmarshalJSON reads what MarshalJSON wrote. It returns an error that wraps
