@@ -40,17 +40,11 @@ func (a *Adapter) resolve(ctx context.Context, e schemas.Event, front *schemas.F
 		if shortened {
 			name = a.lengthen(ctx, e, front, server, name, alias, list, in)
 		}
-		r.Server, r.Alias = server, alias
-		if r.Name != "" {
-			r.Name = name
-		}
+		r.Server, r.Alias, r.Name = server, alias, name
 	}
 	located := func(alias string) {
 		if server, uri, ok := front.ResolveURI(alias); ok {
-			r.Server, r.Alias = server, alias
-			if r.Name != "" {
-				r.Name = uri
-			}
+			r.Server, r.Alias, r.Name = server, alias, uri
 		}
 	}
 	switch r.Method {
