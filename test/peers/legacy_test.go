@@ -1,6 +1,7 @@
 package peers
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -12,6 +13,7 @@ import (
 	"net/http/httputil"
 	"net/url"
 	"reflect"
+	"regexp"
 	"runtime"
 	"strings"
 	"sync"
@@ -119,6 +121,66 @@ func TestLegacyCheckTells(t *testing.T) {
 	}
 }
 
+// An endpoint that gives tools and prompts a prefix and resources other URIs, as one for several servers does.
+func TestLegacyPrefix(t *testing.T) {
+	t.Parallel()
+	const prefix = "everything__"
+	target, err := url.Parse(ServerEverything(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := regexp.MustCompile(`"name":"([a-z]+-[a-z-]+|echo)"`)
+	proxy := &httputil.ReverseProxy{
+		Rewrite: func(r *httputil.ProxyRequest) {
+			r.Out.URL, r.Out.Host = target, target.Host
+			body, err := io.ReadAll(r.In.Body)
+			if err != nil {
+				t.Error(err)
+			}
+			body = bytes.ReplaceAll(body, []byte(`"`+prefix), []byte(`"`))
+			body = bytes.ReplaceAll(body, []byte("other:demo:"), []byte("demo:"))
+			r.Out.Body, r.Out.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
+		},
+		ModifyResponse: func(r *http.Response) error {
+			r.Body = &rewritten{body: r.Body, lines: bufio.NewReader(r.Body), rewrite: func(line []byte) []byte {
+				line = name.ReplaceAll(line, []byte(`"name":"`+prefix+`$1"`))
+				return bytes.ReplaceAll(line, []byte("demo://"), []byte("other:demo://"))
+			}}
+			return nil
+		},
+		FlushInterval: -1,
+	}
+	server := httptest.NewServer(proxy)
+	t.Cleanup(func() { server.CloseClientConnections(); server.Close() })
+	e := Endpoint{URL: server.URL + "/mcp", Prefix: prefix, Direct: true}
+	t.Run("TypeScript v2", func(t *testing.T) { t.Parallel(); ExerciseLegacyTypeScript(t, e, "v2") })
+	t.Run("Python SDK", func(t *testing.T) { t.Parallel(); ExerciseLegacyPython(t, e) })
+	t.Run("HTTP", func(t *testing.T) { t.Parallel(); ExerciseLegacyHTTP(t, e, legacy) })
+}
+
+// rewritten is a body of which each line is another.
+type rewritten struct {
+	body    io.Closer
+	lines   *bufio.Reader
+	rewrite func([]byte) []byte
+	rest    []byte
+}
+
+func (r *rewritten) Read(b []byte) (int, error) {
+	if len(r.rest) == 0 {
+		line, err := r.lines.ReadBytes('\n')
+		if len(line) == 0 {
+			return 0, err
+		}
+		r.rest = r.rewrite(line)
+	}
+	n := copy(b, r.rest)
+	r.rest = r.rest[n:]
+	return n, nil
+}
+
+func (r *rewritten) Close() error { return r.body.Close() }
+
 // An endpoint that takes the event ids away leaves nothing to resume after, and the steps must fail.
 func TestLegacyStepsTell(t *testing.T) {
 	t.Parallel()
@@ -129,7 +191,12 @@ func TestLegacyStepsTell(t *testing.T) {
 	proxy := &httputil.ReverseProxy{
 		Rewrite: func(r *httputil.ProxyRequest) { r.Out.URL, r.Out.Host = target, target.Host },
 		ModifyResponse: func(r *http.Response) error {
-			r.Body = withoutIDs{r.Body}
+			r.Body = &rewritten{body: r.Body, lines: bufio.NewReader(r.Body), rewrite: func(line []byte) []byte {
+				if bytes.HasPrefix(line, []byte("id:")) {
+					return []byte(": no id\n")
+				}
+				return line
+			}}
 			return nil
 		},
 		FlushInterval: -1,
@@ -145,15 +212,6 @@ func TestLegacyStepsTell(t *testing.T) {
 			t.Errorf("%s: without event ids: %q", who, faults)
 		}
 	}
-}
-
-// withoutIDs makes comments of the lines that begin with "id:". An event reaches it whole.
-type withoutIDs struct{ io.ReadCloser }
-
-func (w withoutIDs) Read(b []byte) (int, error) {
-	n, err := w.ReadCloser.Read(b)
-	copy(b[:n], bytes.ReplaceAll(b[:n], []byte("id: "), []byte(":xx ")))
-	return n, err
 }
 
 // LegacyStream is cut at every byte of a stream: what was whole before the cut is there, nothing else is, and the last
