@@ -1,5 +1,7 @@
 package peers
 
+//lint:file-ignore SA1019 the steps are about what the modern era deprecates, sampling among it
+
 import (
 	"bytes"
 	"compress/gzip"

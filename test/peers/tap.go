@@ -47,12 +47,14 @@ const afterCut = time.Second
 
 // cut is how a stream is cut: broken off, as by a network that fails, or ended before its time, as by a server that wants its
 // client to come back. Not every SDK resumes a stream that broke off.
-type cut error
+type cut bool
 
-var (
-	breakOff cut = errors.New("broken off on purpose")
-	endEarly cut = io.EOF
+const (
+	breakOff cut = true
+	endEarly cut = false
 )
+
+var errBrokenOff = errors.New("broken off on purpose")
 
 // cutKey marks the context of the request whose answer is to be cut.
 type cutKey struct{}
@@ -174,7 +176,10 @@ type knife struct {
 func (k *knife) Read(b []byte) (int, error) {
 	if len(k.rest) == 0 {
 		if k.done {
-			return 0, k.tap.how
+			if k.tap.how == breakOff {
+				return 0, errBrokenOff
+			}
+			return 0, io.EOF
 		}
 		line, err := k.lines.ReadBytes('\n')
 		if err != nil && len(line) == 0 {
