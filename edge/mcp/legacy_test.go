@@ -9,6 +9,7 @@ import (
 	"net/http/httptest"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -116,20 +117,29 @@ func TestComesBack(t *testing.T) {
 	}
 }
 
-// A client that is cut off between the answer that is stored and its bytes gets
-// it when it comes back, though another replica waits for the call.
+// The newest stream wins, of a session and of a call. What was written to the
+// one before counts as received, where its client does not say, when that has
+// lived on for a moment.
 func TestNewestStreamWins(t *testing.T) {
 	rest := newStepwise()
 	log := newMemory(t, rest.handle)
-	addr, _ := up(t, log.options())
+	o := log.options()
+	var passed atomic.Int64
+	o.Now = func() time.Time { return noon.Add(time.Duration(passed.Load())) }
+	addr, _ := up(t, o)
 	c := open(t, addr, "bob")
 
 	beside(log, c, 1)
 	old := c.listen("GET", "", "")
 	old.want(t, "")
 	old.want(t, "beside 1")
-	young := c.listen("GET", "", "")
+	soon := c.listen("GET", "", "")
 	old.ends(t)
+	soon.want(t, "")
+	soon.want(t, "beside 1")
+	passed.Add(int64(time.Second))
+	young := c.listen("GET", "", "")
+	soon.ends(t)
 	young.want(t, "")
 	beside(log, c, 2)
 	at := young.want(t, "beside 2") // and not 1 again

@@ -63,6 +63,27 @@ func (m *memory) since(after uint64) ([]schemas.Event, <-chan struct{}) {
 
 func (m *memory) all() []schemas.Event { all, _ := m.since(0); return all }
 
+// settled waits until every call among these events has ended.
+func (m *memory) settled(these func(schemas.Event) bool) {
+	for {
+		all, changed := m.since(0)
+		open := map[schemas.CallID]bool{}
+		for _, e := range all {
+			switch {
+			case !these(e):
+			case e.Kind() == schemas.KindRequested:
+				open[e.Call] = true
+			case e.Kind().Ends():
+				delete(open, e.Call)
+			}
+		}
+		if len(open) == 0 {
+			return
+		}
+		<-changed
+	}
+}
+
 // ask is what bus.Asker.Ask is.
 func (m *memory) ask(ctx context.Context, e schemas.Event, emit schemas.Emit) error {
 	r, err := m.store(ctx, e)

@@ -55,6 +55,9 @@ func (a *Adapter) get(w http.ResponseWriter, r *http.Request, p edge.Principal) 
 	c.cancel = cancel
 	older, release := s.take(c.call, cancel)
 	defer release()
+	if c.call == "" {
+		defer func() { s.cutOff(a.o.Now()) }()
+	}
 	if !back {
 		if older != nil {
 			<-older.done // it was told to end; how far it got is known then

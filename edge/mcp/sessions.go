@@ -36,7 +36,8 @@ type lasting struct {
 	closed   bool
 	users    int       // requests and streams that are being served
 	used     time.Time // when the last one ended
-	sent     uint64    // how far this process has served the session's stream
+	sent     uint64    // how far this process has served the session's stream, for all it knows
+	fresh    []mark    // what it has sent since, oldest first
 
 	streams map[schemas.CallID]*outlet // open streams, the session's own under ""
 	calls   map[string]*running        // by the JSON-RPC id, in the client's bytes
@@ -263,11 +264,45 @@ func (s *lasting) take(call schemas.CallID, cancel context.CancelCauseFunc) (old
 	}
 }
 
+// mark is an event of the session's stream that was written to a client.
+type mark struct {
+	seq uint64
+	at  time.Time
+}
+
+// settle is how long a connection has to live on after something was written to
+// it for that to count as received, where the client does not say. A client
+// that was cut off before it saw a single id has none to come back with.
+const settle = time.Second
+
 // served is told how far the session's stream has got.
-func (s *lasting) served(seq uint64) {
+func (s *lasting) served(seq uint64, now time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.sent = max(s.sent, seq)
+	s.fresh = append(s.fresh, mark{seq, now})
+	s.settled(now)
+}
+
+// settled moves sent on; mu is held.
+func (s *lasting) settled(now time.Time) {
+	const most = 256 // so many at once are a burst, and remembered whole
+	n := max(0, len(s.fresh)-most)
+	for n < len(s.fresh) && now.Sub(s.fresh[n].at) >= settle {
+		n++
+	}
+	if n > 0 {
+		s.sent = max(s.sent, s.fresh[n-1].seq)
+		s.fresh = slices.Delete(s.fresh, 0, n)
+	}
+}
+
+// cutOff is told that the session's stream has ended: what was written just
+// before may not have arrived.
+func (s *lasting) cutOff(now time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.settled(now)
+	s.fresh = nil
 }
 
 // from is where the session's stream goes on when the client does not say, and

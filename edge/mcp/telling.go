@@ -171,7 +171,7 @@ func (c *telling) send(seq uint64, server string, body []byte) error {
 		return err
 	}
 	if c.call == "" {
-		c.s.served(seq)
+		c.s.served(seq, c.a.o.Now())
 	}
 	return nil
 }
