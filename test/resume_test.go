@@ -162,7 +162,17 @@ func (c *cutter) follow(ctx context.Context, s *peers.LegacySession, stream *pee
 				if next != messages+1 {
 					return fmt.Errorf("the answer came with message %d to come", next)
 				}
-				return stream.Close()
+				if err := stream.Close(); err != nil {
+					return err
+				}
+				rest, err := s.Listen(ctx, last)
+				if err != nil {
+					return err
+				}
+				if rest.Status != http.StatusNoContent {
+					return fmt.Errorf("resumed after the answer: HTTP %d", rest.Status)
+				}
+				return rest.Close()
 			}
 			var p struct {
 				ProgressToken string

@@ -39,11 +39,17 @@ func (a *Adapter) get(w http.ResponseWriter, r *http.Request, p edge.Principal) 
 	revision, bad := s.agree(r.Header)
 	c := &telling{a: a, s: s, w: w, front: front, sse: true, resumed: true, after: after}
 	own, _ := s.from()
+	told := false
 	if bad == nil && back && anchor != own {
 		bad = a.find(r.Context(), c, anchor)
+		told = bad == nil && a.told(r.Context(), c)
 	}
 	if bad != nil {
 		write(w, withoutID, *bad)
+		return
+	}
+	if told {
+		w.WriteHeader(http.StatusNoContent)
 		return
 	}
 
@@ -117,6 +123,15 @@ func (a *Adapter) find(ctx context.Context, c *telling, anchor uint64) *reply {
 	}
 	c.call, c.id, c.request = e.Call, m.ID().Raw(), d
 	return nil
+}
+
+// told tells whether the client has had the end of the call already, so that
+// there is nothing to come back for. Some do all the same when the answer was an
+// error (the TypeScript SDK v1), again and again until they are told 204, which
+// ends it (WHATWG HTML §9.2.3).
+func (a *Adapter) told(ctx context.Context, c *telling) bool {
+	e, err := a.o.Load(ctx, c.after)
+	return err == nil && e.Tenant == c.s.tenant && e.Session == c.s.key && e.Call == c.call && e.Kind().Ends()
 }
 
 // lastEvent reads the Last-Event-ID header; back tells whether it was there.
