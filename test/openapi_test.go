@@ -121,6 +121,16 @@ func TestPetstore(t *testing.T) {
 		}
 	}
 
+	// With all servers behind one endpoint, too.
+	federated, err := client.Connect(ctx, &mcp.StreamableClientTransport{Endpoint: g.URL + "/mcp"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer federated.Close()
+	if result, err := federated.CallTool(ctx, &mcp.CallToolParams{Name: "petstore__getOrderById", Arguments: map[string]any{"orderId": 5}}); err != nil || result.IsError {
+		t.Errorf("through /mcp: %+v, %v", result, err)
+	}
+
 	// The schemas are sound to who looks closely.
 	if out := peers.Inspector(t, g.URL+"/mcp/petstore", "--transport", "http", "--protocol-era", "modern", "--format", "json", "--quiet",
 		"--method", "tools/list", "--strict"); out.Exit != 0 {

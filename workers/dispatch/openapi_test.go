@@ -256,7 +256,7 @@ func TestOpenAPIEras(t *testing.T) {
 			t.Errorf("2025-03-26 hears of %s", tool.Raw())
 		}
 	}
-	for _, method := range []string{"resources/list", "prompts/list", "prompts/get", "completion/complete", "subscriptions/listen", "logging/setLevel", "x/y"} {
+	for _, method := range []string{"resources/list", "prompts/list", "completion/complete", "subscriptions/listen", "logging/setLevel", "x/y"} {
 		answer, err := a.ask("2025-11-25", method, `{}`)
 		if err != nil || answer.ErrorCode != jsonrpc.CodeMethodNotFound || !answer.Local {
 			t.Errorf("%s: %+v, %v", method, answer, err)
@@ -285,6 +285,22 @@ func TestOpenAPIOtherThanAuthorized(t *testing.T) {
 		if !errors.As(err, &f) || f.Kind != Invalid {
 			t.Errorf("%s: %v", what, err)
 		}
+	}
+}
+
+// A tool may have another name for the caller; the body has that one.
+func TestOpenAPIAlias(t *testing.T) {
+	a := newAPI(t, "petstore.yaml", answerWith(204, "", ""))
+	alias := func(c *Call) { c.Requested.Name, c.Requested.Alias = "deleteOrder", "rest__deleteOrder" }
+	if answer, err := a.ask(modernRevision, "tools/call", `{"name":"rest__deleteOrder","arguments":{"orderId":1}}`, alias); err != nil || answer.Status != 204 {
+		t.Errorf("%+v, %v", answer, err)
+	}
+	var f *Fault
+	if _, err := a.ask(modernRevision, "tools/call", `{"name":"deletePet","arguments":{"petId":1}}`, alias); !errors.As(err, &f) || f.Kind != Invalid {
+		t.Errorf("another tool: %v", err)
+	}
+	if seen := a.requests(); len(seen) != 1 || seen[0].line != "DELETE /store/order/1" {
+		t.Errorf("%v", seen)
 	}
 }
 
