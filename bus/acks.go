@@ -68,11 +68,20 @@ func (a *acks) publish(ctx context.Context, m *nats.Msg) (*jetstream.PubAck, err
 }
 
 func (a *acks) take() (*inbox, error) {
-	select {
-	case in := <-a.idle:
-		return in, nil
-	default:
+	for {
+		select {
+		case in := <-a.idle:
+			if len(in.heard) == 0 {
+				return in, nil
+			}
+			a.drop(in) // it was answered twice
+		default:
+			return a.open()
+		}
 	}
+}
+
+func (a *acks) open() (*inbox, error) {
 	in := &inbox{subject: a.nc.NewInbox(), heard: make(chan *nats.Msg, 4), late: time.NewTimer(ackWithin)}
 	in.late.Stop()
 	var err error
