@@ -332,6 +332,47 @@ func TestInFlight(t *testing.T) {
 	close(hold)
 }
 
+// Streams that are only listened to have limits of their own, and take no place
+// from the calls.
+func TestStreams(t *testing.T) {
+	hold, held := make(chan struct{}), make(chan struct{}, 10)
+	token := func(s string) [32]byte { return sha256.Sum256([]byte(s)) }
+	s, addr, _ := start(t, edge.Options{
+		MaxInFlight: 1, MaxStreams: 3, MaxStreamsTenant: 2,
+		Tokens: map[[32]byte]edge.Principal{
+			token("a"): {Tenant: "acme", Agent: "a"}, token("b"): {Tenant: "globex", Agent: "b"}, token("c"): {Tenant: "initech", Agent: "c"},
+		},
+	}, edge.Route{Pattern: "POST /x", Serve: echo}, edge.Route{Pattern: "GET /x", Stream: true, Serve: func(w http.ResponseWriter, r *http.Request, p edge.Principal) {
+		st := edge.NewStream(w, edge.StreamOptions{})
+		_ = st.Open()
+		held <- struct{}{}
+		<-hold
+		st.Stop()
+	}})
+	request := func(token string) string {
+		return "GET /x HTTP/1.1\nHost: localhost\nAuthorization: Bearer " + token + "\n\n"
+	}
+	for _, token := range []string{"a", "a", "b"} {
+		if token == "b" {
+			if res, body := talk(t, addr, request("a")); res.StatusCode != 429 || res.Header.Get("Retry-After") == "" || !strings.Contains(body, "acme has 2 streams open") {
+				t.Errorf("%s %s", res.Status, body)
+			}
+		}
+		fmt.Fprint(dial(t, addr), strings.ReplaceAll(request(token), "\n", "\r\n"))
+		<-held
+	}
+	if res, body := talk(t, addr, request("c")); res.StatusCode != 503 || res.Header.Get("Retry-After") == "" || !strings.Contains(body, "has 3 streams open") {
+		t.Errorf("%s %s", res.Status, body)
+	}
+	if st := s.Stats(); st.Streams != 3 || st.InFlight != 0 || st.Refused[edge.CauseStreams] != 1 || st.Refused[edge.CauseStreamsTenant] != 1 {
+		t.Errorf("%+v", st)
+	}
+	if res, body := talk(t, addr, post+"Host: localhost\nAuthorization: Bearer a\n\n{}"); res.StatusCode != 200 {
+		t.Errorf("a call: %s %s", res.Status, body)
+	}
+	close(hold)
+}
+
 // Connections beyond the limit are closed as they come.
 func TestMaxConns(t *testing.T) {
 	s, addr, _ := start(t, edge.Options{MaxConns: 1})
@@ -488,6 +529,23 @@ func TestStream(t *testing.T) {
 		h := w.Result().Header
 		if h.Get("Content-Type") != "text/event-stream" || h.Get("X-Accel-Buffering") != "no" || !w.Flushed {
 			t.Error(h)
+		}
+	})
+}
+
+// What a stream begins with takes the place of the comment that opens it.
+func TestStreamFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := &recorder{ResponseRecorder: httptest.NewRecorder()}
+		st := edge.NewStream(w, edge.StreamOptions{Patience: time.Second, KeepAlive: time.Second, First: func() *sse.Event {
+			w.Header().Set("X-First", "yes")
+			return &sse.Event{ID: "1", Data: []byte{}}
+		}})
+		<-time.After(2 * time.Second)
+		synctest.Wait()
+		_, _ = st.Last(&sse.Event{Data: []byte("end")})
+		if got := w.Body.String(); got != "id: 1\ndata:\n\n:\n\ndata: end\n\n" || w.Result().Header.Get("X-First") != "yes" {
+			t.Errorf("%q", got)
 		}
 	})
 }
