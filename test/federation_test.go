@@ -235,8 +235,8 @@ func TestCallMany(t *testing.T) {
 
 	const each = 1500 // milliseconds that every one of them takes
 	began := time.Now()
-	raw := atFront(t, g, schemas.Gateway, "tools/call", "call_many",
-		fmt.Sprintf(`"name":"call_many","arguments":{"tool":"count","servers":["*"],"arguments":{"key":"k","wait":%d}}`, each), "Waybill-Session: many")
+	raw := atFront(t, g, schemas.Gateway, "tools/call", "waybill__call_many",
+		fmt.Sprintf(`"name":"waybill__call_many","arguments":{"tool":"count","servers":["*"],"arguments":{"key":"k","wait":%d}}`, each), "Waybill-Session: many")
 	took := time.Since(began)
 	t.Logf("20 calls of %d ms each took %v", each, took)
 	if took > 4*each*time.Millisecond*slowdown {
@@ -313,8 +313,8 @@ func TestCallManyIsCancelled(t *testing.T) {
 	left := make(chan struct{})
 	go func() {
 		defer close(left)
-		_, err := g.Post(ctx, schemas.Gateway, "tools/call", "call_many",
-			`{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"call_many","arguments":{"tool":"count","servers":["*"],"arguments":{"key":"k","wait":30000}},`+gateway.Meta+`}}`)
+		_, err := g.Post(ctx, schemas.Gateway, "tools/call", "waybill__call_many",
+			`{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"waybill__call_many","arguments":{"tool":"count","servers":["*"],"arguments":{"key":"k","wait":30000}},`+gateway.Meta+`}}`)
 		if err == nil {
 			t.Error("an answer to who left")
 		}
