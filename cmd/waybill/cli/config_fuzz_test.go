@@ -34,6 +34,8 @@ func FuzzConfig(f *testing.F) {
 		"servers: [{name: s, mcp: {url: 'http://u:p@h'}, approve: manual, openapi: {}}, null]\n",
 		"servers: [{name: s, openapi: {document: nowhere.yaml, url: 'http://h/v1', auth: {key: {env: A}}, headers: {X-A: {file: f}}}}]\n",
 		"servers: [{name: s, mcp: {}}]\nviews: []\npolicies: {}\n",
+		"servers: [{name: s, mcp: {url: 'http://h'}}]\nviews: [{name: v, from: {s: [a, {tool: b, as: c, description: d}], waybill: [find_tools]}}]\nfanout: {tools: [find_tools], concurrency: 3}\n",
+		"servers: [{name: s, mcp: {url: 'http://h'}}]\nviews: [{name: s, from: {s: [null, 1, {}, [x]]}}, null]\nfanout: {tools: [x], concurrency: -1}\n",
 		"allow: [{agents: ['*'], servers: [a], tools: [''], methods: ['**']}, null, {}]\n",
 		"bus: {embedded: {sync: always, key_file: /k, cluster: {a: {b: 1}}}, max_bytes: 1e18, max_age: 10000000h}\nclickhouse: {embedded: true}\n",
 		"bus: {url: nats://h, creds: c, replicas: -1}\nclickhouse: false\n",
