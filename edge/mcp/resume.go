@@ -39,17 +39,11 @@ func (a *Adapter) get(w http.ResponseWriter, r *http.Request, p edge.Principal) 
 	revision, bad := s.agree(r.Header)
 	c := &telling{a: a, s: s, w: w, front: front, sse: true, resumed: true, after: after}
 	own, _ := s.from()
-	told := false
 	if bad == nil && back && anchor != own {
 		bad = a.find(r.Context(), c, anchor)
-		told = bad == nil && a.told(r.Context(), c)
 	}
 	if bad != nil {
 		write(w, withoutID, *bad)
-		return
-	}
-	if told {
-		w.WriteHeader(http.StatusNoContent)
 		return
 	}
 
@@ -76,8 +70,10 @@ func (a *Adapter) get(w http.ResponseWriter, r *http.Request, p edge.Principal) 
 	w.Header()["Waybill-Session-Key"] = []string{string(s.key)}
 	c.begin(anchor, !back && primes(revision))
 	defer c.stop()
-	if err := c.stream.Open(); err != nil {
-		return
+	if c.call == "" {
+		if err := c.stream.Open(); err != nil {
+			return
+		}
 	}
 	of := s.event(nil, nil, time.Time{})
 	of.Call = c.call
@@ -88,6 +84,15 @@ func (a *Adapter) get(w http.ResponseWriter, r *http.Request, p edge.Principal) 
 	err := a.o.Follow(ctx, of, from, c.emit)
 	switch cause := context.Cause(ctx); {
 	case c.ended:
+		// Nothing was left to be told: the client has had the answer, or has
+		// taken the call back. Some come back all the same (the TypeScript SDK
+		// v1, after an error), and would again and again if they were not told
+		// that there is no more to come (WHATWG HTML §9.2.3).
+		if opened, _ := c.stream.Last(nil); !opened {
+			w.WriteHeader(http.StatusNoContent)
+		}
+	case c.call != "" && errors.Is(cause, edge.ErrDraining):
+		c.leave(draining)
 	case errors.Is(cause, errOverdue):
 		e := s.event(&schemas.Cancel{Reason: errOverdue.Error()}, nil, a.o.Now().UTC())
 		e.Call, e.Root = c.call, c.call
@@ -123,15 +128,6 @@ func (a *Adapter) find(ctx context.Context, c *telling, anchor uint64) *reply {
 	}
 	c.call, c.id, c.request = e.Call, m.ID().Raw(), d
 	return nil
-}
-
-// told tells whether the client has had the end of the call already, so that
-// there is nothing to come back for. Some do all the same when the answer was an
-// error (the TypeScript SDK v1), again and again until they are told 204, which
-// ends it (WHATWG HTML §9.2.3).
-func (a *Adapter) told(ctx context.Context, c *telling) bool {
-	e, err := a.o.Load(ctx, c.after)
-	return err == nil && e.Tenant == c.s.tenant && e.Session == c.s.key && e.Call == c.call && e.Kind().Ends()
 }
 
 // lastEvent reads the Last-Event-ID header; back tells whether it was there.

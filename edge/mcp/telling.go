@@ -60,7 +60,10 @@ func (c *telling) begin(anchor uint64, prime bool) {
 		return
 	}
 	wait := patience
-	if c.opening != "" || c.resumed {
+	switch {
+	case c.call != "" && c.resumed:
+		wait = time.Second // in which nearly all that there is comes from the log, or turns out not to be there
+	case c.opening != "" || c.resumed:
 		wait = 0
 	}
 	c.stream = edge.NewStream(c.w, edge.StreamOptions{
@@ -321,7 +324,9 @@ func (c *telling) quit() {
 	if c.stream == nil {
 		return
 	}
-	_ = c.stream.Open()
+	if !c.resumed {
+		_ = c.stream.Open()
+	}
 	_, _ = c.stream.Last(nil)
 }
 
