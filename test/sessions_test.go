@@ -23,10 +23,14 @@ import (
 func TestLegacyPeersThroughTheGateway(t *testing.T) {
 	g := gateway.Start(t, gateway.Config("servers:\n"+
 		gateway.Server("conformance", peers.EverythingServer(t, "-stateless=false"), "")+
-		gateway.Server("everything", peers.ServerEverything(t), "")))
+		gateway.Server("everything", peers.ServerEverything(t), "")+
+		gateway.Server("mcp-go", peers.MCPGoServer(t), "")))
 	t.Run("conformance", func(t *testing.T) { peers.ConformanceLegacy(t, g.URL+"/mcp/conformance") })
 	t.Run("one server", func(t *testing.T) {
 		peers.ExerciseLegacy(t, peers.Endpoint{URL: g.URL + "/mcp/everything"})
+	})
+	t.Run("a server by others", func(t *testing.T) {
+		peers.ExerciseLegacy(t, peers.Endpoint{URL: g.URL + "/mcp/mcp-go", MCPGo: true})
 	})
 	for _, e := range g.Events() {
 		if err := e.Check(); err != nil {

@@ -16,6 +16,9 @@ const (
 	revision2025Mar = "2025-03-26"
 )
 
+// Revisions are the revisions that are served, the newest first.
+func Revisions() []string { return append([]string{Revision}, legacyRevisions()...) }
+
 // legacyRevisions is the closed set; batches, which only 2025-03-26 has, are
 // refused there too.
 func legacyRevisions() []string {

@@ -250,6 +250,11 @@ func ExerciseLegacy(t *testing.T, e Endpoint) {
 		if name == "TypeScript v1" && e.Direct && e.MCPGo {
 			continue
 		}
+		// This client cancels by leaving, which does not cancel (2025-11-25, transports): through a gateway the operation goes on, and
+		// this server tells of changes on the stream of any call there is, of that one too, which nobody reads any more.
+		if name == "mcp-go" && e.MCPGo && !e.Direct {
+			continue
+		}
 		// Its runs are slow, and say the same of either server.
 		if name == "Inspector" && e.MCPGo {
 			continue

@@ -145,7 +145,7 @@ func banner(w io.Writer, g *gateway, file string, public, admin net.Addr) {
 	if public != nil && len(g.c.Servers) > 0 {
 		name := g.c.Servers[0].Name
 		p("")
-		p("Connect a client of MCP revision %s (older ones are not served yet). Many read this form:", mcp.Revision)
+		p("Connect a client of MCP, revision %s. Many read this form:", strings.Join(mcp.Revisions(), ", "))
 		p(`  {"mcpServers": {%q: {"url": "http://%s/mcp/%s"}}}`, name, public, name)
 		if g.c.Auth.Anonymous == "" {
 			p("with a header for the agent's token: Authorization: Bearer TOKEN")
