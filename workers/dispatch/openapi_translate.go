@@ -894,12 +894,9 @@ func (t *translation) responses(tool *restTool, op *openapi3.Operation) (output 
 			}
 		}
 	}
-	var types []string
-	for _, m := range slices.SortedFunc(maps.Keys(accepts), func(a, b string) int {
+	types := slices.SortedFunc(maps.Keys(accepts), func(a, b string) int {
 		return cmp.Or(boolOrder(jsonMedia(b), jsonMedia(a)), cmp.Compare(a, b))
-	}) {
-		types = append(types, m)
-	}
+	})
 	types = slices.DeleteFunc(types, func(m string) bool { return m == "*/*" })
 	for _, m := range []string{"application/json", "application/problem+json"} {
 		if !accepts[m] {
