@@ -154,7 +154,7 @@ func (w *wire) putPath(p restParam, v any) error {
 	for range 3 {
 		for _, step := range strings.FieldsFunc(plain, func(r rune) bool { return r == '/' || r == '\\' }) {
 			if step = strings.TrimSpace(step); step == "." || step == ".." {
-				return errors.New("a path parameter cannot be, or hold, a step such as . or one up")
+				return errors.New("a path parameter cannot be, or hold, a step up, or a dot for a step")
 			}
 		}
 		if again, err := url.PathUnescape(plain); err == nil {
