@@ -1,6 +1,7 @@
 package dispatch
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -14,13 +15,16 @@ import (
 )
 
 // maxAsked is how many requests of a server may wait for the client's answers
-// in one session. The next is answered by the gateway, with an error.
+// in one session. The next takes the place of one whose call is over, or else is
+// answered by the gateway, with an error.
 const maxAsked = 64
 
 // asking is a request of a server that has no answer yet.
 type asking struct {
-	id       []byte // as the server wrote it
-	answered bool   // the answer is on its way
+	id       []byte         // as the server wrote it
+	call     schemas.CallID // within which it was asked; "" if outside of any
+	over     bool           // that call has ended, so hardly anybody waits for the answer
+	answered bool           // the answer is on its way
 }
 
 // answerTries is how often the gateway tries to bring an answer to the server.
@@ -41,13 +45,13 @@ func (s *session) number() string {
 func (s *session) ask(ctx context.Context, e schemas.Event, msg *jsonrpc.Message) error {
 	id := s.number()
 	s.mu.Lock()
-	full := len(s.asked) >= maxAsked
+	full := len(s.asked) >= maxAsked && !s.giveUp()
 	if !full {
 		if s.asked == nil {
 			s.asked = make(map[string]asking)
 		}
 		// Before it is stored, since the answer may come at once.
-		s.asked[id] = asking{id: msg.ID().Raw()}
+		s.asked[id] = asking{id: bytes.Clone(msg.ID().Raw()), call: e.Call}
 	}
 	s.mu.Unlock()
 	if full {
@@ -67,6 +71,30 @@ func (s *session) ask(ctx context.Context, e schemas.Event, msg *jsonrpc.Message
 		return nil
 	}
 	return err
+}
+
+// callOver marks what a call has asked and nobody has answered: a client that
+// answers nothing must not keep those from being asked who come later.
+func (s *session) callOver(call schemas.CallID) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for id, a := range s.asked {
+		if call != "" && a.call == call {
+			a.over = true
+			s.asked[id] = a
+		}
+	}
+}
+
+// giveUp lets go of a request whose call is over. mu is held.
+func (s *session) giveUp() bool {
+	for id, a := range s.asked {
+		if a.over && !a.answered {
+			delete(s.asked, id)
+			return true
+		}
+	}
+	return false
 }
 
 // refuse answers a server in place of the client.

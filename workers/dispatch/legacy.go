@@ -88,6 +88,7 @@ func (s *session) call(ctx context.Context, c Call, body []byte, progress func([
 		}
 		unhookEnd()
 		hangUp()
+		s.callOver(c.Event.Call)
 		s.leave()
 	}
 	defer func() {

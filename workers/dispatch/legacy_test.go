@@ -494,6 +494,13 @@ func TestLegacyAsksTooMuch(t *testing.T) {
 	if n := len(r.log.of(schemas.KindAsked)); n != maxAsked || l.came("response") != 5 {
 		t.Errorf("%d asked, %d refused", n, l.came("response"))
 	}
+	// They do not stand in the way of what the next call asks.
+	e = r.legacy("write")
+	r.handle(e)
+	r.ends(e, "completed")
+	if n := len(r.log.of(schemas.KindAsked)); n != 2*maxAsked || l.came("response") != 10 {
+		t.Errorf("%d asked, %d refused by the second call", n, l.came("response"))
+	}
 }
 
 // A stream that breaks is resumed where the server allows it, and the request
