@@ -24,6 +24,9 @@ var errLost = errors.New("the server does not know the session")
 // errCut: a stream ended before the answer.
 var errCut = errors.New("the stream ended without an answer")
 
+// codeNoSession is the error with which the TypeScript SDK's server answers 404.
+const codeNoSession = -32001
+
 // resumes is how often in a row a stream that broke is asked for in vain.
 const resumes = 10
 
@@ -210,11 +213,13 @@ func (s *session) gone(resp *http.Response, call string) (bool, error) {
 	resp.Body = io.NopCloser(bytes.NewReader(body))
 	msg, err := jsonrpc.Decode(body, jsonrpc.Limits{Bytes: int(s.m.maxAnswer), Depth: answerDepth, AllowCaseVariants: true})
 	if resp.StatusCode == http.StatusNotFound {
-		// Later revisions answer an unknown method so.
-		if err == nil && call != "" {
+		// What names the call answers it, as later revisions do where the method
+		// is unknown, and the call must not be sent again; but for the error
+		// with which servers after the same example say that there is no session.
+		if err == nil && call != "" && msg.IsResponse() {
 			id, _ := msg.ID().Text()
 			code, _ := msg.ErrorCode()
-			return id != call || code != jsonrpc.CodeMethodNotFound, nil
+			return id != call || code == codeNoSession, nil
 		}
 		return true, nil
 	}

@@ -22,7 +22,7 @@ type legacyServer struct {
 	call func(w http.ResponseWriter, req *http.Request, m *jsonrpc.Message) // requests in a session; nil: an empty result
 	get  http.HandlerFunc                                                   // nil: 405
 	init func(w http.ResponseWriter, m *jsonrpc.Message) bool               // true: it has answered
-	lost func(w http.ResponseWriter)                                        // to a session that it does not know; nil: 404
+	lost func(w http.ResponseWriter, m *jsonrpc.Message)                    // to a session that it does not know; nil: 404
 
 	mu      sync.Mutex
 	live    map[string]bool
@@ -79,7 +79,7 @@ func (l *legacyServer) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 		w.Header().Set("Mcp-Session-Id", id)
 		answerJSON(w, 200, `{"jsonrpc":"2.0","id":`+string(m.ID().Raw())+`,"result":{"protocolVersion":"`+version+`","capabilities":{},"serverInfo":{"name":"s","version":"1"}}}`)
 	case !known && l.lost != nil:
-		l.lost(w)
+		l.lost(w, m)
 	case !known:
 		http.Error(w, "session not found", http.StatusNotFound)
 	case what == http.MethodGet && l.get == nil:
@@ -611,12 +611,19 @@ func TestLegacyResume(t *testing.T) {
 // what the session had told the server is told again.
 func TestLegacyLost(t *testing.T) {
 	for _, words := range []string{
-		"", `{"jsonrpc":"2.0","error":{"code":-32000,"message":"Bad Request: No valid session ID provided"}}`,
+		"", `404 {"jsonrpc":"2.0","id":ID,"error":{"code":-32001,"message":"Session not found"}}`,
+		`{"jsonrpc":"2.0","error":{"code":-32000,"message":"Bad Request: No valid session ID provided"}}`,
 		`{"jsonrpc":"2.0","id":null,"error":{"code":-32000,"message":"Bad Request: Server not initialized"}}`,
 	} {
 		l := &legacyServer{}
 		if words != "" {
-			l.lost = func(w http.ResponseWriter) { answerJSON(w, 400, words) }
+			l.lost = func(w http.ResponseWriter, m *jsonrpc.Message) {
+				if answer, ok := strings.CutPrefix(words, "404 "); ok && m != nil {
+					answerJSON(w, 404, strings.Replace(answer, "ID", string(m.ID().Raw()), 1))
+					return
+				}
+				answerJSON(w, 400, words)
+			}
 		}
 		r := legacyRig(t, l)
 		for _, m := range []struct{ method, name, params string }{
@@ -664,9 +671,11 @@ func TestLegacyAlwaysLost(t *testing.T) {
 func TestLegacyNotLost(t *testing.T) {
 	for body, want := range map[string]string{
 		`404 {"jsonrpc":"2.0","id":ID,"error":{"code":-32601,"message":"no"}}`:                                        "completed",
+		`404 {"jsonrpc":"2.0","id":ID,"error":{"code":-32002,"message":"it has gone, and so has what it did"}}`:       "completed",
+		`404 {"jsonrpc":"2.0","id":ID,"result":{"content":[]}}`:                                                       "completed",
 		`400 {"jsonrpc":"2.0","id":null,"error":{"code":-32000,"message":"Bad Request: you"}}`:                        "completed",
 		`400 {"jsonrpc":"2.0","id":ID,"error":{"code":-32000,"message":"Bad Request: No valid session ID provided"}}`: "completed",
-		`400 No valid session ID provided`: "bad_answer",
+		`400 No valid session ID provided`:                                                                            "bad_answer",
 	} {
 		l := &legacyServer{}
 		l.call = func(w http.ResponseWriter, _ *http.Request, m *jsonrpc.Message) {
