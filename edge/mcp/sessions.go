@@ -227,16 +227,20 @@ func (s *lasting) answered(id string) {
 }
 
 // known is the id that the client knows a question by which the upstream knows
-// by its own.
+// by its own. Servers count anew in each session, so of several the latest is
+// meant that has no answer.
 func (s *lasting) known(server, original string) (id string, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for id, q := range s.asked {
-		if a, _ := q.event.Data.(*schemas.Asked); q.original == original && (server == "" || a.Server == server) {
-			return id, true
+	latest := uint64(0)
+	for key, q := range s.asked {
+		a, _ := q.event.Data.(*schemas.Asked)
+		if q.answered || q.original != original || server != "" && a.Server != server || ok && q.event.Seq < latest {
+			continue
 		}
+		id, ok, latest = key, true, q.event.Seq
 	}
-	return "", false
+	return id, ok
 }
 
 // take makes this the one stream of a call, or of the session: an older one is

@@ -97,6 +97,27 @@ func TestSessionBounds(t *testing.T) {
 	}
 }
 
+// What a server takes back is the latest question under its id.
+func TestTakenBackQuestion(t *testing.T) {
+	s := &lasting{}
+	for i, q := range []struct {
+		server, original string
+		answered         bool
+	}{{"a", "0", false}, {"a", "0", false}, {"a", "0", true}, {"b", "0", false}, {"a", "1", true}} {
+		s.ask(fmt.Sprint("q", i), &question{
+			event:    schemas.Event{Seq: uint64(i + 1), Data: &schemas.Asked{Target: schemas.Target{Server: q.server}}},
+			original: q.original, answered: q.answered,
+		})
+	}
+	for range 20 { // a map has no order
+		for of, want := range map[[2]string]string{{"a", "0"}: "q1", {"b", "0"}: "q3", {"a", "1"}: "", {"c", "0"}: ""} {
+			if id, ok := s.known(of[0], of[1]); id != want || ok != (want != "") {
+				t.Fatalf("%v: %q %v, want %q", of, id, ok, want)
+			}
+		}
+	}
+}
+
 // A session that was found in the log takes the revision that the first header
 // says, if it may have agreed on it.
 func TestAgree(t *testing.T) {
