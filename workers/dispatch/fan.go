@@ -294,7 +294,7 @@ var troubles = map[schemas.Failure]string{
 	schemas.FailInvalid:     "It cannot be asked this.",
 	schemas.FailUndecodable: "The gateway cannot read its own record of the call, which was not carried out.",
 	schemas.FailTimeout:     "It did not answer in time.",
-	schemas.FailUnknown:     "The ended is unknown: it may have been carried out.",
+	schemas.FailUnknown:     "The outcome is unknown: it may have been carried out.",
 	schemas.FailBadAnswer:   "Its answer does not follow the protocol.",
 	schemas.FailTooLarge:    "Its answer is too large.",
 	schemas.FailInternal:    "The gateway failed at this call; whether it was carried out is not certain.",

@@ -1,6 +1,7 @@
 package dispatch
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -704,7 +705,7 @@ func (s *session) note(method string, body []byte) {
 	switch {
 	case method == "logging/setLevel":
 		if l := msg.Params().Get("level"); l.Kind() == jsonrpc.String && len(l.Raw()) < maxResultType {
-			s.level = l.Raw()
+			s.level = bytes.Clone(l.Raw()) // not the whole request
 		}
 	case method == "resources/unsubscribe":
 		delete(s.subscribed, uri)
