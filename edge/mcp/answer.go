@@ -38,13 +38,13 @@ type caller struct {
 
 var errOverdue = errors.New("no ending by the deadline")
 
-// begin starts the timers.
-func (c *caller) begin(limit time.Duration) {
+// begin starts the timers; a zero deadline is none.
+func (c *caller) begin(deadline time.Time) {
 	if c.sse {
 		c.stream = edge.NewStream(c.w, edge.StreamOptions{Patience: patience, KeepAlive: keepAlive, Lost: c.cancel})
 	}
-	if limit > 0 {
-		c.late = time.AfterFunc(limit+grace, func() { c.cancel(errOverdue) })
+	if !deadline.IsZero() {
+		c.late = time.AfterFunc(c.a.remains(deadline)+grace, func() { c.cancel(errOverdue) })
 	}
 }
 

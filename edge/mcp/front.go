@@ -5,6 +5,7 @@ import (
 	"context"
 	"net/http"
 	"sync"
+	"time"
 
 	"waybill.dev/schemas"
 	"waybill.dev/schemas/jsonrpc"
@@ -80,15 +81,20 @@ const maxPages = 20
 
 // lengthen finds the name that a shortened one stands for, by looking through
 // the server's list on the caller's behalf: calls of their own, caused by e,
-// which are decided on like any other. Without any it stands for itself.
+// which are decided on like any other. Without any it stands for itself. All of
+// them together may take what one may, since the call that waits has a deadline.
 func (a *Adapter) lengthen(ctx context.Context, e schemas.Event, front *schemas.Front, server, literal, alias, list, in string) string {
 	key := server + "\x00" + list + "\x00" + alias
 	if name, ok := a.long.get(key); ok {
 		return name
 	}
+	var until time.Time
+	if limit := a.o.Deadline(server, list); limit > 0 {
+		until = a.o.Now().UTC().Add(limit)
+	}
 	var cursor []byte
 	for range maxPages {
-		body, ok := a.listPage(ctx, e, server, list, cursor)
+		body, ok := a.listPage(ctx, e, server, list, cursor, until)
 		if !ok {
 			return literal
 		}
@@ -112,10 +118,10 @@ func (a *Adapter) lengthen(ctx context.Context, e schemas.Event, front *schemas.
 	return literal
 }
 
-// listPage asks for one page of a list.
-func (a *Adapter) listPage(ctx context.Context, e schemas.Event, server, list string, cursor []byte) (body []byte, ok bool) {
+// listPage asks for one page of a list; until is its deadline, zero: none.
+func (a *Adapter) listPage(ctx context.Context, e schemas.Event, server, list string, cursor []byte, until time.Time) (body []byte, ok bool) {
 	caused := e.Data.(*schemas.Requested)
-	r := &schemas.Requested{Target: schemas.Target{Protocol: Protocol, Server: server, Method: list}, Revision: caused.Revision}
+	r := &schemas.Requested{Target: schemas.Target{Protocol: Protocol, Server: server, Method: list}, Revision: caused.Revision, Deadline: until}
 	params := []byte("{")
 	if caused.Revision >= Revision {
 		params = append(params, `"_meta":{"`+metaVersion+`":"`+Revision+`","`+metaCapabilities+`":{}}`...)
@@ -128,10 +134,12 @@ func (a *Adapter) listPage(ctx context.Context, e schemas.Event, server, list st
 	}
 	request := append([]byte(`{"jsonrpc":"2.0","id":1,"method":"`+list+`","params":`), params...)
 	now := a.o.Now().UTC()
-	if limit := a.o.Deadline(server, list); limit > 0 {
-		r.Deadline = now.Add(limit)
+	if !until.IsZero() {
+		if !now.Before(until) {
+			return nil, false
+		}
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, limit+grace)
+		ctx, cancel = context.WithTimeout(ctx, until.Sub(now)+grace)
 		defer cancel()
 	}
 	child := e.Next(r, append(request, "}}"...))

@@ -165,7 +165,7 @@ func (a *Adapter) callLegacy(w http.ResponseWriter, r *http.Request, p edge.Prin
 	}
 	if limit := a.o.Deadline(req.Server, req.Method); limit > 0 {
 		req.Deadline = now.Add(limit)
-		c.late = time.AfterFunc(limit+grace, func() { cancel(errOverdue) })
+		c.late = time.AfterFunc(a.remains(req.Deadline)+grace, func() { cancel(errOverdue) })
 	}
 	defer c.stop()
 	err := a.o.Ask(ctx, e, c.emit)

@@ -275,10 +275,16 @@ func (a *Adapter) post(w http.ResponseWriter, r *http.Request, p edge.Principal)
 	if limit > 0 {
 		req.Deadline = now.Add(limit)
 	}
-	c.begin(limit)
+	c.begin(req.Deadline)
 	defer c.stop()
 	err = a.o.Ask(ctx, e, c.emit)
 	c.finish(ctx, err)
+}
+
+// remains is the time that a call still has: of that from its beginning, looking
+// for what a name stands for may have taken some.
+func (a *Adapter) remains(deadline time.Time) time.Duration {
+	return max(0, deadline.Sub(a.o.Now()))
 }
 
 // open stores the session's opened event, once for each session and process;

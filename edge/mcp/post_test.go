@@ -161,6 +161,32 @@ func TestOverdue(t *testing.T) {
 	}
 }
 
+// Looking for the name that a shortened one stands for takes no longer than a
+// call may, however many pages there are, and its time is the call's own.
+func TestOverdueLookup(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		pages := 0
+		s := newServer(t, mcp.Options{
+			Fronts:   []*schemas.Front{{Name: schemas.Gateway, Servers: []string{"everything"}}},
+			Deadline: func(string, string) time.Duration { return 2 * time.Second },
+			Ask: func(ctx context.Context, e schemas.Event, emit schemas.Emit) error {
+				if e.Data.(*schemas.Requested).Method == "tools/call" {
+					<-ctx.Done()
+					return ctx.Err()
+				}
+				pages++
+				<-time.After(1500 * time.Millisecond)
+				return answering(`{"jsonrpc":"2.0","id":"c0","result":{"tools":[],"nextCursor":"more"}}`)(ctx, e, emit)
+			}})
+		w := &recorder{h: http.Header{}}
+		start := time.Now()
+		post(t, s, w, strings.NewReplacer("/mcp/everything", "/mcp", "echo", "everything__x_01234567").Replace(callRequest))
+		if took := time.Since(start); pages != 2 || took != 8*time.Second || !strings.Contains(w.text(), `"overdue"`) {
+			t.Errorf("after %s and %d pages: %s", took, pages, w.text())
+		}
+	})
+}
+
 // A write that fails ends the call's context and is what emit returns.
 func TestWriteError(t *testing.T) {
 	broken := errors.New("broken pipe")

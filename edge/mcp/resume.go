@@ -65,7 +65,7 @@ func (a *Adapter) get(w http.ResponseWriter, r *http.Request, p edge.Principal) 
 		anchor, c.after = s.from()
 	}
 	if c.request != nil && !c.request.Deadline.IsZero() {
-		c.late = time.AfterFunc(max(0, c.request.Deadline.Sub(a.o.Now()))+grace, func() { cancel(errOverdue) })
+		c.late = time.AfterFunc(a.remains(c.request.Deadline)+grace, func() { cancel(errOverdue) })
 	}
 	w.Header()["Waybill-Session-Key"] = []string{string(s.key)}
 	c.begin(anchor, !back && primes(revision))
