@@ -263,7 +263,8 @@ func (q *question) until(most time.Duration) time.Time {
 type child struct {
 	server, method, name string
 	body                 []byte
-	until                time.Time // its deadline at the latest; zero for a stream
+	headers              map[string]string // that belong to it: Mcp-Param-*
+	until                time.Time         // its deadline at the latest; zero for a stream
 	oneWay, stream       bool
 	detached             bool // nobody waits for its end
 
@@ -344,7 +345,7 @@ func (q *question) ask(ctx context.Context, ch child) ended {
 	}
 	e := q.c.Event.Next(&schemas.Requested{
 		Target:   schemas.Target{Protocol: q.c.Requested.Protocol, Server: ch.server, Method: ch.method, Name: ch.name},
-		Revision: q.c.Requested.Revision, Deadline: deadline, OneWay: ch.oneWay, Stream: ch.stream,
+		Revision: q.c.Requested.Revision, Headers: ch.headers, Deadline: deadline, OneWay: ch.oneWay, Stream: ch.stream,
 	}, ch.body)
 	e.Time, e.Call, e.Parent, e.Root = now.UTC(), schemas.NewCallID(now), q.c.ID, cmp.Or(q.c.Event.Root, q.c.ID)
 	out := ended{call: e.Call}

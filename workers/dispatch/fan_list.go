@@ -38,7 +38,8 @@ type listing struct {
 type listed struct {
 	server, name string
 	raw          []byte
-	at           span // where in raw the name stands, quotes included
+	at           span     // where in raw the name stands, quotes included
+	mirrors      []mirror // of a tool
 }
 
 type span struct{ start, end int }
@@ -76,7 +77,7 @@ func (q *question) read(ctx context.Context, server, method, cursor string, unti
 			return l
 		}
 		l.removed, l.more = append(l.removed, o.end.Removed...), l.more || o.end.RemovedMore > 0
-		l.take(o.result, method)
+		l.take(o.result, method, q.modern)
 		if l.wrong != nil || l.next == "" {
 			return l
 		}
@@ -148,7 +149,7 @@ func (q *question) request(method string, params []byte) ([]byte, error) {
 
 // take reads a page. An element that is not clear in what it is called is left
 // out: a client might call another than policy judged.
-func (l *listing) take(result jsonrpc.Value, method string) {
+func (l *listing) take(result jsonrpc.Value, method string, modern bool) {
 	at := lists[method]
 	array := jsonrpc.Value{}
 	for name, v := range result.Members() {
@@ -187,8 +188,12 @@ func (l *listing) take(result jsonrpc.Value, method string) {
 			l.left = append(l.left, why)
 			continue
 		}
+		var headers []mirror
+		if modern && method == "tools/list" {
+			headers, _ = mirrors(element)
+		}
 		raw, start := element.Raw(), name.Offset()-element.Offset()
-		l.elements = append(l.elements, listed{l.server, text, raw, span{start, start + len(name.Raw())}})
+		l.elements = append(l.elements, listed{l.server, text, raw, span{start, start + len(name.Raw())}, headers})
 	}
 }
 

@@ -4,9 +4,11 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"net/http"
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"waybill.dev/schemas"
 	"waybill.dev/schemas/jsonrpc"
@@ -53,9 +55,16 @@ func (q *question) callMany(ctx context.Context, arguments jsonrpc.Value) (Answe
 	}
 	room := int(q.opt.MaxAnswer) - listReserve
 	keep := max(room/len(items), leastCut)
+	until := q.until(q.opt.MaxStream)
+	mirrored := map[string]func() map[string][]mirror{}
+	for i := range items {
+		if s := items[i].server; mirrored[s] == nil {
+			mirrored[s] = q.mirrored(ctx, s, until)
+		}
+	}
 	done := make(chan struct{}, len(items))
 	go each(len(items), positive(q.opt.Fanout.Concurrency, 16), func(i int) {
-		q.callOne(ctx, &items[i], keep)
+		q.callOne(ctx, &items[i], keep, until, mirrored[items[i].server])
 		done <- struct{}{}
 	})
 	token := q.m.Params().Get("_meta", "progressToken")
@@ -193,12 +202,16 @@ func (q *question) items(arguments jsonrpc.Value) (items []item, wrong string) {
 }
 
 // callOne makes one of the calls.
-func (q *question) callOne(ctx context.Context, it *item, keep int) {
+//
+// A server that finds a header missing says so before anything else, and has not
+// carried out the call. Only then it is asked what headers its tools want, and
+// called once more: by another call, with an event, a decision and a claim of
+// its own. So nothing is asked for the sake of the many tools that want none.
+func (q *question) callOne(ctx context.Context, it *item, keep int, until time.Time, mirrored func() map[string][]mirror) {
 	if it.server == "" {
 		it.out.denied = true
 		return
 	}
-	until := q.until(q.opt.MaxStream)
 	if it.shortened {
 		l := q.read(ctx, it.server, "tools/list", "", until, true, func(l *listing) bool { return l.aliased(q, it.tool) != nil })
 		if e := l.aliased(q, it.tool); e != nil {
@@ -214,7 +227,15 @@ func (q *question) callOne(ctx context.Context, it *item, keep int) {
 		it.out.wrong = failure(schemas.FailInvalid)
 		return
 	}
-	it.out = q.ask(ctx, child{server: it.server, method: "tools/call", name: it.name, body: body, until: until})
+	call := child{server: it.server, method: "tools/call", name: it.name, body: body, until: until}
+	it.out = q.ask(ctx, call)
+	if q.modern && it.out.code == jsonrpc.CodeHeaderMismatch && it.out.end.Status == http.StatusBadRequest {
+		if arguments, err := jsonrpc.Parse(it.arguments, jsonrpc.Limits{Bytes: len(it.arguments)}); err == nil {
+			if call.headers = paramHeaders(mirrored()[it.name], arguments); len(call.headers) > 0 {
+				it.out = q.ask(ctx, call)
+			}
+		}
+	}
 	if r := it.out.result; r.Exists() && it.out.wrong == nil {
 		it.failed, _ = r.Get("isError").Bool()
 		it.size = len(r.Raw())

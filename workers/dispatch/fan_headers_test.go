@@ -1,0 +1,137 @@
+package dispatch
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"github.com/modelcontextprotocol/go-sdk/mcp"
+
+	"waybill.dev/schemas"
+	"waybill.dev/schemas/jsonrpc"
+)
+
+// What a tool says of headers, and the headers that a call gets.
+func TestMirrors(t *testing.T) {
+	for _, tt := range []struct{ schema, arguments, want string }{
+		{`{"properties":{"a":{"type":"string"}}}`, `{"a":"x"}`, `map[]`},
+		{`{"properties":{"a":{"type":"string","x-mcp-header":"Region"}}}`, `{"a":"eu west"}`, `map[Mcp-Param-Region:eu west]`},
+		{`{"properties":{"a":{"type":"string","x-mcp-header":"rEGION"}}}`, `{"a":" x"}`, `map[Mcp-Param-Region:=?base64?IHg=?=]`},
+		{`{"properties":{"a":{"type":"string","\u0078-mcp-header":"A"}}}`, `{"a":""}`, `map[Mcp-Param-A:=?base64??=]`},
+		{`{"properties":{"a":{"type":"string","x-mcp-header":"A"}}}`, `{"a":"日本"}`, `map[Mcp-Param-A:=?base64?5pel5pys?=]`},
+		{`{"properties":{"a":{"type":"string","x-mcp-header":"A"}}}`, `{"a":"1\r\nX: 2"}`, `map[Mcp-Param-A:=?base64?MQ0KWDogMg==?=]`},
+		{`{"properties":{"a":{"type":"string","x-mcp-header":"A"}}}`, `{"a":"=?base64?eA==?="}`, `map[Mcp-Param-A:=?base64?PT9iYXNlNjQ/ZUE9PT89?=]`},
+		{`{"properties":{"a":{"type":"string","x-mcp-header":"A"}}}`, `{"a":null}`, `map[]`},
+		{`{"properties":{"a":{"type":"string","x-mcp-header":"A"}}}`, `{"a":{"b":1}}`, `map[]`},
+		{`{"properties":{"a":{"type":"boolean","x-mcp-header":"A"},"b":{"x-mcp-header":"B","type":"integer"}}}`, `{"a":false,"b":-12}`, `map[Mcp-Param-A:false Mcp-Param-B:-12]`},
+		{`{"properties":{"a":{"type":"integer","x-mcp-header":"A"},"b":{"type":"integer","x-mcp-header":"B"}}}`, `{"a":1.0,"b":1.5}`, `map[Mcp-Param-A:1]`},
+		{`{"properties":{"a":{"type":"integer","x-mcp-header":"A"},"b":{"type":"integer","x-mcp-header":"B"}}}`, `{"a":9007199254740992,"b":9007199254740991}`, `map[Mcp-Param-B:9007199254740991]`},
+		{`{"properties":{"o":{"type":"object","properties":{"in.ner":{"type":"string","x-mcp-header":"A"}}}}}`, `{"o":{"in.ner":"x"},"in.ner":"y"}`, `map[Mcp-Param-A:x]`},
+		{`{"properties":{"a":{"type":"string","x-mcp-header":"A"}}}`, `{"a":"` + strings.Repeat("x", maxParamBytes) + `"}`, `map[]`},
+		// What only looks like it: an argument of that name, and data.
+		{`{"properties":{"x-mcp-header":{"type":"string"},"a":{"type":"object","default":{"x-mcp-header":5},"enum":[{"x-mcp-header":""}]}}}`, `{"x-mcp-header":"x"}`, `map[]`},
+		{`true`, `{}`, `map[]`},
+
+		{`{"properties":{"a":{"type":"number","x-mcp-header":"A"}}}`, ``, `its argument a has an x-mcp-header and is no string, integer or boolean`},
+		{`{"properties":{"a":{"type":["string","null"],"x-mcp-header":"A"}}}`, ``, `its argument a has an x-mcp-header and is no string, integer or boolean`},
+		{`{"properties":{"a":{"x-mcp-header":"A"}}}`, ``, `its argument a has an x-mcp-header and is no string, integer or boolean`},
+		{`{"properties":{"a":{"type":"string","x-mcp-header":""}}}`, ``, `the x-mcp-header of its argument a is no name of a header`},
+		{`{"properties":{"a":{"type":"string","x-mcp-header":5}}}`, ``, `the x-mcp-header of its argument a is no name of a header`},
+		{`{"properties":{"o":{"properties":{"a":{"type":"string","x-mcp-header":"A: b"}}}}}`, ``, `the x-mcp-header of its argument o.a is no name of a header`},
+		{`{"properties":{"a":{"type":"string","x-mcp-header":"A"},"b":{"type":"string","x-mcp-header":"a"}}}`, ``, `two of its arguments have the header Mcp-Param-A`},
+		{`{"properties":{"a":{"type":"string","x-mcp-header":"A"},"o":{"properties":{"b":{"type":"string","x-mcp-header":"a"}}}}}`, ``, `two of its arguments have the header Mcp-Param-A`},
+		{`{"type":"string","x-mcp-header":"A"}`, ``, `it has an x-mcp-header where there is no argument`},
+		{`{"properties":{"a":{"type":"array","items":{"type":"string","x-mcp-header":"A"}}}}`, ``, `it has an x-mcp-header where there is no argument`},
+		{`{"properties":{"a":{"anyOf":[{"type":"string","x-mcp-header":"A"}]}}}`, ``, `it has an x-mcp-header where there is no argument`},
+		{`{"$defs":{"a":{"properties":{"b":{"type":"string","x-mcp-header":"A"}}}}}`, ``, `it has an x-mcp-header where there is no argument`},
+		{strings.Repeat(`{"not":`, 100) + `{"x-mcp-header":1}` + strings.Repeat(`}`, 100), ``, `its input schema is nested too deeply`},
+	} {
+		tool := `{"name":"t","inputSchema":` + tt.schema + `}`
+		v, err := jsonrpc.Parse([]byte(tool), jsonrpc.Limits{Depth: answerDepth})
+		if err != nil {
+			t.Fatal(err)
+		}
+		found, err := mirrors(v)
+		got := fmt.Sprint(err)
+		if err == nil {
+			arguments, err := jsonrpc.Parse([]byte(tt.arguments), jsonrpc.Limits{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			headers := paramHeaders(found, arguments)
+			got = fmt.Sprint(headers)
+			for name, value := range headers {
+				if !headerName(name) || !headerValue(value) {
+					t.Errorf("%s: %q cannot be sent", name, value)
+				}
+			}
+		}
+		if got != tt.want {
+			t.Errorf("%s with %.100s:\ngot  %s\nwant %s", tt.schema, tt.arguments, got, tt.want)
+		}
+	}
+}
+
+// A server of the official SDK, which refuses a call without the headers that
+// its tools want, gets them from call_many: by one more call, after one list for
+// all of them.
+func TestCallManyHeaders(t *testing.T) {
+	leaks(t)
+	var acted atomic.Int32
+	server := mcp.NewServer(&mcp.Implementation{Name: "upstream", Version: "1"}, nil)
+	for name, schema := range map[string]string{
+		"plain": `{"type":"object"}`,
+		"mirror": `{"type":"object","properties":{"region":{"type":"string","x-mcp-header":"Region"},
+			"size":{"type":"object","properties":{"n":{"type":"integer","x-mcp-header":"N"}}},"now":{"type":"boolean","x-mcp-header":"Now"}}}`,
+	} {
+		server.AddTool(&mcp.Tool{Name: name, InputSchema: json.RawMessage(schema)}, func(_ context.Context, req *mcp.CallToolRequest) (*mcp.CallToolResult, error) {
+			acted.Add(1)
+			return &mcp.CallToolResult{Content: []mcp.Content{&mcp.TextContent{Text: string(req.Params.Arguments)}}}, nil
+		})
+	}
+	h := httptest.NewServer(mcp.NewStreamableHTTPHandler(func(*http.Request) *mcp.Server { return server }, &mcp.StreamableHTTPOptions{Stateless: true}))
+	defer h.Close()
+	w := newTown(t, nil, func(o *Options) {
+		o.Servers = append(o.Servers, Server{Name: "a", URL: h.URL})
+		o.Fronts[0].Servers = []string{"a", schemas.Gateway}
+	})
+	defer w.d.Close()
+	const arguments = `{"region":"Zürich","size":{"n":1e3},"now":true}`
+	m := w.many(t, `{"calls":[{"tool":"a__mirror","arguments":`+arguments+`},{"tool":"a__plain","arguments":`+arguments+`},{"tool":"a__mirror","arguments":{"region":"x"}},{"tool":"a__mirror"}]}`)
+	s := m.StructuredContent
+	if s.OK != 4 || acted.Load() != 4 || !strings.Contains(string(s.Results[0].Result), `Zürich`) {
+		t.Fatalf("%d acted: %+v", acted.Load(), m)
+	}
+	var came []string
+	for _, e := range w.children() {
+		q := e.Data.(*schemas.Requested)
+		came = append(came, fmt.Sprint(q.Method, " ", q.Name, " ", q.Headers))
+		if len(q.Headers) > 0 && string(e.Call) != s.Results[0].Call && string(e.Call) != s.Results[2].Call {
+			t.Errorf("%s is not the call that is answered", e.Call)
+		}
+	}
+	slices.Sort(came)
+	want := []string{
+		"tools/call mirror map[Mcp-Param-N:1000 Mcp-Param-Now:true Mcp-Param-Region:=?base64?WsO8cmljaA==?=]",
+		"tools/call mirror map[Mcp-Param-Region:x]",
+		"tools/call mirror map[]", "tools/call mirror map[]", "tools/call mirror map[]",
+		"tools/call plain map[]",
+		"tools/list  map[]",
+	}
+	if !slices.Equal(came, want) {
+		t.Errorf("got\n%s\nwant\n%s", strings.Join(came, "\n"), strings.Join(want, "\n"))
+	}
+
+	// A list that the caller may not see gives no headers: the refusal stands.
+	w.allow = func(q *schemas.Requested) (bool, []string) { return q.Method != "tools/list", nil }
+	m = w.many(t, `{"tool":"mirror","servers":["a"],"arguments":{"region":"x"}}`)
+	if r := m.StructuredContent.Results[0]; r.OK || r.Error == nil || fmt.Sprint(r.Error.Code) != "-32020" || acted.Load() != 4 {
+		t.Errorf("%+v %+v", m, r.Error)
+	}
+}
