@@ -135,3 +135,38 @@ func TestCallManyHeaders(t *testing.T) {
 		t.Errorf("%+v %+v", m, r.Error)
 	}
 }
+
+// A definition whose headers are wrong is left out of every list of tools, which
+// is told, and only where the revision knows of them.
+func TestFrontInvalidHeaders(t *testing.T) {
+	const (
+		good   = `{"name":"good","inputSchema":{"properties":{"a":{"type":"string","x-mcp-header":"A"}}}}`
+		number = `{"name":"number","inputSchema":{"properties":{"a":{"type":"number","x-mcp-header":"A"}}}}`
+		twice  = `{"name":"twice","inputSchema":{"properties":{"a":{"type":"string","x-mcp-header":"A"},"b":{"type":"string","x-mcp-header":"a"}}}}`
+		space  = `{"name":"space","inputSchema":{"properties":{"a":{"type":"string","x-mcp-header":"A b"}}}}`
+		note   = `"dev.waybill/servers":{"a":{"error":"invalid_elements","message":"3 of its elements are left out. The first: number: its argument a has an x-mcp-header and is no string, integer or boolean."}}}}`
+	)
+	view := &schemas.Front{Name: "v", Servers: []string{"a"}, Exposed: []schemas.Exposed{{Server: "a", Tool: "twice"}, {Server: "a", Tool: "good"}}}
+	w := newTown(t, map[string]script{"a": lister(`[` + number + `,` + good + `,` + twice + `,` + space + `]`)},
+		func(o *Options) { o.Fronts = append(o.Fronts, view); o.Fanout.Tools = []string{findTools} })
+	w.allow = func(q *schemas.Requested) (bool, []string) { return true, nil }
+	shown := strings.Replace(good, "good", "a__good", 1)
+	got := w.result(schemas.Gateway, "tools/list", "", `{`+fanMeta+`}`)
+	if !strings.HasPrefix(got, `"result":{"tools":[`+shown+`,{"name":"waybill__find_tools"`) || !strings.HasSuffix(got, note) {
+		t.Error(got)
+	}
+	got = w.result("v", "tools/list", "", `{`+fanMeta+`}`)
+	if !strings.HasPrefix(got, `"result":{"tools":[`+good+`],`) || !strings.HasSuffix(got, note) {
+		t.Error(got)
+	}
+	got = w.result(schemas.Gateway, "tools/call", findTools, `{"name":"find_tools","arguments":{"query":"number good twice space"},`+fanMeta+`}`)
+	if !strings.Contains(got, "1 of 1 tools fit") || !strings.Contains(got, "invalid_elements") {
+		t.Error(got)
+	}
+	got = w.result(schemas.Gateway, "tools/list", "", `{}`, older)
+	for _, tool := range []string{number, good, twice, space} {
+		if !strings.Contains(got, strings.Replace(tool, `{"name":"`, `{"name":"a__`, 1)) {
+			t.Errorf("%s is not in %s", tool, got)
+		}
+	}
+}

@@ -29,10 +29,13 @@ type listing struct {
 	wrong    *trouble
 	elements []listed
 	next     string   // the server's own cursor
-	left     []string // why elements were left out
+	left     []left   // elements that were left out
 	removed  []string // names that policy took out
 	more     bool     // and others
 }
+
+// left is an element that was left out of a list, and why.
+type left struct{ name, why string }
 
 // listed is an element of a list, in the server's bytes.
 type listed struct {
@@ -184,13 +187,19 @@ func (l *listing) take(result jsonrpc.Value, method string, modern bool) {
 		case len(text) > maxListedName:
 			why = fmt.Sprintf("its %s has more than %d bytes", at.name, maxListedName)
 		}
-		if why != "" {
-			l.left = append(l.left, why)
-			continue
-		}
 		var headers []mirror
-		if modern && method == "tools/list" {
-			headers, _ = mirrors(element)
+		if why == "" && modern && method == "tools/list" {
+			// Clients would leave it out too, without a word to anybody (MCP
+			// 2026-07-28, streamable HTTP, "Custom Headers from Tool
+			// Parameters"); older revisions do not know of it.
+			var err error
+			if headers, err = mirrors(element); err != nil {
+				why = clip(text, 100) + ": " + err.Error()
+			}
+		}
+		if why != "" {
+			l.left = append(l.left, left{text, why})
+			continue
 		}
 		raw, start := element.Raw(), name.Offset()-element.Offset()
 		l.elements = append(l.elements, listed{l.server, text, raw, span{start, start + len(name.Raw())}, headers})
@@ -202,7 +211,7 @@ func (l *listing) note() *trouble {
 	if l.wrong != nil || len(l.left) == 0 {
 		return l.wrong
 	}
-	return &trouble{"invalid_elements", fmt.Sprintf("%d of its elements are left out. The first: %s.", len(l.left), clip(l.left[0], 200))}
+	return &trouble{"invalid_elements", fmt.Sprintf("%d of its elements are left out. The first: %s.", len(l.left), clip(l.left[0].why, 200))}
 }
 
 // list answers one of the lists, put together of what all servers list.
@@ -284,7 +293,7 @@ func (q *question) shown(l *listing, method string) [][]byte {
 		e := &l.elements[i]
 		alias := q.alias(method, e.server, e.name)
 		if seen[alias] {
-			l.left = append(l.left, fmt.Sprintf("another is called %s too", alias))
+			l.left = append(l.left, left{e.name, fmt.Sprintf("another is called %s too", alias)})
 			continue
 		}
 		seen[alias] = true
@@ -322,14 +331,15 @@ func (q *question) view(ctx context.Context) Answer {
 		if element == nil {
 			// Of a tool that is kept from this caller it is not said that the
 			// view would have it.
-			if !l.denied && l.wrong == nil && !l.more && !slices.Contains(l.removed, clip(e.Tool, maxRemovedName)) {
+			out := slices.ContainsFunc(l.left, func(o left) bool { return o.name == e.Tool })
+			if !l.denied && l.wrong == nil && !out && !l.more && !slices.Contains(l.removed, clip(e.Tool, maxRemovedName)) {
 				l.wrong = &trouble{"missing_tools", "It has no tool " + e.Tool + "."}
 			}
 			continue
 		}
 		raw, err := exposed(element, e)
 		if err != nil {
-			l.left = append(l.left, fmt.Sprintf("%s: %v", e.Tool, err))
+			l.left = append(l.left, left{e.Tool, fmt.Sprintf("%s: %v", e.Tool, err)})
 			continue
 		}
 		elements = append(elements, raw)
