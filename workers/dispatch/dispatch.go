@@ -186,7 +186,7 @@ func New(opt Options) (*Dispatcher, error) {
 	// claim for its own.
 	d.name = opt.Instance + "." + rand.Text()[:13] + "."
 	d.sessions = newSessions(opt, d.name)
-	opt.sessions = d.sessions
+	opt.sessions, d.opt.sessions = d.sessions, d.sessions
 	for _, s := range opt.Servers {
 		if d.upstreams[s.Name] != nil {
 			d.Close()

@@ -7,6 +7,9 @@ import (
 	"sync"
 	"time"
 
+	"github.com/cenkalti/backoff/v4"
+
+	"waybill.dev/schemas"
 	"waybill.dev/schemas/jsonrpc"
 )
 
@@ -26,11 +29,14 @@ type heard struct {
 	server int // index in question.servers
 	msg    []byte
 	end    *ended // the stream is over
+	again  bool   // and is opened again
 }
 
 // listen answers subscriptions/listen with what all servers say. Each is
 // listened to by a stream of its own; one that cannot be, or ends, leaves the
-// others as they are, and the whole ends when all have. The acknowledgement
+// others as they are and is opened again after a while, and the whole ends when
+// none is open. What a server had to say meanwhile is lost, as to a client that
+// comes back to the server itself. The acknowledgement
 // comes first, as soon as it is known what each server has agreed to, or after
 // ackTime; it names what at least one of them has.
 func (q *question) listen(ctx context.Context) (Answer, error) {
@@ -70,11 +76,10 @@ func (q *question) listen(ctx context.Context) (Answer, error) {
 			}
 		}
 		streams.Go(func() {
-			out := q.ask(ctx, child{
+			q.listenTo(ctx, child{
 				server: server, method: q.c.Requested.Method, body: body, stream: true,
 				heard: func(msg []byte) error { return say(heard{msg: msg}) },
-			})
-			_ = say(heard{end: &out}) // nobody is there only when it is over for all
+			}, say)
 		})
 	}
 
@@ -119,6 +124,8 @@ func (q *question) listen(ctx context.Context) (Answer, error) {
 			}
 		case h := <-said:
 			switch {
+			case h.again:
+				running++
 			case h.end != nil:
 				running--
 				waiting[h.server] = false
@@ -133,7 +140,9 @@ func (q *question) listen(ctx context.Context) (Answer, error) {
 				if m.Method() == acknowledged {
 					heardOf = true
 					waiting[h.server] = false
-					agreed.add(q, q.servers[h.server], m.Params().Get("notifications"))
+					if !open {
+						agreed.add(q, q.servers[h.server], m.Params().Get("notifications"))
+					}
 					continue
 				}
 				msg := q.renamed(q.servers[h.server], m)
@@ -160,6 +169,41 @@ func (q *question) listen(ctx context.Context) (Answer, error) {
 		}
 	}
 	return q.result(q.c, []byte(`{"resultType":"complete","_meta":{"`+metaSubscription+`":"`+string(q.c.ID)+`"}}`)), nil
+}
+
+// listenTo listens to one server until ctx ends, or there is nothing to be heard
+// of it. Each stream is a call of its own, and its end is told before the pause,
+// so that this is not what the whole goes on for.
+func (q *question) listenTo(ctx context.Context, ch child, say func(heard) error) {
+	t := q.opt.sessions.timing
+	pauses := backoff.NewExponentialBackOff(
+		backoff.WithInitialInterval(t.front), backoff.WithMultiplier(2), backoff.WithMaxInterval(t.fronts), backoff.WithMaxElapsedTime(0))
+	for {
+		began := q.opt.Now()
+		out := q.ask(ctx, ch)
+		// Nobody hears it only when it is over for all.
+		if err := say(heard{end: &out}); err != nil || out.silent() {
+			return
+		}
+		if q.opt.Now().Sub(began) > t.fronts {
+			pauses.Reset() // it did live, so this is no server that always ends it
+		}
+		if !pause(ctx, pauses.NextBackOff()) || say(heard{again: true}) != nil {
+			return
+		}
+	}
+}
+
+// silent tells whether a server that was listened to would say the same again:
+// that it cannot be, at least not by this caller.
+func (o *ended) silent() bool {
+	switch {
+	case o.denied, o.wrong == &otherRevision, o.code == jsonrpc.CodeMethodNotFound, o.code == jsonrpc.CodeInvalidParams:
+		return true
+	case o.wrong != nil:
+		return o.wrong.code == string(schemas.FailInvalid)
+	}
+	return false
 }
 
 // listenRequest is the request for one server: of the resources, those that are

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"slices"
@@ -618,6 +619,7 @@ func TestFrontListen(t *testing.T) {
 		"b": note("b", hears(`{"promptsListChanged":true}`)),
 		"c": func(string, *jsonrpc.Message) said { return said{status: 500} },
 	})
+	w.d.sessions.timing.front = time.Minute // none is opened again
 	params := `{"notifications":{"toolsListChanged":true,"promptsListChanged":true,"resourcesListChanged":true,"resourceSubscriptions":["waybill://a/file:///1","waybill://b/x","other"]},` + fanMeta + `}`
 	streaming := func(q *schemas.Requested) { q.Stream, q.Deadline = true, time.Time{} }
 	r := w.call(context.Background(), schemas.Gateway, "subscriptions/listen", "", params, streaming)
@@ -673,5 +675,76 @@ func TestFrontListen(t *testing.T) {
 	}
 	if got := w.result(schemas.Gateway, "subscriptions/listen", "", `{}`, streaming); !strings.HasPrefix(got, `"error":{"code":-32602,`) {
 		t.Error(got)
+	}
+}
+
+// A stream to a server that fails or ends while another goes on is opened again;
+// one of a server that has none, or that the caller may not use, is not.
+func TestFrontListenAgain(t *testing.T) {
+	leaks(t)
+	ack := `{"jsonrpc":"2.0","method":"notifications/subscriptions/acknowledged","params":{"notifications":{"toolsListChanged":true}}}`
+	const changed = `{"jsonrpc":"2.0","method":"notifications/tools/list_changed","params":{"n":%d}}`
+	var asked, none, old atomic.Int32
+	back := make(chan struct{})
+	w := newTown(t, map[string]script{
+		"a": func(string, *jsonrpc.Message) said { return said{sse: []string{ack}} },
+		"b": func(string, *jsonrpc.Message) said {
+			switch n := asked.Add(1); n {
+			case 1:
+				return said{status: 500}
+			case 2, 3:
+				return said{sse: []string{ack, fmt.Sprintf(changed, n)}, result: `{"resultType":"complete"}`}
+			case 4:
+				return said{err: `{"code":-32603,"message":"not now"}`}
+			default:
+				close(back)
+				return said{sse: []string{ack}}
+			}
+		},
+		"none": func(string, *jsonrpc.Message) said {
+			none.Add(1)
+			return said{status: 404, err: `{"code":-32601,"message":"no"}`}
+		},
+		"old": func(string, *jsonrpc.Message) said {
+			old.Add(1)
+			return said{status: 400, err: `{"code":-32000,"message":"no session"}`}
+		},
+		"secret": func(string, *jsonrpc.Message) said { return said{sse: []string{ack}} },
+	})
+	w.d.sessions.timing.front, w.d.sessions.timing.fronts = time.Millisecond, 10*time.Millisecond
+	w.allow = func(q *schemas.Requested) (bool, []string) { return q.Server != "secret", nil }
+	ctx, leave := context.WithCancel(context.Background())
+	done := make(chan reply)
+	go func() {
+		done <- w.call(ctx, schemas.Gateway, "subscriptions/listen", "", `{"notifications":{"toolsListChanged":true},`+fanMeta+`}`,
+			func(q *schemas.Requested) { q.Stream, q.Deadline = true, time.Time{} })
+	}()
+	<-back
+	ends := make(chan schemas.Kind, 1000)
+	w.log.mu.Lock()
+	w.log.stored = ends
+	w.log.mu.Unlock()
+	leave()
+	r := <-done
+	for n := 0; n < 3; { // of both servers, and the front's
+		if <-ends == schemas.KindCancelled {
+			n++
+		}
+	}
+	var said []string
+	for _, e := range w.log.of(schemas.KindProgressed) {
+		if e.Call == r.call {
+			said = append(said, string(e.Body))
+		}
+	}
+	if len(said) != 3 || !strings.Contains(said[0], `"toolsListChanged":true`) || said[1] != fmt.Sprintf(changed, 2) || said[2] != fmt.Sprintf(changed, 3) {
+		t.Errorf("%q", said)
+	}
+	of := map[string]int{}
+	for _, e := range w.children() {
+		of[e.Data.(*schemas.Requested).Server]++
+	}
+	if want := map[string]int{"a": 1, "b": 5, "none": 1, "old": 1, "secret": 1}; !maps.Equal(of, want) || none.Load() != 1 || old.Load() != 1 {
+		t.Errorf("%v", of)
 	}
 }

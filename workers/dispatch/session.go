@@ -65,12 +65,15 @@ type timing struct {
 	pauses  time.Duration // the longest of a call's
 	rest    time.Duration // the longest of a session's own stream
 	retry   time.Duration // the longest that a server may ask for (retry:)
+	front   time.Duration // the first pause before a front listens to a server again; doubles
+	fronts  time.Duration // the longest
 }
 
 var defaultTiming = timing{
 	open: 30 * time.Second, cancel: time.Second, delete: 5 * time.Second, answer: 30 * time.Second,
 	store: time.Minute, silence: 10 * time.Second,
 	pause: 100 * time.Millisecond, pauses: 5 * time.Second, rest: 30 * time.Second, retry: 30 * time.Second,
+	front: time.Second, fronts: time.Minute,
 }
 
 // sessions is the table of the sessions that this process has at upstreams.
