@@ -285,7 +285,10 @@ func (q *question) list(ctx context.Context) Answer {
 }
 
 // shown are a server's elements under the names that they have at this front.
-// The second of one name is left out: it could not be called.
+// The second of one name is left out: it could not be called, and there are
+// clients that take no list with a name twice. One on a later page of its server
+// is listed, for nothing is remembered from page to page; it can shadow nothing,
+// since a name says whose it is, and means there the first that has it.
 func (q *question) shown(l *listing, method string) [][]byte {
 	seen := make(map[string]bool, len(l.elements))
 	raw := make([][]byte, 0, len(l.elements))

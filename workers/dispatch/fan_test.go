@@ -748,3 +748,41 @@ func TestFrontListenAgain(t *testing.T) {
 		t.Errorf("%v", of)
 	}
 }
+
+// Names that are there twice: on a page the second is left out; one on a later
+// page is shown, and calls what the first does, since a name is one server's and
+// means one thing there.
+func TestFrontDuplicates(t *testing.T) {
+	pages := map[string]string{
+		"":  `{"tools":[{"name":"x","n":1},{"name":"x","n":2},{"name":"x y","n":3}],"nextCursor":"2"}`,
+		"2": `{"tools":[{"name":"x","n":4},{"name":"x_y_DIGITS","n":5},{"name":"z","n":6}]}`,
+	}
+	var w *town
+	var called sync.Map
+	serve := func(name string) script {
+		return func(method string, m *jsonrpc.Message) said {
+			if method == "tools/call" {
+				tool, _ := m.Params().Get("name").Text()
+				called.Store(name+" "+tool, true)
+				return said{result: `{"content":[]}`}
+			}
+			cursor, _ := m.Params().Get("cursor").Text()
+			return said{result: strings.ReplaceAll(pages[cursor], "DIGITS", w.digits("x y"))}
+		}
+	}
+	w = newTown(t, map[string]script{"a": serve("a"), "a_a": serve("a_a")}, func(o *Options) { o.Fanout.Tools = []string{callMany} })
+	names, n := w.walk(t, "tools/list")
+	short := "x_y_" + w.digits("x y")
+	if want := "a__x a__" + short + " a_a__x a_a__" + short + " waybill__call_many a__x a__" + short + " a__z a_a__x a_a__" + short + " a_a__z"; strings.Join(names, " ") != want || n != 2 {
+		t.Errorf("%d pages: %s", n, names)
+	}
+	m := w.many(t, `{"calls":[{"tool":"a__x"},{"tool":"a__`+short+`"},{"tool":"a_a__x"}]}`)
+	if m.StructuredContent.OK != 3 {
+		t.Errorf("%+v", m)
+	}
+	var all []string
+	called.Range(func(k, _ any) bool { all = append(all, k.(string)); return true })
+	if slices.Sort(all); strings.Join(all, ", ") != "a x, a x y, a_a x" {
+		t.Errorf("%q", all)
+	}
+}
