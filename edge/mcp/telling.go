@@ -170,11 +170,12 @@ func (c *telling) send(seq uint64, server string, body []byte) error {
 		body = c.renumberCancelled(server, body)
 	}
 	c.resumable.Store(c.anchor != 0)
+	now := c.a.o.Now()
 	if err := c.stream.Send(sse.Event{ID: c.at(seq), Data: body}); err != nil {
 		return err
 	}
 	if c.call == "" {
-		c.s.served(seq, c.a.o.Now())
+		c.s.served(seq, now)
 	}
 	return nil
 }
