@@ -117,6 +117,48 @@ func TestComesBack(t *testing.T) {
 	}
 }
 
+// Who comes back and is not served, before there was anything to tell, is told
+// so: an empty answer would be the end of the call.
+func TestComesBackInVain(t *testing.T) {
+	rest := newStepwise()
+	log := newMemory(t, rest.handle)
+	o := log.options()
+	var broken atomic.Bool
+	begun := make(chan bool, 3)
+	o.Follow = func(ctx context.Context, of schemas.Event, after uint64, emit schemas.Emit) error {
+		if begun <- true; broken.Load() {
+			return errors.New("no log")
+		}
+		return log.follow(ctx, of, after, emit)
+	}
+	addr, _ := up(t, o)
+	c := open(t, addr, "alice")
+	go rest.progress(0)
+	l := c.listen("POST", "", slowCall)
+	l.want(t, "")
+	last := l.want(t, `"progress":0`).ID
+	l.cancel()
+
+	broken.Store(true)
+	if res := c.do(t.Context(), "GET", last, ""); res.StatusCode != 503 {
+		t.Errorf("the log cannot be read: %s", res.Status)
+	}
+	broken.Store(false)
+	<-begun
+	first := make(chan *http.Response, 1)
+	go func() {
+		first <- c.try(t.Context(), "GET", last, "")
+		rest.answer()
+	}()
+	<-begun
+	l = c.listen("GET", last, "")
+	if res := <-first; res == nil || res.StatusCode != 400 {
+		t.Errorf("another has taken over: %v", res)
+	}
+	l.want(t, `"id":7,"result"`)
+	l.ends(t)
+}
+
 // The newest stream wins, of a session and of a call. What was written to the
 // one before counts as received, where its client does not say, when that has
 // lived on for a moment.

@@ -100,8 +100,14 @@ func (a *Adapter) get(w http.ResponseWriter, r *http.Request, p edge.Principal) 
 			a.o.Log.Error("cannot store", "call", c.call, "error", err)
 		}
 		_ = c.fail(0, overdue)
+	// A stream that has not begun must not look like one with nothing in it.
+	case errors.Is(cause, errClosed):
+		c.leave(*sessionUnknown())
+	case errors.Is(cause, schemas.ErrDetached):
+		c.leave(goneOn)
 	case err != nil && cause == nil:
 		a.o.Log.Warn("stream ended, its client may come back", "session", s.key, "call", c.call, "error", err)
+		c.leave(cannotRead)
 	}
 }
 
