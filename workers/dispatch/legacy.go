@@ -69,11 +69,14 @@ func (m *mcpServer) legacy(ctx context.Context, c Call, progress func([]byte) er
 // told so before the connection is dropped, which by itself means nothing in
 // these revisions.
 func (s *session) call(ctx context.Context, c Call, body []byte, progress func([]byte) error) (answer Answer, err error) {
+	if !s.enter() {
+		return Answer{}, &Fault{Kind: Refused, Err: errLost} // nothing was sent
+	}
 	ready := c.Requested.Method == "notifications/initialized"
 	if ready && !s.first() {
+		s.leave()
 		return Answer{Status: http.StatusAccepted}, nil // the gateway has told the server already
 	}
-	s.enter()
 	inner, hangUp := context.WithCancel(context.WithoutCancel(ctx))
 	var open atomic.Bool // the server may be at work on it
 	told := make(chan struct{})

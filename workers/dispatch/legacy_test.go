@@ -2,6 +2,7 @@ package dispatch
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -652,6 +653,32 @@ func TestLegacyLost(t *testing.T) {
 			t.Error(r.log)
 		}
 	}
+}
+
+// A call that was given a session just before another call found it lost does
+// not go out in it, to be hung up on in the middle.
+func TestLegacyLostMeanwhile(t *testing.T) {
+	l := &legacyServer{}
+	r := legacyRig(t, l)
+	r.handle(r.legacy("write"))
+	e := r.legacy("write")
+	m := r.d.upstreams["s"].mcp
+	old, err := r.d.sessions.get(t.Context(), m, e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.forget()
+	r.handle(r.legacy("write"))
+	c := Call{ID: e.Call, Event: e, Requested: &e.Data.(*schemas.Authorized).Requested, Body: e.Body, Connected: func() {}, Heard: func() {}}
+	before := l.came("tools/call")
+	if _, err := old.call(t.Context(), c, c.Body, nil); !errors.Is(err, errLost) || l.came("tools/call") != before {
+		t.Errorf("%v, %d sent", err, l.came("tools/call")-before)
+	}
+	if s, err := r.d.sessions.again(t.Context(), old); err != nil || s.upstream != "up-2" {
+		t.Errorf("%v, then %+v", err, s)
+	}
+	r.handle(e)
+	r.ends(e, "completed")
 }
 
 // A server that knows none of the sessions that it opens is not asked for ever.

@@ -287,10 +287,16 @@ func (s *session) retire() {
 	}
 }
 
-func (s *session) enter() {
+// enter counts a call in, unless the session is over or its server has been
+// found not to know it: between get and enter another call may have seen that.
+func (s *session) enter() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.replaced || s.over.Err() != nil {
+		return false
+	}
 	s.calls++
+	return true
 }
 
 func (s *session) leave() {
