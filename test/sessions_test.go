@@ -77,6 +77,24 @@ func TestSessionSurvives(t *testing.T) {
 	g.Kill()
 	g.Restart()
 	count("after the gateway was killed")
+	// The edge counts what it has found in the log, and who listens.
+	measured := func(sessions, streams int) {
+		t.Helper()
+		var metrics string
+		if !becomes(within, func() bool {
+			metrics = get(t, g.Admin+"/metrics")
+			return strings.Contains(metrics, fmt.Sprintf("\nwaybill_edge_sessions %d\n", sessions)) && strings.Contains(metrics, fmt.Sprintf("\nwaybill_edge_streams %d\n", streams))
+		}) {
+			t.Errorf("not %d sessions and %d streams in\n%s", sessions, streams, metrics)
+		}
+	}
+	measured(1, 0)
+	stream, err := s.Listen(t.Context(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stream.Close()
+	measured(1, 1)
 	if n := u.Sessions(); n.Opened != 1 {
 		t.Errorf("%d upstream sessions were opened, want 1", n.Opened)
 	}
@@ -91,6 +109,7 @@ func TestSessionSurvives(t *testing.T) {
 	if !becomes(within, func() bool { return u.Sessions().Open == 0 }) {
 		t.Error("the upstream's session outlives the client's")
 	}
+	measured(0, 0)
 	if _, err := s.Call(t.Context(), "tools/list", nil); err == nil || !strings.Contains(fmt.Sprint(err), "-32001") {
 		t.Errorf("a session that was deleted: %v", err)
 	}

@@ -431,6 +431,10 @@ func (t *table) size() int {
 	return len(t.all)
 }
 
+// Sessions is how many sessions with an ID are open, as far as is known here:
+// those of every replica, once Run has heard of them.
+func (a *Adapter) Sessions() int { return a.table.size() }
+
 // due lists the sessions that should end, with the reason.
 func (t *table) due(now time.Time) map[*lasting]string {
 	t.mu.Lock()

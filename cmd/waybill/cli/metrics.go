@@ -175,6 +175,14 @@ func (m *metrics) gauges() error {
 	if err != nil {
 		return err
 	}
+	open, err := m.meter.Int64ObservableGauge("waybill.edge.sessions", metric.WithDescription("Sessions with an ID that are open, as far as this edge knows."), metric.WithUnit("{session}"))
+	if err != nil {
+		return err
+	}
+	streams, err := m.meter.Int64ObservableGauge("waybill.edge.streams", metric.WithDescription("Streams of sessions that clients have open at the edge now, by GET."), metric.WithUnit("{stream}"))
+	if err != nil {
+		return err
+	}
 	upstream, err := m.meter.Int64ObservableGauge("waybill.upstream.calls", metric.WithDescription("Calls and streams at an upstream now, and calls that wait for their turn."), metric.WithUnit("{call}"))
 	if err != nil {
 		return err
@@ -203,11 +211,13 @@ func (m *metrics) gauges() error {
 		}
 		s := m.g.front.Stats()
 		o.ObserveInt64(inflight, s.InFlight)
+		o.ObserveInt64(streams, s.Streams)
+		o.ObserveInt64(open, int64(m.g.agents.Sessions()))
 		for cause, n := range s.Refused {
 			o.ObserveInt64(refused, int64(n), metric.WithAttributes(attribute.String("cause", cause.String())))
 		}
 		return nil
-	}, inflight, refused, upstream, sessions, breaker)
+	}, inflight, refused, open, streams, upstream, sessions, breaker)
 	return err
 }
 

@@ -42,6 +42,7 @@ type gateway struct {
 	edges, workers []part
 	logs           []*bus.Log
 	front          *edge.Server
+	agents         *mcp.Adapter
 	dispatcher     *dispatch.Dispatcher
 	metrics        *metrics
 	ready          map[string]*atomic.Bool // fixed before anything runs
@@ -374,7 +375,7 @@ func (g *gateway) addEdge(ctx context.Context, ln net.Listener) error {
 	}
 	// Every protocol stands in this list.
 	var routes []edge.Route
-	agents := mcp.New(mcp.Options{
+	g.agents = mcp.New(mcp.Options{
 		Ask: g.metrics.observe(asker.Ask), Store: l.Publish, Edge: replica,
 		Follow: asker.Follow, Load: l.Load, Latest: l.Latest,
 		Asked: func(ctx context.Context, t schemas.Tenant, s schemas.SessionKey, id string) (schemas.Event, error) {
@@ -405,7 +406,7 @@ func (g *gateway) addEdge(ctx context.Context, ln net.Listener) error {
 		},
 		Now: time.Now, Limits: jsonrpc.Limits{Bytes: int(g.c.Limits.Body)}, Log: g.log,
 	})
-	routes = append(routes, agents.Routes()...)
+	routes = append(routes, g.agents.Routes()...)
 
 	tokens, anonymous := g.c.principals()
 	g.front, err = edge.New(edge.Options{
@@ -420,7 +421,7 @@ func (g *gateway) addEdge(ctx context.Context, ln net.Listener) error {
 	ready := g.up("edge")
 	g.workers = append(g.workers,
 		part{"answers", func(ctx context.Context) error { return asker.Run(ctx, ready.Store) }},
-		part{"sessions", agents.Run},
+		part{"sessions", g.agents.Run},
 		part{"watch", func(ctx context.Context) error { return l.Watch(ctx, time.Second) }},
 	)
 	g.edges = append(g.edges, part{"edge", func(ctx context.Context) error { return g.front.Run(ctx, ln) }})
