@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"regexp"
@@ -300,6 +301,27 @@ func TestCallMany(t *testing.T) {
 	tree := regexp.MustCompile(`(?m)^ +[├└]─ .*tools/call count → s\d\d +completed`).FindAllString(out, -1)
 	if len(tree) != 20 || strings.Count(out, "tools/call call_many → waybill") != 1 {
 		t.Errorf("%d calls under the one:\n%s", len(tree), out)
+	}
+}
+
+// The official server refuses a call without the headers that its tool wants; in
+// call_many it gets them by one more call.
+func TestCallManyHeaders(t *testing.T) {
+	url := peers.EverythingServer(t)
+	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("a", url, "")+gateway.Server("b", url, "")+"fanout: {tools: [call_many]}\n"))
+	raw := atFront(t, g, schemas.Gateway, "tools/call", "waybill__call_many",
+		`"name":"waybill__call_many","arguments":{"tool":"test_x_mcp_header","servers":["*"],"arguments":{"region":"日本","level":3}}`, "Waybill-Session: many")
+	if !strings.Contains(string(raw), `"ok":2,"failed":0`) {
+		t.Errorf("%s", raw)
+	}
+	sent := map[string]int{}
+	for _, e := range g.Events() {
+		if q, ok := e.Data.(*schemas.Requested); ok && e.Parent != "" {
+			sent[q.Method+" "+q.Headers["Mcp-Param-Region"]]++
+		}
+	}
+	if want := map[string]int{"tools/call ": 2, "tools/list ": 2, "tools/call =?base64?5pel5pys?=": 2}; !maps.Equal(sent, want) {
+		t.Errorf("%v", sent)
 	}
 }
 
