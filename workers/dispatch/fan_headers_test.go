@@ -2,6 +2,7 @@ package dispatch
 
 import (
 	"context"
+	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -10,6 +11,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"unicode/utf8"
 
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 
@@ -76,6 +78,60 @@ func TestMirrors(t *testing.T) {
 			t.Errorf("%s with %.100s:\ngot  %s\nwant %s", tt.schema, tt.arguments, got, tt.want)
 		}
 	}
+}
+
+// FuzzMirrors: whatever a definition and arguments say, the headers can be sent,
+// are told apart without regard to case, and say what the arguments say.
+func FuzzMirrors(f *testing.F) {
+	f.Add(`{"properties":{"a":{"type":"string","x-mcp-header":"A"},"o":{"properties":{"b":{"type":"integer","x-mcp-header":"B"}}}}}`, `{"a":"x","o":{"b":-1e2}}`)
+	f.Add(`{"properties":{"a":{"type":"boolean","x-mcp-header":"a-\u0041"}},"items":{"x-mcp-header":1}}`, `{"a":true}`)
+	f.Add(`{"\u0070roperties":{"a\ud800":{"type":"string","x-mcp-header":"~"}},"$defs":{"a":{"anyOf":[{}]}}}`, `{"a\ud800":"=?base64??="}`)
+	f.Add(strings.Repeat(`{"properties":{"a":`, 100)+`{"type":"string","x-mcp-header":"A"}`+strings.Repeat(`}}`, 100), `{}`)
+	f.Fuzz(func(t *testing.T, schema, arguments string) {
+		tool, err := jsonrpc.Parse([]byte(`{"inputSchema":`+schema+`}`), jsonrpc.Limits{Depth: answerDepth})
+		if err != nil {
+			return
+		}
+		args, err := jsonrpc.Parse([]byte(arguments), jsonrpc.Limits{})
+		if err != nil {
+			return
+		}
+		all, err := mirrors(tool)
+		if err != nil {
+			if all != nil || !utf8.ValidString(err.Error()) {
+				t.Errorf("%q with %v", err, all)
+			}
+			return
+		}
+		headers := paramHeaders(all, args)
+		if len(headers) > maxParams {
+			t.Errorf("%d headers", len(headers))
+		}
+		seen := map[string]bool{}
+		for _, m := range all {
+			value, sent := headers[m.header]
+			if lower := strings.ToLower(m.header); seen[lower] || !headerName(m.header) || !strings.HasPrefix(m.header, paramPrefix) || !headerValue(value) {
+				t.Errorf("%q: %q", m.header, value)
+			} else {
+				seen[lower] = true
+			}
+			text, isText := args.Get(m.path...).Text()
+			if isText != (sent && args.Get(m.path...).Kind() == jsonrpc.String) && headers != nil {
+				t.Errorf("%q: %q of %q", m.header, value, text)
+			}
+			if sent && isText {
+				if b, ok := strings.CutPrefix(value, "=?base64?"); ok && strings.HasSuffix(b, "?=") {
+					raw, err := base64.StdEncoding.DecodeString(strings.TrimSuffix(b, "?="))
+					if value = string(raw); err != nil {
+						t.Error(err)
+					}
+				}
+				if value != text {
+					t.Errorf("%q says %q of %q", m.header, value, text)
+				}
+			}
+		}
+	})
 }
 
 // A server of the official SDK, which refuses a call without the headers that

@@ -227,6 +227,17 @@ func FuzzDocument(f *testing.F) {
 	} {
 		f.Add(s)
 	}
+	real, err := filepath.Glob("testdata/openapi/*.yaml")
+	if err != nil || len(real) == 0 {
+		f.Fatal("no documents", err)
+	}
+	for _, file := range real {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(string(text))
+	}
 	f.Fuzz(func(t *testing.T, text string) {
 		file := filepath.Join(t.TempDir(), "api.yaml")
 		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
