@@ -18,7 +18,7 @@ const callManyDefinition = `"title":"Call many tools","description":"Calls sever
 	`"inputSchema":{"type":"object","properties":{` +
 	`"calls":{"type":"array","description":"The calls. Instead of tool and servers.","minItems":1,"maxItems":100,"items":{"type":"object","properties":{"tool":{"type":"string","description":"The tool's name as it is listed here: server__tool."},"arguments":{"type":"object"}},"required":["tool"],"additionalProperties":false}},` +
 	`"tool":{"type":"string","description":"The name of a tool that several servers have, as these call it: without server__."},` +
-	`"servers":{"type":"array","description":"The servers to call it on; \"*\" for all.","minItems":1,"maxItems":100,"items":{"type":"string"}},` +
+	`"servers":{"type":"array","description":"The servers to call it on; \"*\" for all on which you may.","minItems":1,"maxItems":100,"items":{"type":"string"}},` +
 	`"arguments":{"type":"object","description":"With tool and servers: the same for all."}},` +
 	`"additionalProperties":false},` +
 	`"outputSchema":{"type":"object","properties":{` +
@@ -37,6 +37,7 @@ type item struct {
 	server, name string // server "": there is none
 	arguments    []byte // JSON, or nil
 	shortened    bool   // name may stand for another, see schemas.Front.Resolve
+	unnamed      bool   // the caller has not named the server but said "*"
 
 	out    ended
 	result []byte // that is kept
@@ -62,22 +63,34 @@ func (q *question) callMany(ctx context.Context, arguments jsonrpc.Value) (Answe
 			mirrored[s] = q.mirrored(ctx, s, until)
 		}
 	}
-	done := make(chan struct{}, len(items))
+	total := fmt.Sprintf(`,"total":%d`, len(items))
+	if slices.ContainsFunc(items, func(it item) bool { return it.unnamed }) {
+		total = "" // it would tell how many servers there are
+	}
+	done := make(chan *item, len(items))
 	go each(len(items), positive(q.opt.Fanout.Concurrency, 16), func(i int) {
 		q.callOne(ctx, &items[i], keep, until, mirrored[items[i].server])
-		done <- struct{}{}
+		done <- &items[i]
 	})
 	token := q.m.Params().Get("_meta", "progressToken")
 	var lost error
-	for n := range items {
-		<-done // for every item: none is left running
+	n := 0
+	for range items { // for every one: none is left running
+		if (<-done).hidden() {
+			continue
+		}
+		n++
 		if token.Exists() && lost == nil && ctx.Err() == nil {
-			lost = q.progress(fmt.Appendf(nil, `{"jsonrpc":"2.0","method":"notifications/progress","params":{"progressToken":%s,"progress":%d,"total":%d}}`,
-				token.Raw(), n+1, len(items)))
+			lost = q.progress(fmt.Appendf(nil, `{"jsonrpc":"2.0","method":"notifications/progress","params":{"progressToken":%s,"progress":%d%s}}`,
+				token.Raw(), n, total))
 		}
 	}
 	if lost != nil {
 		return Answer{}, lost
+	}
+	items = slices.DeleteFunc(items, func(it item) bool { return it.hidden() })
+	if len(items) == 0 {
+		return q.misused("There is no server on which you could call this tool. Nothing was called."), nil
 	}
 
 	failed := 0
@@ -174,13 +187,15 @@ func (q *question) items(arguments jsonrpc.Value) (items []item, wrong string) {
 			if !ok || server == "" || len(server) > maxRemovedName {
 				return nil, "The argument servers must be a list of names."
 			}
-			named := []string{server}
-			if server == "*" {
+			named, all := []string{server}, server == "*"
+			if all {
 				named = q.servers
 			}
 			for _, server := range named {
-				if !slices.ContainsFunc(items, func(it item) bool { return it.server == server }) {
-					items = append(items, item{tool: name, server: server, name: name, arguments: shared.Raw()})
+				if i := slices.IndexFunc(items, func(it item) bool { return it.server == server }); i >= 0 {
+					items[i].unnamed = items[i].unnamed && all
+				} else {
+					items = append(items, item{tool: name, server: server, name: name, arguments: shared.Raw(), unnamed: all})
 				}
 			}
 			if len(items) > maxMany {
@@ -261,6 +276,10 @@ func (l *listing) aliased(q *question, alias string) *listed {
 	}
 	return nil
 }
+
+// hidden tells whether the caller must not learn of an item: of a server that he
+// has not named and on which he may not call the tool.
+func (it *item) hidden() bool { return it.unnamed && it.out.denied }
 
 // why says why an item has no result; nil if it has one. What is denied is
 // answered in the words and with the code of what does not exist.

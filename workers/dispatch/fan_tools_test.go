@@ -102,15 +102,26 @@ func TestCallMany(t *testing.T) {
 		}
 	}
 
-	m = w.many(t, `{"tool":"t","servers":["*","a"],"arguments":{}}`)
-	var servers []string
-	for _, r := range m.StructuredContent.Results {
-		servers = append(servers, r.Server)
+	// Of a server that the caller may not use he learns by naming it only that
+	// the tool is unknown there, and by "*" nothing.
+	for servers, want := range map[string]string{
+		`["*","a"]`: "a b c d", `["*","secret"]`: "a b c d secret", `["secret","*"]`: "secret a b c d",
+	} {
+		m = w.many(t, `{"tool":"t","servers":`+servers+`,"arguments":{}}`)
+		var got []string
+		for _, r := range m.StructuredContent.Results {
+			got = append(got, r.Server)
+		}
+		if strings.Join(got, " ") != want || m.StructuredContent.OK != 1 || m.StructuredContent.Failed != len(got)-1 ||
+			strings.Contains(m.Content[0].Text, "secret") != strings.Contains(servers, "secret") {
+			t.Errorf("%s: %+v", servers, m)
+		}
 	}
-	if strings.Join(servers, " ") != "a b c d secret" || m.StructuredContent.OK != 1 {
+	if m = w.many(t, `{"tool":"gone","servers":["*"]}`); !m.IsError || m.StructuredContent.Failed != 4 {
 		t.Errorf("%+v", m)
 	}
-	if m = w.many(t, `{"tool":"gone","servers":["*"]}`); !m.IsError || m.StructuredContent.Failed != 5 {
+	w.allow = func(q *schemas.Requested) (bool, []string) { return q.Server == schemas.Gateway, nil }
+	if m = w.many(t, `{"tool":"t","servers":["*"]}`); !m.IsError || len(m.StructuredContent.Results) != 0 || !strings.HasPrefix(m.Content[0].Text, "There is no server") {
 		t.Errorf("%+v", m)
 	}
 }
