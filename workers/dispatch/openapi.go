@@ -1,11 +1,13 @@
 package dispatch
 
 import (
+	"cmp"
 	"context"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"html"
 	"io"
 	"log/slog"
 	"maps"
@@ -13,12 +15,15 @@ import (
 	"net/http"
 	"net/http/httptrace"
 	"net/url"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
+	"unicode/utf16"
+	"unicode/utf8"
 
 	"waybill.dev/schemas"
 	"waybill.dev/schemas/jsonrpc"
@@ -107,7 +112,7 @@ type restAPI struct {
 	opt       Options
 	base      *url.URL // never changes: the operator's secrets go nowhere else
 	header    http.Header
-	secrets   *strings.Replacer
+	secrets   redactor
 	transport *http.Transport
 
 	doc     atomic.Pointer[restDoc] // what is in effect
@@ -150,8 +155,11 @@ func newRESTAPI(s Server, opt Options) (*restAPI, error) {
 	}
 	for _, secret := range s.OpenAPI.Auth {
 		secrets = append(secrets, secret, base64.StdEncoding.EncodeToString([]byte(secret)))
+		if _, password, ok := strings.Cut(secret, ":"); ok {
+			secrets = append(secrets, password)
+		}
 	}
-	a.secrets = redactor(secrets)
+	a.secrets = newRedactor(secrets)
 	if s.OpenAPI.BaseURL != "" {
 		u, err := baseURL(s.OpenAPI.BaseURL)
 		if err != nil {
@@ -194,21 +202,116 @@ func newRESTAPI(s Server, opt Options) (*restAPI, error) {
 // answer, in a link to the next page for one, would tell the agent, and the
 // log, what only the gateway is to know. What is short is no secret, and would
 // be found everywhere.
-func redactor(secrets []string) *strings.Replacer {
-	const shortest = 6
-	var pairs []string
-	// Longer ones first: the Replacer takes the first that fits.
-	slices.SortFunc(secrets, func(a, b string) int { return len(b) - len(a) })
-	for _, s := range secrets {
+type redactor []secret
+
+// secret is one of a redactor. Its longest run of letters and digits, which no
+// encoder changes, says quickly that it is not there.
+type secret struct {
+	run           string // "" if there is none
+	before, after int    // as far from where the run begins a form of the secret can reach
+	form          *regexp.Regexp
+}
+
+func newRedactor(secrets []string) redactor {
+	const (
+		shortest = 6
+		longest  = 12 // bytes that a form has for one of the secret
+	)
+	var r redactor
+	// Longer ones first, for a shorter one may be a part of it.
+	slices.SortFunc(secrets, func(a, b string) int { return cmp.Or(len(b)-len(a), strings.Compare(a, b)) })
+	for _, s := range slices.Compact(secrets) {
 		if len(s) < shortest {
 			continue
 		}
-		quoted := strings.Trim(string(jsonrpc.Quote(s)), `"`)
-		for _, form := range []string{s, url.QueryEscape(s), escape(s, ""), quoted} {
-			pairs = append(pairs, form, "[redacted]")
+		run := ""
+		for _, some := range strings.FieldsFunc(s, func(c rune) bool { return !alphanumeric(c) }) {
+			if len(some) > len(run) {
+				run = some
+			}
+		}
+		at := strings.Index(s, run)
+		r = append(r, secret{run, longest * at, longest * (len(s) - at), regexp.MustCompile(anyForm(s))})
+	}
+	return r
+}
+
+// Replace is the text without the secrets.
+func (r redactor) Replace(text string) string {
+	for _, s := range r {
+		text = s.cut(text)
+	}
+	return text
+}
+
+func (s secret) cut(text string) string {
+	const instead = "[redacted]"
+	if s.run == "" {
+		return s.form.ReplaceAllLiteralString(text, instead)
+	}
+	var b strings.Builder
+	done := 0 // so far the text is in b
+	for at := 0; ; {
+		i := strings.Index(text[at:], s.run)
+		if i < 0 {
+			break
+		}
+		i += at
+		at = i + 1
+		from := max(done, i-s.before)
+		if m := s.form.FindStringIndex(text[from:min(len(text), i+s.after)]); m != nil {
+			b.WriteString(text[done:from+m[0]] + instead)
+			done = from + m[1]
+			at = max(at, done)
 		}
 	}
-	return strings.NewReplacer(pairs...)
+	if done == 0 {
+		return text
+	}
+	return b.String() + text[done:]
+}
+
+func alphanumeric(r rune) bool {
+	return r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9'
+}
+
+// anyForm is an expression for a secret in whatever form it comes back: each
+// character as it is, with percents, or as an encoder of JSON or HTML writes it.
+func anyForm(secret string) string {
+	var b strings.Builder
+	for len(secret) > 0 {
+		r, size := utf8.DecodeRuneInString(secret)
+		raw := secret[:size]
+		secret = secret[size:]
+		if alphanumeric(r) {
+			b.WriteString(raw)
+			continue
+		}
+		percents, plain := "", `\x{FFFD}` // what an expression has for a byte that is no text
+		for _, c := range []byte(raw) {
+			percents += fmt.Sprintf("%%%02x", c)
+		}
+		forms := []string{percents}
+		if r != utf8.RuneError || size > 1 {
+			plain = regexp.QuoteMeta(raw)
+			units := ""
+			for _, u := range utf16.AppendRune(nil, r) {
+				units += fmt.Sprintf(`\\u%04x`, u)
+			}
+			quoted := string(jsonrpc.Quote(raw))
+			forms = append(forms, units, fmt.Sprintf("&#0?%d;|&#x0?%x;", r, r), regexp.QuoteMeta(html.EscapeString(raw)), regexp.QuoteMeta(quoted[1:len(quoted)-1]))
+		}
+		switch r {
+		case ' ':
+			forms = append(forms, `\+`)
+		case '/':
+			forms = append(forms, `\\/`)
+		case '"':
+			forms = append(forms, "&quot;")
+		}
+		b.WriteString("(?:(?i:" + strings.Join(forms, "|") + ")|" + plain + ")")
+	}
+	return b.String()
 }
 
 // take puts a document into effect. The first, or with a.reload held.

@@ -7,11 +7,13 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"html"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -656,7 +658,7 @@ components: {securitySchemes: {q: {type: apiKey, in: query, name: api_key}, basi
 	}
 	escaped := "s3cr3t%2Bk%26y%2F%C3%A9"
 	for name, h := range map[string]http.HandlerFunc{
-		"json":     answer(200, "application/json", `{"next":"https://a.example/x?api_key=`+escaped+`","authorization":"Basic `+base64Text(password)+`","raw":"`+key+`","quoted":"user:pa\"ss word","h":"operator-token"}`),
+		"json":     answer(200, "application/json", `{"next":"https://a.example/x?api_key=`+escaped+`","authorization":"Basic `+base64Text(password)+`","raw":"`+key+`","quoted":"user:pa\"ss word","password":"pa\"ss word","h":"operator-token"}`),
 		"text":     answer(200, "text/plain", key+" "+password+" "+header),
 		"problem":  answer(403, "application/problem+json", `{"title":"no `+key+`","detail":"`+escaped+`"}`),
 		"nothing":  answer(201, "", ""),
@@ -684,6 +686,40 @@ components: {securitySchemes: {q: {type: apiKey, in: query, name: api_key}, basi
 	})
 	if _, err := a.ask(modernRevision, "tools/call", `{"name":"x"}`); err == nil || strings.Contains(err.Error(), "s3cr3t") {
 		t.Error(err)
+	}
+}
+
+// A secret is found in whatever form it comes back, and what is around it stays.
+func TestOpenAPIRedactor(t *testing.T) {
+	secret := "aB1/+=&<\"\\; é😀\xff-Z"
+	r := newRedactor([]string{"short", secret, "aB1/+=&<", "token-1", "token-1"})
+	text := strings.ToValidUTF8(secret, "\uFFFD")
+	marshalled, err := json.Marshal(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cookie := escape(secret, "!#$&'()*+/:<=>?@[]^`{|}")
+	for _, form := range []string{
+		secret, text, string(jsonrpc.Quote(text)), string(marshalled), strings.ReplaceAll(string(jsonrpc.Quote(text)), "/", `\/`),
+		strings.NewReplacer("/", `\/`, "é", `\u00E9`, "😀", `\uD83D\uDE00`).Replace(string(jsonrpc.Quote(text))),
+		url.QueryEscape(secret), url.PathEscape(secret), escape(secret, ""), cookie,
+		html.EscapeString(text), strings.ReplaceAll(html.EscapeString(text), "/", "&#x2F;"), "token-1", "token%2d1",
+	} {
+		form = strings.Trim(form, `"`)
+		if got := r.Replace("<" + form + ">"); got != "<[redacted]>" {
+			t.Errorf("%q became %q", form, got)
+		}
+	}
+	for _, other := range []string{"", "short", "aB1/+=&", "token 1", "Token-1"} {
+		if got := r.Replace(other); got != other || (redactor{}).Replace(other) != other {
+			t.Errorf("%q became %q", other, got)
+		}
+	}
+	if got := newRedactor([]string{"?=&/+!"}).Replace("x ?%3d&/+! y"); got != "x [redacted] y" {
+		t.Error(got)
+	}
+	if got := r.Replace("tokentoken-1token%2D1 aB1/+=&<\""); got != "token[redacted][redacted] [redacted]\"" {
+		t.Error(got)
 	}
 }
 
