@@ -636,7 +636,9 @@ func TestLegacyLost(t *testing.T) {
 			r.ends(e, "completed")
 		}
 		l.forget()
+		l.mu.Lock()
 		l.log = nil
+		l.mu.Unlock()
 		var wg sync.WaitGroup
 		calls := []schemas.Event{r.legacy("write"), r.legacy("write"), r.legacy("write")}
 		for _, e := range calls {
