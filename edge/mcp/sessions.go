@@ -330,7 +330,7 @@ func (s *lasting) shut() {
 	}
 }
 
-// Limits of sessions with an ID. Zero means the default.
+// SessionLimits are those of sessions with an ID. Zero means the default.
 type SessionLimits struct {
 	Idle      time.Duration // between two uses; a stream that is open is a use; default 1 h
 	Max       time.Duration // from the beginning; default 12 h
