@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 
 	"waybill.dev/bus"
@@ -127,5 +128,36 @@ func TestFollowCall(t *testing.T) {
 	}
 	if _, err := log.Latest(t.Context(), req.Tenant, req.Session, schemas.KindCancel); !errors.Is(err, schemas.ErrNotFound) {
 		t.Errorf("a cancel was stored: %v", err)
+	}
+}
+
+// Clients that come back again and again leave no consumers behind: there is a
+// limit to their number, beyond which nobody could read.
+func TestFollowLeavesNothing(t *testing.T) {
+	w := start(t, embed.Options{})
+	l := w.open(bus.Options{Role: bus.RoleEdge})
+	req := request("")
+	dispatch := w.open(bus.Options{Role: bus.RoleDispatch})
+	if _, err := l.Publish(t.Context(), req); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := dispatch.Publish(t.Context(), req.Next(&schemas.Cancelled{}, nil)); err != nil {
+		t.Fatal(err)
+	}
+	for range 5 {
+		if err := l.Asker("another").Follow(t.Context(), req, 0, func(context.Context, schemas.Event) (schemas.Receipt, error) {
+			return schemas.Receipt{}, nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	nc, err := w.srv.Connect(bus.RoleObserver)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	names, err := nc.RequestWithContext(t.Context(), "$JS.API.CONSUMER.NAMES.EVENTS", nil)
+	if err != nil || !strings.Contains(string(names.Data), `"total":0`) {
+		t.Errorf("left behind: %s, %v", names.Data, err)
 	}
 }

@@ -30,9 +30,11 @@ func (l *Log) Listen(ctx context.Context, f Filter, after uint64) (iter.Seq2[sch
 	}
 	it, err := c.Messages(jetstream.PullMaxMessagesWithBytesLimit(512, ahead))
 	if err != nil {
+		l.letGo(ctx, c)
 		return nil, fmt.Errorf("listen: %w", err)
 	}
 	return func(yield func(schemas.Event, error) bool) {
+		defer l.letGo(ctx, c)
 		defer it.Stop()
 		defer context.AfterFunc(ctx, it.Stop)()
 		for {
@@ -123,4 +125,19 @@ func (l *Log) ordered(ctx context.Context, f Filter, from uint64) (jetstream.Con
 		return nil, fmt.Errorf("read the log: %w", err)
 	}
 	return c, nil
+}
+
+// letGo deletes the consumer of a reader. It would go by itself after a while,
+// but there may be no more than so many, which clients that come back again and
+// again would reach.
+func (l *Log) letGo(ctx context.Context, c jetstream.Consumer) {
+	now := c.CachedInfo()
+	if now == nil || !l.nc.IsConnected() { // it is being made anew; nobody can be told
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+	defer cancel()
+	if err := l.js.DeleteConsumer(ctx, events, now.Name); err != nil {
+		l.o.Log.Debug("reader's consumer is left to expire", "error", err)
+	}
 }

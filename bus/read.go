@@ -7,7 +7,6 @@ import (
 	"iter"
 	"strings"
 	"sync"
-	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
 
@@ -39,16 +38,7 @@ func (l *Log) read(ctx context.Context, f Filter, from uint64, wanted func(schem
 			fail(err)
 			return
 		}
-		defer func() {
-			// It would go by itself after a while; many readers would not wait so long.
-			gone, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
-			defer cancel()
-			if now := c.CachedInfo(); now != nil { // nil while it is being made anew
-				if err := l.js.DeleteConsumer(gone, events, now.Name); err != nil {
-					l.o.Log.Debug("reader's consumer is left to expire", "error", err)
-				}
-			}
-		}()
+		defer l.letGo(ctx, c)
 		info, err := c.Info(ctx)
 		if err != nil {
 			fail(fmt.Errorf("read the log: %w", err))
