@@ -226,3 +226,33 @@ func TestFrontInvalidHeaders(t *testing.T) {
 		}
 	}
 }
+
+// Only a refusal in the protocol's form says that nothing was carried out, and a
+// server that goes on refusing is not called a third time.
+func TestCallManyHeadersOnce(t *testing.T) {
+	var other, refused atomic.Int32
+	answer := func(status int, n *atomic.Int32) script {
+		list := lister(`[{"name":"t","inputSchema":{"properties":{"a":{"type":"string","x-mcp-header":"A"}}}}]`)
+		return func(method string, m *jsonrpc.Message) said {
+			if method != "tools/call" {
+				return list(method, m)
+			}
+			n.Add(1)
+			return said{status: status, err: `{"code":-32020,"message":"Header mismatch"}`}
+		}
+	}
+	w := newTown(t, map[string]script{"other": answer(200, &other), "refuses": answer(400, &refused)})
+	m := w.many(t, `{"tool":"t","servers":["*"],"arguments":{"a":"x"}}`)
+	if m.StructuredContent.Failed != 2 || other.Load() != 1 || refused.Load() != 2 {
+		t.Errorf("%d and %d calls: %+v", other.Load(), refused.Load(), m)
+	}
+	for _, r := range m.StructuredContent.Results {
+		if r.Error == nil || fmt.Sprint(r.Error.Code) != "-32020" {
+			t.Errorf("%+v", r)
+		}
+	}
+	// What it wants is not there to be sent.
+	if m = w.many(t, `{"tool":"t","servers":["refuses"],"arguments":{"a":null}}`); m.StructuredContent.Failed != 1 || refused.Load() != 3 {
+		t.Errorf("%d calls: %+v", refused.Load(), m)
+	}
+}
