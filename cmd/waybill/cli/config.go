@@ -221,7 +221,15 @@ func parseConfig(b []byte, dir string) (*Config, error) {
 	case err != nil:
 		return nil, worded(err)
 	case len(f.Docs) > 1:
-		return nil, fmt.Errorf("[%d:1] a second YAML document begins here; a configuration is one", f.Docs[1].GetToken().Position.Line)
+		second := f.Docs[1]
+		at := second.Start // nil where the document before has ended with "..."
+		if second.Body != nil {
+			at = second.GetToken()
+		}
+		if at == nil {
+			return nil, errors.New("there is a second YAML document; a configuration is one")
+		}
+		return nil, fmt.Errorf("[%d:1] a second YAML document begins here; a configuration is one", at.Position.Line)
 	case len(f.Docs) == 1 && !empty(f.Docs[0].Body): // of nothing, yaml makes a Config of zeroes
 		if err := yaml.UnmarshalWithOptions(b, &c, yaml.Strict()); err != nil {
 			return nil, worded(err)
