@@ -220,7 +220,10 @@ func (c *cutter) refused(ctx context.Context, s *peers.LegacySession, last strin
 	}
 	thief := &peers.LegacySession{Endpoint: c.end, ID: s.ID, Revision: s.Revision}
 	thief.Endpoint.Token = "theirs"
-	for who, as := range map[string]*peers.LegacySession{"another principal": thief, "another session": other} {
+	for who, as := range map[string]struct {
+		*peers.LegacySession
+		status int
+	}{"another principal": {thief, http.StatusNotFound}, "another session": {other, http.StatusBadRequest}} {
 		stream, err := as.Listen(ctx, last)
 		if err != nil {
 			return err
@@ -228,7 +231,7 @@ func (c *cutter) refused(ctx context.Context, s *peers.LegacySession, last strin
 		if err := stream.Close(); err != nil && !errors.Is(err, io.EOF) {
 			return err
 		}
-		if stream.Status != http.StatusNotFound {
+		if stream.Status != as.status {
 			return fmt.Errorf("%s resumed after %q: HTTP %d", who, last, stream.Status)
 		}
 	}

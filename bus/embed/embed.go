@@ -102,6 +102,9 @@ func Start(o Options) (*Server, error) {
 		// and answers come beside it.
 		StreamMaxBufferedSize: 256 << 20,
 		Users:                 []*server.User{},
+		// A reader, and a call that a client has come back for, has one each; how
+		// many there may be is the edge's to say. The default would be 1000.
+		JetStreamLimits: server.JSLimitOpts{DefaultMaxConsumers: -1},
 	}
 	if key != "" {
 		opts.JetStreamKey, opts.JetStreamCipher = key, server.AES

@@ -114,7 +114,8 @@ func (a *Adapter) get(w http.ResponseWriter, r *http.Request, p edge.Principal) 
 // find makes c the rest of the call whose request is at a sequence of the log.
 // What is not a call that this session's client has made is unknown.
 func (a *Adapter) find(ctx context.Context, c *telling, anchor uint64) *reply {
-	unknown := &reply{status: http.StatusNotFound, code: codeNoSession, message: "The stream of this Last-Event-ID is not found"}
+	// Not 404, by which a client would take its session for ended.
+	unknown := badRequest("the stream of this Last-Event-ID is not found")
 	e, err := a.o.Load(ctx, anchor)
 	if errors.Is(err, schemas.ErrNotFound) {
 		return unknown

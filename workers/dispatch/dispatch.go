@@ -141,6 +141,7 @@ const (
 	// maxChunks bounds what an upstream may say before its answer, except on
 	// a stream: each message is an event of the log.
 	maxChunks = 10_000
+	maxSaid   = 64 << 20 // bytes of them
 
 	// maxWords is how many bytes an ending repeats of what others said. The
 	// log holds little beside the body, and an ending must fit.
@@ -335,6 +336,8 @@ type run struct {
 	attempts   int
 	chunks     int
 	digest     chunkDigest
+
+	said int // bytes of the messages before the answer, in this run
 }
 
 // ending is how a run wants the call to end.
@@ -735,8 +738,8 @@ func (r *run) keep(ctx context.Context, first schemas.Event, end ending) error {
 // is not below the ending's Chunks; they are not part of the answer, and
 // readers leave them out.
 func (r *run) progress(ctx context.Context, msg []byte) error {
-	if !r.a.Stream && r.chunks >= maxChunks {
-		return &Fault{Kind: TooLarge, Err: fmt.Errorf("more than %d messages before the answer", maxChunks)}
+	if r.said += len(msg); !r.a.Stream && (r.chunks >= maxChunks || r.said > maxSaid) {
+		return &Fault{Kind: TooLarge, Err: fmt.Errorf("more than %d messages or %d MiB before the answer", maxChunks, maxSaid>>20)}
 	}
 	ctx, cancel := sure(ctx, r.d.endTime())
 	defer cancel()

@@ -103,11 +103,26 @@ func (q *question) misused(format string, args ...any) Answer {
 	return q.toolResult(fmt.Sprintf(format, args...), nil, true)
 }
 
-// toolResult is the result of one of the gateway's own tools.
+// textToo is up to which size a structured result is repeated as text, for
+// clients that look at the content only (2025-11-25, server/tools, "Structured
+// Content"). It fits into listReserve.
+const textToo = 24 << 10
+
+// toolResult is the result of one of the gateway's own tools. A client of
+// 2025-03-26 knows no structured content and gets all of it as text, as far as
+// an answer has room.
 func (q *question) toolResult(text string, structured []byte, isError bool) Answer {
 	b := append([]byte(`"content":[{"type":"text","text":`), jsonrpc.Quote(text)...)
+	most := textToo
+	textOnly := q.c.Requested.Revision == "2025-03-26"
+	if textOnly {
+		most = int(q.opt.MaxAnswer) - listReserve
+	}
+	if quoted := jsonrpc.Quote(string(structured)); structured != nil && len(quoted) <= most {
+		b = append(append(b, `},{"type":"text","text":`...), quoted...)
+	}
 	b = append(b, `}]`...)
-	if structured != nil {
+	if structured != nil && !textOnly {
 		b = append(append(b, `,"structuredContent":`...), structured...)
 	}
 	if isError {

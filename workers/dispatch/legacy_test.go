@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"waybill.dev/schemas"
 	"waybill.dev/schemas/jsonrpc"
 )
@@ -178,6 +180,7 @@ func legacyRig(t testing.TB, l *legacyServer, change ...func(*Options)) *rig {
 
 // quick makes the pauses short.
 func quick(d *Dispatcher) {
+	d.sessions.timing.pace = rate.Inf
 	d.sessions.timing.pause, d.sessions.timing.pauses, d.sessions.timing.rest = time.Millisecond, 10*time.Millisecond, 10*time.Millisecond
 }
 
@@ -387,6 +390,25 @@ func TestLegacyTooManySessions(t *testing.T) {
 	r.handle(e)
 	r.ends(e, "completed")
 	l.await(t, "DELETE", 1)
+}
+
+// One tenant cannot take all the sessions that there may be.
+func TestLegacyShare(t *testing.T) {
+	r := legacyRig(t, &legacyServer{}, func(o *Options) { o.MaxSessions = 4 })
+	write := func(tenant schemas.Tenant, key, want string) {
+		t.Helper()
+		r.log.add(schemas.Event{
+			Tenant: tenant, Session: schemas.SessionKey(key), Agent: "a1",
+			Data: &schemas.Opened{Protocol: "mcp", Name: "c", Server: "s", Revision: "2025-11-25"}, Body: []byte(initialize),
+		})
+		e := r.legacy("write", inSession(key), func(e *schemas.Event) { e.Tenant = tenant })
+		r.handle(e)
+		r.ends(e, want)
+	}
+	write("acme", "a1", "completed")
+	write("acme", "a2", "completed")
+	write("acme", "a3", "overloaded")
+	write("other", "b1", "completed")
 }
 
 func sseHead(w http.ResponseWriter) {

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/cenkalti/backoff/v4"
+	"golang.org/x/time/rate"
 
 	"waybill.dev/schemas/jsonrpc"
 	"waybill.dev/schemas/sse"
@@ -15,6 +16,15 @@ import (
 // maxGarbage is how many messages of a session's stream that cannot be read are
 // passed over before the connection is given up.
 const maxGarbage = 16
+
+// What a server may say on a session's stream, which nobody has asked for: the
+// log keeps it and has an end. Beyond that it is read no faster, so that the
+// server waits and nothing is lost.
+const (
+	paceRate    = 256 << 10 // bytes a second, in the long run
+	paceBurst   = 8 << 20
+	paceMessage = 1 << 10 // that a message counts for beside its own
+)
 
 // listener follows a session's own stream, on which the server speaks outside of
 // calls. It belongs to one goroutine and holds one connection, beside what the
@@ -25,6 +35,7 @@ type listener struct {
 	s     *session
 	last  string // event ID
 	retry time.Duration
+	pace  *rate.Limiter
 	was   bool // there has been a stream
 	moved bool // a message was stored since the stream was asked for
 }
@@ -36,7 +47,7 @@ func (s *session) listen() {
 	s.listening = true
 	s.mu.Unlock()
 	if !was {
-		s.t.spawn(func() { (&listener{s: s}).run() })
+		s.t.spawn(func() { (&listener{s: s, pace: rate.NewLimiter(s.t.timing.pace, paceBurst)}).run() })
 	}
 }
 
@@ -132,6 +143,9 @@ func (l *listener) once() error {
 				err = s.ask(s.ctx, s.base, msg)
 			case msg.IsNotification():
 				err = s.notify(msg)
+			}
+			if err == nil {
+				err = l.pace.WaitN(s.ctx, min(len(event.Data)+paceMessage, paceBurst))
 			}
 			if err != nil {
 				// The event ID stays what it was, so that the message comes

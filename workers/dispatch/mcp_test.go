@@ -205,6 +205,24 @@ func TestTooManyMessages(t *testing.T) {
 	}
 }
 
+// Nor with few that are large.
+func TestTooMuchSaid(t *testing.T) {
+	message := fmt.Sprintf("data: {\"jsonrpc\":\"2.0\",\"method\":\"n\",\"params\":{\"x\":%q}}\n\n", strings.Repeat("x", 2<<20))
+	r := newRig(t, func(w http.ResponseWriter, req *http.Request) {
+		_ = idOf(req)
+		w.Header().Set("Content-Type", "text/event-stream")
+		for req.Context().Err() == nil {
+			if _, err := io.WriteString(w, message); err != nil {
+				return
+			}
+		}
+	})
+	r.handle(r.call("write"))
+	if s := summary(r.want("too_large")); s.Chunks != maxSaid/len(message) {
+		t.Errorf("%d messages of %d bytes", s.Chunks, len(message))
+	}
+}
+
 func TestOnly(t *testing.T) {
 	only := authorized(func(a *schemas.Authorized) { a.Only = []string{"read*", "x"} })
 	for _, c := range []struct{ method, result, want, removed string }{

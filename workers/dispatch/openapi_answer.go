@@ -86,7 +86,7 @@ func (a *restAPI) toolResult(resp *http.Response, body []byte, t *restTool, m mc
 		kind = ""
 	}
 	if resp.StatusCode >= 300 {
-		return map[string]any{"isError": true, "content": []any{textContent(a.secrets.Replace(problem(resp, kind, params["charset"], body, t)))}}
+		return map[string]any{"isError": true, "content": []any{textContent(a.secrets.Replace(problem(resp, kind, params["charset"], []byte(a.secrets.Replace(string(body))), t)))}}
 	}
 	result := map[string]any{}
 	content := []any{}

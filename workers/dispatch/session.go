@@ -16,6 +16,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"waybill.dev/schemas"
 	"waybill.dev/schemas/jsonrpc"
 )
@@ -67,6 +69,7 @@ type timing struct {
 	retry   time.Duration // the longest that a server may ask for (retry:)
 	front   time.Duration // the first pause before a front listens to a server again; doubles
 	fronts  time.Duration // the longest
+	pace    rate.Limit    // bytes a second that a session's own stream is read at in the long run
 }
 
 var defaultTiming = timing{
@@ -74,6 +77,7 @@ var defaultTiming = timing{
 	store: time.Minute, silence: 10 * time.Second,
 	pause: 100 * time.Millisecond, pauses: 5 * time.Second, rest: 30 * time.Second, retry: 30 * time.Second,
 	front: time.Second, fronts: time.Minute,
+	pace: paceRate,
 }
 
 // sessions is the table of the sessions that this process has at upstreams.
@@ -94,11 +98,12 @@ type sessions struct {
 	deletes   chan struct{}
 	forgotten chan struct{}
 
-	mu     sync.Mutex
-	of     map[sessionID]map[string]*session // by the server's name
-	n      int
-	opened uint64
-	closed bool
+	mu      sync.Mutex
+	of      map[sessionID]map[string]*session // by the server's name
+	n       int
+	tenants map[schemas.Tenant]int // how many of them; each may have half
+	opened  uint64
+	closed  bool
 }
 
 // sessionID names a client's session.
@@ -146,7 +151,7 @@ func newSessions(opt Options, name string) *sessions {
 	ctx, stop := context.WithCancel(context.Background())
 	return &sessions{
 		opt: opt, name: name, max: positive(opt.MaxSessions, maxSessions), timing: defaultTiming,
-		seed: maphash.MakeSeed(), ctx: ctx, stop: stop, of: make(map[sessionID]map[string]*session),
+		seed: maphash.MakeSeed(), ctx: ctx, stop: stop, of: make(map[sessionID]map[string]*session), tenants: make(map[schemas.Tenant]int),
 		deletes: make(chan struct{}, 16), forgotten: make(chan struct{}, maxForgotten),
 	}
 }
@@ -192,10 +197,14 @@ func (t *sessions) add(m *mcpServer, e schemas.Event, lost *session) (*session, 
 	}
 	id := idOfSession(e)
 	if t.of[id][m.name] == nil {
-		if t.n >= t.max {
+		switch share := max(t.max/2, 1); {
+		case t.n >= t.max:
 			return nil, faultf(Busy, "%d sessions are open at upstreams, no more may be", t.n)
+		case t.tenants[e.Tenant] >= share:
+			return nil, faultf(Busy, "%d sessions are open at upstreams for the tenant, no more may be", share)
 		}
 		t.n++
+		t.tenants[e.Tenant]++
 	}
 	if t.of[id] == nil {
 		t.of[id] = make(map[string]*session)
@@ -228,6 +237,9 @@ func (t *sessions) drop(s *session) {
 		delete(t.of, s.id)
 	}
 	t.n--
+	if t.tenants[s.id.tenant]--; t.tenants[s.id.tenant] == 0 {
+		delete(t.tenants, s.id.tenant)
+	}
 }
 
 // bringBack puts a lost session into the place of the one that could not be
