@@ -24,7 +24,9 @@ import (
 
 	"github.com/goccy/go-yaml"
 	"github.com/goccy/go-yaml/ast"
+	"github.com/goccy/go-yaml/lexer"
 	"github.com/goccy/go-yaml/parser"
+	"github.com/goccy/go-yaml/token"
 
 	"waybill.dev/bus/embed"
 	"waybill.dev/edge"
@@ -216,10 +218,15 @@ func parseConfig(b []byte, dir string) (*Config, error) {
 		}
 		return errors.New(wrongType.ReplaceAllString(text, "wrong type: it must be $1"))
 	}
-	f, err := parser.ParseBytes(b, 0)
+	tokens := lexer.Tokenize(string(b))
+	tag := slices.IndexFunc(tokens, func(t *token.Token) bool { return t.Type == token.TagType })
+	f, err := parser.Parse(tokens, 0)
 	switch {
 	case err != nil:
 		return nil, worded(err)
+	case tag >= 0: // the decoder cannot take them everywhere
+		at := tokens[tag].Position
+		return nil, fmt.Errorf("[%d:%d] a configuration has no tags (!name)", at.Line, at.Column)
 	case len(f.Docs) > 1:
 		second := f.Docs[1]
 		at := second.Start // nil where the document before has ended with "..."
