@@ -204,8 +204,9 @@ type callKey struct {
 }
 
 type running struct {
-	cancel context.CancelCauseFunc
-	twin   *running // another run of the same call
+	cancel  context.CancelCauseFunc
+	session sessionID
+	twin    *running // another run of the same call
 }
 
 // enter registers a run. Its context ends with a *wish when a cancel comes, and
@@ -213,7 +214,7 @@ type running struct {
 func (c *calls) enter(ctx context.Context, e schemas.Event) (_ context.Context, stop context.CancelCauseFunc, leave func()) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	key := callKey{e.Tenant, e.Call}
-	self := &running{cancel: cancel}
+	self := &running{cancel: cancel, session: idOfSession(e)}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	reason, found := c.young[key]
@@ -244,6 +245,20 @@ func (c *calls) enter(ctx context.Context, e schemas.Event) (_ context.Context, 
 				continue
 			}
 			return
+		}
+	}
+}
+
+// close ends what runs in a session that has ended, as if each had been taken
+// back.
+func (c *calls) close(id sessionID) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, at := range c.running {
+		for ; at != nil; at = at.twin {
+			if at.session == id {
+				at.cancel(&wish{"the session has ended"})
+			}
 		}
 	}
 }

@@ -835,7 +835,7 @@ func TestLegacyRestart(t *testing.T) {
 	l.await(t, "DELETE", 2)
 }
 
-// The end of a session hangs up on what is done in it.
+// The end of a session cancels what is done in it.
 func TestLegacyClosed(t *testing.T) {
 	leaks(t)
 	l := &legacyServer{}
@@ -861,7 +861,7 @@ func TestLegacyClosed(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-done
-	r.ends(e, "unknown")
+	r.ends(e, "cancelled")
 	<-ended
 	<-ended
 	l.await(t, "DELETE", 1)

@@ -804,13 +804,14 @@ func (t *sessions) delete(m *mcpServer, upstream, revision string) {
 // be closed.
 const maxForgotten = 1024
 
-// Closed is the [schemas.Handler] for closed: the session's counterparts at the
-// upstreams are closed too. Those of a process that is gone are looked for only
+// Closed is the [schemas.Handler] for closed: the session's calls are cancelled,
+// and its counterparts at the upstreams are closed too. Those of a process that is gone are looked for only
 // where this one has none of the session; else they are left to expire.
 func (d *Dispatcher) Closed(_ context.Context, e schemas.Event, _ schemas.Emit) error {
 	if _, ok := e.Data.(*schemas.Closed); !ok || d.sessions.opt.Latest == nil {
 		return nil
 	}
+	d.calls.close(idOfSession(e))
 	t := d.sessions
 	t.mu.Lock()
 	var held []*session
