@@ -123,8 +123,10 @@ func (s *mcpGoServer) askRoots(ctx context.Context) {
 	session.roots = answer.Roots
 	s.mu.Unlock()
 	// Not through the log level, which is error in mcp-go before the client sets it.
-	_ = s.SendNotificationToSpecificClient(id, "notifications/message", map[string]any{
-		"level": "info", "data": fmt.Sprintf("Roots updated: %d root(s) received from client", len(answer.Roots)),
+	later(func() error {
+		return s.SendNotificationToSpecificClient(id, "notifications/message", map[string]any{
+			"level": "info", "data": fmt.Sprintf("Roots updated: %d root(s) received from client", len(answer.Roots)),
+		})
 	})
 }
 
@@ -141,13 +143,21 @@ func (s *mcpGoServer) unsubscribe(ctx context.Context, uri string) {
 	s.mu.Lock()
 	session.subscribed = slices.DeleteFunc(session.subscribed, func(u string) bool { return u == uri })
 	s.mu.Unlock()
-	s.log(ctx, "Received Unsubscribe Resource request: "+uri)
+	// At once: it is for the level of this moment to keep it back.
+	n := mcp.NewLoggingMessageNotification(mcp.LoggingLevelInfo, "", "Received Unsubscribe Resource request: "+uri)
+	_ = s.SendLogMessageToSpecificClient(sessionID(ctx), n)
 }
 
 // log sends a message of level info over the GET stream.
 func (s *mcpGoServer) log(ctx context.Context, text string) {
-	n := mcp.NewLoggingMessageNotification(mcp.LoggingLevelInfo, "", text)
-	_ = s.SendLogMessageToSpecificClient(sessionID(ctx), n) // a session that has no stream misses it
+	n, id := mcp.NewLoggingMessageNotification(mcp.LoggingLevelInfo, "", text), sessionID(ctx)
+	later(func() error { return s.SendLogMessageToSpecificClient(id, n) })
+}
+
+// later says something a moment later, when the request that it comes of has its answer: mcp-go gives a notification to
+// whichever stream takes it first, and one whose answer is just being written drops it.
+func later(say func() error) {
+	time.AfterFunc(50*time.Millisecond, func() { _ = say() }) // a session that has no stream misses it
 }
 
 func (s *mcpGoServer) addTools() {
@@ -188,10 +198,10 @@ func (s *mcpGoServer) addTools() {
 		on, subscribed := session.updating, slices.Clone(session.subscribed)
 		s.mu.Unlock()
 		for _, uri := range subscribed {
-			if on {
-				if err := s.SendNotificationToSpecificClient(sessionID(ctx), "notifications/resources/updated", map[string]any{"uri": uri}); err != nil {
-					return nil, err
-				}
+			if id := sessionID(ctx); on {
+				later(func() error {
+					return s.SendNotificationToSpecificClient(id, "notifications/resources/updated", map[string]any{"uri": uri})
+				})
 			}
 		}
 		return mcp.NewToolResultText(fmt.Sprintf("updates: %v", on)), nil
@@ -260,12 +270,12 @@ func (s *mcpGoServer) gzip(ctx context.Context, r mcp.CallToolRequest) (*mcp.Cal
 	name := r.GetString("name", "")
 	uri := "demo://resource/session/" + name
 	contents := mcp.BlobResourceContents{URI: uri, MIMEType: "application/gzip", Blob: base64.StdEncoding.EncodeToString(zipped.Bytes())}
-	err := s.AddSessionResource(sessionID(ctx), mcp.NewResource(uri, name), func(context.Context, mcp.ReadResourceRequest) ([]mcp.ResourceContents, error) {
-		return []mcp.ResourceContents{contents}, nil
+	id := sessionID(ctx)
+	later(func() error { // which tells the client that the list has changed
+		return s.AddSessionResource(id, mcp.NewResource(uri, name), func(context.Context, mcp.ReadResourceRequest) ([]mcp.ResourceContents, error) {
+			return []mcp.ResourceContents{contents}, nil
+		})
 	})
-	if err != nil {
-		return nil, err
-	}
 	return &mcp.CallToolResult{Content: []mcp.Content{mcp.NewResourceLink(uri, name, "zipped", "application/gzip")}}, nil
 }
 
