@@ -110,6 +110,12 @@ func (s *mcpGoServer) session(id string) *mcpGoSession {
 func sessionID(ctx context.Context) string { return server.ClientSessionFromContext(ctx).SessionID() }
 
 func (s *mcpGoServer) askRoots(ctx context.Context) {
+	// As server-everything, which waits as long: what is asked before the GET stream is there, mcp-go loses.
+	select {
+	case <-time.After(350 * time.Millisecond):
+	case <-s.running.Done():
+		return
+	}
 	ctx, cancel := context.WithTimeout(ctx, rootsPatience)
 	defer cancel()
 	defer context.AfterFunc(s.running, cancel)()
