@@ -3,4 +3,4 @@
 package test
 
 // slowdown is how much slower than the built program a test's gateway may be.
-const slowdown = 6
+const slowdown = 3
