@@ -52,6 +52,7 @@ type Server struct {
 	Name     string           // as the operator's config calls it: schemas.Target.Server
 	Protocol schemas.Protocol // "" means mcp
 	URL      string           // MCP: the streamable HTTP endpoint
+	Era      Era              // MCP: of the server; default: found out
 
 	// Header is sent with every request: the operator's own credentials for
 	// this upstream. Headers that the gateway makes itself are refused.

@@ -154,7 +154,7 @@ func TestCallManyHeaders(t *testing.T) {
 	h := httptest.NewServer(mcp.NewStreamableHTTPHandler(func(*http.Request) *mcp.Server { return server }, &mcp.StreamableHTTPOptions{Stateless: true}))
 	defer h.Close()
 	w := newTown(t, nil, func(o *Options) {
-		o.Servers = append(o.Servers, Server{Name: "a", URL: h.URL})
+		o.Servers = append(o.Servers, Server{Name: "a", URL: h.URL, Era: EraClient})
 		o.Fronts[0].Servers = []string{"a", schemas.Gateway}
 	})
 	defer w.d.Close()

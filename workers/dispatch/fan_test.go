@@ -125,7 +125,7 @@ func newTown(t *testing.T, servers map[string]script, change ...func(*Options)) 
 			}
 		}))
 		t.Cleanup(srv.Close)
-		opt.Servers = append(opt.Servers, Server{Name: name, URL: srv.URL + "/mcp"})
+		opt.Servers = append(opt.Servers, Server{Name: name, URL: srv.URL + "/mcp", Era: EraClient})
 	}
 	opt.Fronts = []*schemas.Front{{Name: schemas.Gateway, Servers: append(names, schemas.Gateway)}}
 	opt.Fanout.Tools = []string{findTools, callMany}

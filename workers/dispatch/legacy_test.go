@@ -799,7 +799,9 @@ func TestLegacyCancel(t *testing.T) {
 // Another process, or this one after a restart, goes on with the server's session.
 func TestLegacyRestart(t *testing.T) {
 	l := &legacyServer{}
-	r := legacyRig(t, l, func(o *Options) { o.Servers = append(o.Servers, Server{Name: "t", URL: o.Servers[0].URL}) })
+	r := legacyRig(t, l, func(o *Options) {
+		o.Servers = append(o.Servers, Server{Name: "t", URL: o.Servers[0].URL, Era: EraClient})
+	})
 	other := authorized(func(a *schemas.Authorized) { a.Server = "t" })
 	for _, e := range []schemas.Event{r.legacy("write"), r.legacy("write", other)} {
 		r.handle(e)

@@ -233,7 +233,7 @@ func newRig(t testing.TB, h http.HandlerFunc, change ...func(*Options)) *rig {
 		url = r.http.URL + "/mcp"
 	}
 	r.opt = Options{
-		Servers:  []Server{{Name: "s", URL: url, Idempotent: []string{"read*"}}},
+		Servers:  []Server{{Name: "s", URL: url, Era: EraClient, Idempotent: []string{"read*"}}},
 		Load:     r.log.load,
 		Past:     r.log.past,
 		Latest:   r.log.latest,

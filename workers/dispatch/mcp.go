@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
 	"net"
 	"net/http"
@@ -91,6 +92,9 @@ type mcpServer struct {
 	header    http.Header // the same for every request; never modified
 	transport *http.Transport
 	maxAnswer int64
+	eras      eras
+	life      context.Context // ends with the connection
+	log       *slog.Logger
 }
 
 // openMCP is the kind mcp.
@@ -102,7 +106,8 @@ func openMCP(s Server, opt Options) (Connection, error) {
 	if u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
 		return Connection{}, fmt.Errorf("url %q: must be http or https", u.Redacted())
 	}
-	m := &mcpServer{name: s.Name, sessions: opt.sessions, url: u, header: http.Header{}, maxAnswer: opt.MaxAnswer}
+	m := &mcpServer{name: s.Name, sessions: opt.sessions, url: u, header: http.Header{}, maxAnswer: opt.MaxAnswer, log: opt.Log}
+	m.eras.fixed = s.Era
 	for name, values := range s.Header {
 		name = http.CanonicalHeaderKey(name)
 		if !headerName(name) || ours(name) {
@@ -158,7 +163,9 @@ func openMCP(s Server, opt Options) (Connection, error) {
 		// No ResponseHeaderTimeout: a call may take long, its deadline is the
 		// bound.
 	}
-	return Connection{Call: m.call, Close: m.transport.CloseIdleConnections, mcp: m}, nil
+	var end context.CancelFunc
+	m.life, end = context.WithCancel(context.Background())
+	return Connection{Call: m.call, Close: func() { end(); m.transport.CloseIdleConnections() }, mcp: m}, nil
 }
 
 // ours tells whether the gateway itself decides on a header.
@@ -172,10 +179,21 @@ func ours(name string) bool {
 	return strings.HasPrefix(name, "Mcp-")
 }
 
+// call makes a call in the era of the server, whichever the client is of.
 func (m *mcpServer) call(ctx context.Context, c Call, progress func([]byte) error) (Answer, error) {
-	if legacy(c.Requested.Revision) {
+	switch era, old := m.eraOf(ctx), legacy(c.Requested.Revision); {
+	case old && era == EraModern:
+		return m.oldClient(ctx, c, progress)
+	case !old && era == EraLegacy:
+		return m.newClient(ctx, c, progress)
+	case old:
 		return m.legacy(ctx, c, progress)
 	}
+	return m.modern(ctx, c, progress)
+}
+
+// modern makes a call of a revision without sessions at a server of one.
+func (m *mcpServer) modern(ctx context.Context, c Call, progress func([]byte) error) (Answer, error) {
 	body, header, err := m.request(c)
 	if err != nil {
 		return Answer{}, &Fault{Kind: Invalid, Err: err}

@@ -115,6 +115,7 @@ type ServerConfig struct {
 type MCPConfig struct {
 	URL     string            `yaml:"url" json:"url"`                   // streamable HTTP endpoint
 	Headers map[string]Secret `yaml:"headers" json:"headers,omitempty"` // sent with every request
+	Era     string            `yaml:"era" json:"era,omitempty"`         // auto, modern, legacy, client; default auto
 	Command any               `yaml:"command" json:"-"`                 // not built yet
 	Env     any               `yaml:"env" json:"-"`                     // not built yet
 }
@@ -462,6 +463,9 @@ func (c *Config) check() error {
 				address(key+".mcp.url", m.URL, "mcp.headers")
 			}
 			headers(key+".mcp.headers", m.Headers)
+			if _, err := dispatch.ParseEra(m.Era); err != nil {
+				bad("%s.mcp.era: %v", key, err)
+			}
 		}
 		if o := s.OpenAPI; o != nil {
 			if o.Document == "" {
@@ -611,6 +615,9 @@ func (c *Config) upstreams(secret func(Secret) (string, error)) ([]dispatch.Serv
 			up.Header, err = header(s.OpenAPI.Headers, secret)
 		default:
 			up.URL = s.MCP.URL
+			if up.Era, err = dispatch.ParseEra(s.MCP.Era); err != nil {
+				return nil, fmt.Errorf("server %s: era: %w", s.Name, err)
+			}
 			up.Header, err = header(s.MCP.Headers, secret)
 		}
 		if err != nil {

@@ -305,8 +305,8 @@ func (g *gateway) addDispatch(ctx context.Context, _ net.Listener) error {
 		Ask: ask, Fronts: g.c.fronts(), Fanout: g.c.fanout(), Version: programVersion(),
 		// A tenant has half of them: with one server, one for each session it may have.
 		MaxSessions: max(10_000, 2*g.c.Limits.SessionsPerTenant),
-		Lost:     func(e schemas.Event) bool { return e.Seq <= g.lost },
-		Instance: g.instance, Duplicates: bus.Duplicates, Now: time.Now, Log: g.log,
+		Lost:        func(e schemas.Event) bool { return e.Seq <= g.lost },
+		Instance:    g.instance, Duplicates: bus.Duplicates, Now: time.Now, Log: g.log,
 	})
 	if err != nil {
 		return err
