@@ -61,7 +61,7 @@ func federation(t *testing.T, more string) *gateway.Gateway {
 		name := fmt.Sprintf("s%02d", i)
 		switch i {
 		case 7:
-			servers.WriteString(gateway.Server("hangs", hanging(t), "deadline: 1s"))
+			servers.WriteString(gateway.Native("hangs", hanging(t), "deadline: 1s"))
 		case 13:
 			servers.WriteString(gateway.Server("refuses", "http://"+gateway.FreeAddr(t)+"/mcp", ""))
 		default:
@@ -230,7 +230,7 @@ func TestCallMany(t *testing.T) {
 	var servers strings.Builder
 	servers.WriteString("servers:\n")
 	for i := range 20 {
-		servers.WriteString(gateway.Server(fmt.Sprintf("s%02d", i), u.URL, ""))
+		servers.WriteString(gateway.Native(fmt.Sprintf("s%02d", i), u.URL, ""))
 	}
 	g := gateway.Start(t, gateway.Config(servers.String()+"fanout: {tools: [find_tools, call_many], concurrency: 20}\n"))
 
@@ -328,7 +328,7 @@ func TestCallManyHeaders(t *testing.T) {
 // The caller goes away: every call that was made for it is cancelled.
 func TestCallManyIsCancelled(t *testing.T) {
 	u := upstream.Start(t)
-	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("a", u.URL, "")+gateway.Server("b", u.URL, "")+
+	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Native("a", u.URL, "")+gateway.Native("b", u.URL, "")+
 		"fanout: {tools: [call_many]}\n"))
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()

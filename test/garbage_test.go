@@ -52,7 +52,7 @@ const (
 func TestGarbage(t *testing.T) {
 	up := newRawServer(t)
 	up.serve(answering(soundAnswer))
-	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("raw", up.url(), "")+"agents: [{id: researcher, tenant: acme, token_sha256: cd747cb74256709ce755d64f388e4dd9ea251c5ea412f48779dab222aaeae98a}]\ntenants: [{id: acme}]\nauth: {anonymous: researcher}\n"))
+	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Native("raw", up.url(), "")+"agents: [{id: researcher, tenant: acme, token_sha256: cd747cb74256709ce755d64f388e4dd9ea251c5ea412f48779dab222aaeae98a}]\ntenants: [{id: acme}]\nauth: {anonymous: researcher}\n"))
 	serving(t, g, up) // and everything is warm
 	before := measure(t, g)
 
@@ -319,7 +319,7 @@ func ended(t *testing.T, g *gateway.Gateway, session string) schemas.Event {
 // TestLeaving breaks connections at every point of a call.
 func TestLeaving(t *testing.T) {
 	up := newRawServer(t)
-	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("raw", up.url(), "")))
+	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Native("raw", up.url(), "")))
 	serving(t, g, up)
 	before := measure(t, g)
 
@@ -452,7 +452,7 @@ func await(t *testing.T, ch <-chan struct{}) {
 // count otherwise. None of them makes a second call.
 func TestTwoRequestsOrOne(t *testing.T) {
 	up := newRawServer(t)
-	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("raw", up.url(), "")))
+	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Native("raw", up.url(), "")))
 	serving(t, g, up)
 	sound := raw(g, "two", soundHead, soundBody)
 	// all sends text and reads as many answers as are due, and what comes beyond.
@@ -511,7 +511,7 @@ func TestTwoRequestsOrOne(t *testing.T) {
 // again; too many connections are closed; afterwards there is room.
 func TestCrowd(t *testing.T) {
 	up := newRawServer(t)
-	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("raw", up.url(), "")+`
+	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Native("raw", up.url(), "")+`
 limits: {in_flight: 4, in_flight_per_tenant: 3, streams: 4}
 tenants: [{id: acme}, {id: other}]
 agents: [{id: researcher, tenant: acme}, {id: second, tenant: other, token_sha256: cd747cb74256709ce755d64f388e4dd9ea251c5ea412f48779dab222aaeae98a}]
@@ -724,10 +724,10 @@ func TestHostileUpstream(t *testing.T) {
 			deadline = "1s"
 		}
 		for tool := range 2 {
-			servers.WriteString(gateway.Server(fmt.Sprintf("s%d", 2*i+tool), up.url(), "deadline: "+deadline+", idempotent: [again]"))
+			servers.WriteString(gateway.Native(fmt.Sprintf("s%d", 2*i+tool), up.url(), "deadline: "+deadline+", idempotent: [again]"))
 		}
 	}
-	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("raw", up.url(), "")+servers.String()))
+	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Native("raw", up.url(), "")+servers.String()))
 	serving(t, g, up)
 	before := measure(t, g)
 

@@ -36,7 +36,7 @@ func TestPoison(t *testing.T) {
 	)
 	up := newRawServer(t)
 	up.serve(answering(soundAnswer))
-	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("raw", up.url(), "")+`
+	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Native("raw", up.url(), "")+`
 tenants: [{id: acme}, {id: other}]
 agents: [{id: researcher, tenant: acme}, {id: second, tenant: other, token_sha256: `+fmt.Sprintf("%x", sha256.Sum256([]byte(token)))+`}]
 auth: {anonymous: researcher}

@@ -37,7 +37,7 @@ agents:
   - {id: researcher, tenant: acme, token_sha256: `+fmt.Sprintf("%x", sha256.Sum256([]byte("mine")))+`}
   - {id: rival, tenant: acme, token_sha256: `+fmt.Sprintf("%x", sha256.Sum256([]byte("theirs")))+`}
 servers:
-`+gateway.Server("counting", u.URL, "")))
+`+gateway.Native("counting", u.URL, "")))
 	end := peers.Endpoint{URL: g.URL + "/mcp/counting", Token: "mine"}
 
 	var done atomic.Int64 // cuts that were resumed

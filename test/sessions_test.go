@@ -60,7 +60,7 @@ func TestLegacyPeersThroughAllServers(t *testing.T) {
 // know the session has not carried out the call.
 func TestSessionSurvives(t *testing.T) {
 	u := upstream.Start(t)
-	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("counting", u.URL, "")))
+	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Native("counting", u.URL, "")))
 	end := peers.Endpoint{URL: g.URL + "/mcp/counting"}
 	s, _, err := peers.OpenLegacy(t.Context(), end, "2025-11-25", struct{}{})
 	if err != nil {
@@ -122,7 +122,7 @@ func TestSessionSurvives(t *testing.T) {
 // server; both are in the log, and nobody else can answer.
 func TestAsked(t *testing.T) {
 	u := upstream.Start(t)
-	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("counting", u.URL, "")))
+	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Native("counting", u.URL, "")))
 	s, _, err := peers.OpenLegacy(t.Context(), peers.Endpoint{URL: g.URL + "/mcp/counting"}, "2025-11-25", map[string]any{"elicitation": struct{}{}})
 	if err != nil {
 		t.Fatal(err)
@@ -174,7 +174,7 @@ func TestAsked(t *testing.T) {
 func TestManySessions(t *testing.T) {
 	const many = 1000
 	u := upstream.Start(t)
-	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("counting", u.URL, "")+"limits: {sessions_per_agent: 20000, sessions_per_tenant: 20000}\n"))
+	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Native("counting", u.URL, "")+"limits: {sessions_per_agent: 20000, sessions_per_tenant: 20000}\n"))
 	end := peers.Endpoint{URL: g.URL + "/mcp/counting"}
 	hold(t, end, 50, func([]*peers.LegacySession) {}) // what is made once
 	before, fds := measure(t, g), descriptors(t, g)

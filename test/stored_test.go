@@ -131,8 +131,8 @@ func counting(t testing.TB, env ...string) (*upstream.Upstream, *gateway.Gateway
 	u := upstream.Start(t)
 	return u, gateway.Start(t, gateway.Config(
 		"bus: {embedded: {listen: "+gateway.FreeAddr(t)+"}}\nservers:\n"+
-			gateway.Server("counter", u.URL, "idempotent: [read], deadline: 20s")+
-			gateway.Server("hasty", u.URL, "idempotent: [read], deadline: 400ms")), env...)
+			gateway.Native("counter", u.URL, "idempotent: [read], deadline: 20s")+
+			gateway.Native("hasty", u.URL, "idempotent: [read], deadline: 400ms")), env...)
 }
 
 // Promise 1: at the moment an upstream is called, the call's events are in the

@@ -35,7 +35,7 @@ var update = flag.Bool("update", false, "rewrite the golden sections of testdata
 // bytes that the file marks. rewrites.txt says how the files are read.
 func TestZeroLoss(t *testing.T) {
 	up := newRawServer(t)
-	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("raw", up.url(), "")))
+	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Native("raw", up.url(), "")))
 	files, err := filepath.Glob("testdata/zeroloss/*.txt")
 	if err != nil || len(files) == 0 {
 		t.Fatal("no files", err)

@@ -62,6 +62,11 @@ func upstream(ctx context.Context) error {
 			return
 		}
 		id := idMember.FindSubmatch(body)
+		if id != nil && r.Header.Get("Mcp-Method") == "server/discover" {
+			w.Header().Set("Content-Type", "application/json")
+			_, _ = fmt.Fprintf(w, `{"jsonrpc":"2.0","id":%s,"result":{"resultType":"complete","supportedVersions":["2026-07-28"],"capabilities":{"tools":{}},"ttlMs":0,"cacheScope":"private"}}`, id[1])
+			return
+		}
 		i := bytes.Index(body, []byte(`"text":"`))
 		if id == nil || i < 0 {
 			http.Error(w, "no", http.StatusBadRequest)

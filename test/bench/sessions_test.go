@@ -68,7 +68,7 @@ func BenchmarkSessions(b *testing.B) {
 		if _, err := p.Await(b.Context(), "listening"); err != nil {
 			b.Fatal(err)
 		}
-		config += gateway.Server(fmt.Sprintf("up%d", i), "http://"+addr+"/mcp", "idempotent: ['*'], concurrency: 1024")
+		config += gateway.Native(fmt.Sprintf("up%d", i), "http://"+addr+"/mcp", "idempotent: ['*'], concurrency: 1024")
 	}
 	g := gateway.Start(b, gateway.Config(config))
 	session, _, err := peers.OpenLegacy(b.Context(), peers.Endpoint{URL: g.URL + "/mcp/up0"}, "2025-11-25", struct{}{})

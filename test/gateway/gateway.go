@@ -124,6 +124,16 @@ func Config(more string) string {
 	return more
 }
 
+// Native is the line of a server that is spoken to as whoever calls speaks: one
+// that serves the revisions with sessions and those without, and is to be heard
+// in its own words.
+func Native(name, url, more string) string {
+	if more != "" {
+		more = ", " + more
+	}
+	return fmt.Sprintf("  - {name: %s, mcp: {url: %q, era: client}%s}\n", name, url, more)
+}
+
 // Server is a line of `servers:`.
 func Server(name, url, more string) string {
 	if more != "" {
