@@ -130,5 +130,6 @@ func (s *seen) put(k schemas.SessionKey) {
 	if len(s.now) >= s.most/2 {
 		s.old, s.now = s.now, make(map[schemas.SessionKey]struct{}, s.most/2)
 	}
-	s.now[k] = struct{}{}
+	// A key that was read from the log holds on to all of its event's envelope.
+	s.now[schemas.SessionKey(strings.Clone(string(k)))] = struct{}{}
 }

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"hash"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -282,5 +283,7 @@ func (c *calls) cancel(e schemas.Event, reason string) {
 	if c.young == nil {
 		c.young = make(map[callKey]string)
 	}
-	c.young[key] = reason
+	// What was read from the log holds on to all of its event's envelope.
+	key = callKey{schemas.Tenant(strings.Clone(string(key.tenant))), schemas.CallID(strings.Clone(string(key.call)))}
+	c.young[key] = strings.Clone(reason)
 }
