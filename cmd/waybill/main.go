@@ -16,7 +16,7 @@ func main() {
 	context.AfterFunc(ctx, stop) // a second Ctrl-C ends the process at once
 	terminal := isTerminal(os.Stdout)
 	os.Exit(cli.Run(ctx, os.Args[1:], cli.Env{
-		Program: os.Args[0], Getenv: os.Getenv, Stdout: os.Stdout, Stderr: os.Stderr,
+		Program: os.Args[0], Getenv: os.Getenv, Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr,
 		Terminal: terminal, Color: terminal && os.Getenv("NO_COLOR") == "",
 	}))
 }

@@ -18,6 +18,7 @@ import (
 type Env struct {
 	Program        string // how it was called; default waybill. For commands to copy
 	Getenv         func(string) string
+	Stdin          io.Reader // may be nil, where no command reads it
 	Stdout, Stderr io.Writer
 	Terminal       bool // Stdout is a terminal, which must not be given control characters of others
 	Color          bool // and may have colours
@@ -39,6 +40,7 @@ func commands() []command {
 		{"sessions", "[--tenant T] [--limit N] [--json]", "list the sessions in the log, newest last", sessions},
 		{"replay", "SESSION [--full] [--json]", "print a session from the log, as a tree of calls", replay},
 		{"audit tail", "[--tenant T] [--session S] [--kind K]... [--json]", "print events as they are stored", auditTail},
+		{"connect", "[--server NAME] [--url URL]", "be a stdio MCP server: the running gateway's, or one of its servers", connect},
 		{"version", "", "print the version", version},
 	}
 }
@@ -48,7 +50,7 @@ func commands() []command {
 func later() []string {
 	return []string{
 		"export", "import", "erase", "rebuild", "audit verify", "audit prove", "audit checkpoint", "query",
-		"policy check", "policy test", "policy explain", "approvals", "tools", "agents", "connect",
+		"policy check", "policy test", "policy explain", "approvals", "tools", "agents",
 	}
 }
 
