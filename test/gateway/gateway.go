@@ -96,9 +96,13 @@ func faults(spec string) func(schemas.Event, bool) error {
 	}
 }
 
+// AsChild is the environment that makes the test's own program one of Main's
+// children, for others to start it.
+func AsChild(name string) string { return envChild + "=" + name }
+
 // Child starts the test's own program as one of Main's children.
 func Child(t testing.TB, name string, env ...string) *peers.Process {
-	return peers.Self(t, append(env, envChild+"="+name)...)
+	return peers.Self(t, append(env, AsChild(name))...)
 }
 
 // Gateway is a gateway and where to reach it; the addresses stay over restarts.

@@ -4,6 +4,8 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"os"
+	"os/exec"
 	"slices"
 	"testing"
 
@@ -66,14 +68,14 @@ func (s seen) check(t testing.TB) {
 const simpleText = "This is a simple text response for testing."
 
 // ExerciseTypeScript lists and calls everything-server's tools at an endpoint with the TypeScript SDK's client, which
-// finds out the revision by itself.
-func ExerciseTypeScript(t testing.TB, url string) {
+// finds out the revision by itself. A command is started instead and spoken to by stdin and stdout.
+func ExerciseTypeScript(t testing.TB, url string, command ...string) {
 	t.Helper()
 	names, err := json.Marshal(tools)
 	if err != nil {
 		t.Fatal(err)
 	}
-	out := NodeScript(t, beside("typescript.mjs"), url, string(names))
+	out := NodeScript(t, beside("typescript.mjs"), append([]string{url, string(names)}, command...)...)
 	var s seen
 	if err := json.Unmarshal([]byte(out.Stdout), &s); err != nil || out.Exit != 0 {
 		t.Fatalf("TypeScript client: exit %d\n%s%s", out.Exit, out.Stdout, out.Stderr)
@@ -82,8 +84,8 @@ func ExerciseTypeScript(t testing.TB, url string) {
 }
 
 // ExerciseGoSDK lists and calls everything-server's tools at an endpoint with the Go SDK's client, which finds out
-// the revision by itself.
-func ExerciseGoSDK(t testing.TB, url string) {
+// the revision by itself. A command is started instead and spoken to by stdin and stdout.
+func ExerciseGoSDK(t testing.TB, url string, command ...string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
@@ -96,7 +98,11 @@ func ExerciseGoSDK(t testing.TB, url string) {
 			progress <- r.Params.Progress
 		},
 	})
-	session, err := client.Connect(ctx, &mcp.StreamableClientTransport{Endpoint: url}, nil)
+	var transport mcp.Transport = &mcp.StreamableClientTransport{Endpoint: url}
+	if len(command) > 0 {
+		transport = goCommand(command)
+	}
+	session, err := client.Connect(ctx, transport, nil)
 	if err != nil {
 		t.Fatalf("Go client: %v", err)
 	}
@@ -138,6 +144,30 @@ func ExerciseGoSDK(t testing.TB, url string) {
 	s.check(t)
 }
 
+// ExercisePython lists and calls everything-server's tools with the Python SDK's client, which finds out the revision by
+// itself, speaking to a command by stdin and stdout.
+func ExercisePython(t testing.TB, command ...string) {
+	t.Helper()
+	names, err := json.Marshal(tools)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := python(t, append([]string{beside("modern.py"), string(names)}, command...)...)
+	var s seen
+	if err := json.Unmarshal([]byte(out.Stdout), &s); err != nil || out.Exit != 0 {
+		t.Fatalf("Python client: exit %d\n%s%s", out.Exit, out.Stdout, out.Stderr)
+	}
+	s.check(t)
+}
+
+// goCommand is the Go SDK's way to a command.
+func goCommand(command []string) mcp.Transport {
+	cmd := exec.Command(command[0], command[1:]...)
+	cmd.Stderr = os.Stderr
+	dieWithParent(cmd)
+	return &mcp.CommandTransport{Command: cmd}
+}
+
 // text returns the text of a result that is one text.
 func text(r *mcp.CallToolResult) string {
 	if len(r.Content) == 1 {
@@ -155,13 +185,18 @@ func Inspector(t testing.TB, args ...string) Output {
 	return node(t, append([]string{launcher, "--cli"}, args...)...)
 }
 
-// ExerciseInspector lists everything-server's tools at an endpoint with the Inspector, and calls one.
-func ExerciseInspector(t testing.TB, url string) {
+// ExerciseInspector lists everything-server's tools at an endpoint with the Inspector, and calls one. A command is started
+// instead and spoken to by stdin and stdout.
+func ExerciseInspector(t testing.TB, url string, command ...string) {
 	t.Helper()
 	inspect := func(into any, method string, args ...string) {
 		t.Helper()
-		out := Inspector(t, append([]string{url, "--transport", "http", "--protocol-era", "modern",
-			"--format", "json", "--quiet", "--method", method}, args...)...)
+		at := []string{url, "--transport", "http"}
+		if len(command) > 0 {
+			at = command
+		}
+		out := Inspector(t, slices.Concat(at, []string{"--protocol-era", "modern",
+			"--format", "json", "--quiet", "--method", method}, args)...)
 		if err := json.Unmarshal([]byte(out.Stdout), into); err != nil || out.Exit != 0 {
 			t.Fatalf("Inspector: %s: exit %d\n%s%s", method, out.Exit, out.Stdout, out.Stderr)
 		}

@@ -5,9 +5,10 @@
 //   prefix  what stands before the names of tools and prompts
 //   unique  a word that no other run uses: server-everything shares the names of session resources among its sessions
 //   token   bearer token, or ""
+//   command what to start and speak to by stdin and stdout instead of the URL, or null
 //   duration, steps   of the operation whose stream is cut
 // Both SDKs do every step themselves. URIs come from lists, because an endpoint may rewrite them.
-const { sdk, url, prefix, unique, token, duration, steps } = JSON.parse(process.argv[2]);
+const { sdk, url, prefix, unique, token, command, duration, steps } = JSON.parse(process.argv[2]);
 const named = (name) => prefix + name;
 const patience = 20_000;
 
@@ -15,8 +16,9 @@ const patience = 20_000;
 async function load() {
   if (sdk === 'v2') {
     const { Client, StreamableHTTPClientTransport, UriTemplate } = await import('@modelcontextprotocol/client');
+    const { StdioClientTransport } = await import('@modelcontextprotocol/client/stdio');
     return {
-      Client, StreamableHTTPClientTransport, UriTemplate,
+      Client, StreamableHTTPClientTransport, StdioClientTransport, UriTemplate,
       onRequest: (client, method, handle) => client.setRequestHandler(method, handle),
       onNotification: (client, method, handle) => client.setNotificationHandler(method, handle),
       call: (client, params, options) => client.callTool(params, options),
@@ -24,6 +26,7 @@ async function load() {
   }
   const { Client } = await import('@modelcontextprotocol/sdk/client/index.js');
   const { StreamableHTTPClientTransport } = await import('@modelcontextprotocol/sdk/client/streamableHttp.js');
+  const { StdioClientTransport } = await import('@modelcontextprotocol/sdk/client/stdio.js');
   const { UriTemplate } = await import('@modelcontextprotocol/sdk/shared/uriTemplate.js');
   const types = await import('@modelcontextprotocol/sdk/types.js');
   const requests = {
@@ -37,7 +40,7 @@ async function load() {
     'notifications/resources/list_changed': types.ResourceListChangedNotificationSchema,
   };
   return {
-    Client, StreamableHTTPClientTransport, UriTemplate,
+    Client, StreamableHTTPClientTransport, StdioClientTransport, UriTemplate,
     onRequest: (client, method, handle) => client.setRequestHandler(requests[method], handle),
     onNotification: (client, method, handle) => client.setNotificationHandler(notifications[method], handle),
     call: (client, params, options) => client.callTool(params, undefined, options),
@@ -79,7 +82,7 @@ async function all(list, member) {
   return entries;
 }
 
-const { Client, StreamableHTTPClientTransport, UriTemplate, onRequest, onNotification, call: callTool } = await load();
+const { Client, StreamableHTTPClientTransport, StdioClientTransport, UriTemplate, onRequest, onNotification, call: callTool } = await load();
 const seen = {};
 const logs = new Inbox();
 const updates = new Inbox();
@@ -105,11 +108,12 @@ onNotification(client, 'notifications/message', ({ params }) => logs.push(params
 onNotification(client, 'notifications/resources/updated', ({ params }) => updates.push(params.uri));
 onNotification(client, 'notifications/resources/list_changed', () => changes.push(true));
 
-// The SDKs reconnect by themselves, and with Last-Event-ID.
-const transport = new StreamableHTTPClientTransport(new URL(url), {
+// Over HTTP the SDKs reconnect by themselves, and with Last-Event-ID.
+const transport = command ? new StdioClientTransport({ command: command[0], args: command.slice(1) }) : new StreamableHTTPClientTransport(new URL(url), {
   requestInit: token ? { headers: { Authorization: `Bearer ${token}` } } : {},
   reconnectionOptions: { initialReconnectionDelay: 100, maxReconnectionDelay: 1000, reconnectionDelayGrowFactor: 1, maxRetries: 5 },
 });
+if (command) transport.setProtocolVersion = (version) => { transport.protocolVersion = version; }; // as over HTTP
 await client.connect(transport);
 const call = (name, args = {}, options = undefined) => callTool(client, { name: named(name), arguments: args }, options);
 const text = (result) => result.content[0].text;
@@ -207,7 +211,7 @@ seen.Resumed = [];
 seen.ResumedOperation = text(await call('trigger-long-running-operation', { duration, steps },
   { onprogress: ({ progress, total }) => seen.Resumed.push([progress, total]), timeout: patience }));
 
-await transport.terminateSession();
+if (!command) await transport.terminateSession();
 await client.close();
 console.log(JSON.stringify(seen));
 process.exit(0);

@@ -8,7 +8,7 @@ import sys
 import warnings
 
 import httpx2
-from mcp import Client
+from mcp import Client, StdioServerParameters
 from mcp.client.streamable_http import streamable_http_client
 from mcp.shared.exceptions import MCPError
 from mcp_types import (
@@ -68,7 +68,7 @@ def names(entries):
     return [entry.name for entry in entries]
 
 
-async def main(url, prefix, unique, token, duration, steps, **_):
+async def main(url, prefix, unique, token, command, duration, steps, **_):
     seen = {}
     logs, updates, changes = Inbox(), Inbox(), Inbox()
     roots = [Root(uri="file:///waybill/one", name="one")]
@@ -103,7 +103,9 @@ async def main(url, prefix, unique, token, duration, steps, **_):
     async with (
         httpx2.AsyncClient(headers=headers, timeout=httpx2.Timeout(30, read=300)) as http,
         Client(
-            streamable_http_client(url, http_client=http),
+            StdioServerParameters(command=command[0], args=command[1:])
+            if command
+            else streamable_http_client(url, http_client=http),
             mode="legacy",
             sampling_callback=sample,
             elicitation_callback=elicit,
@@ -239,7 +241,7 @@ async def main(url, prefix, unique, token, duration, steps, **_):
 
         # The tap in between cuts this call's stream after the first progress (tap.go).
         seen["ResumedOperation"], seen["Resumed"] = await operation(duration, steps)
-    # Leaving the client ends the session with DELETE.
+    # Leaving the client ends the session with DELETE, or the program that it has started.
     print(json.dumps(seen))
 
 

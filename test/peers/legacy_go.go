@@ -518,9 +518,11 @@ func connectGoSDK(ctx context.Context, e Endpoint, h *host, revision string) (le
 	for _, r := range h.roots {
 		client.AddRoots(&mcp.Root{URI: r.URI, Name: r.Name})
 	}
-	session, err := client.Connect(ctx, &mcp.StreamableClientTransport{
-		Endpoint: e.URL, HTTPClient: &http.Client{Transport: bearer(e.Token)},
-	}, &mcp.ClientSessionOptions{ProtocolVersion: revision})
+	var transport mcp.Transport = &mcp.StreamableClientTransport{Endpoint: e.URL, HTTPClient: &http.Client{Transport: bearer(e.Token)}}
+	if command := e.command(e.URL); command != nil {
+		transport = goCommand(command)
+	}
+	session, err := client.Connect(ctx, transport, &mcp.ClientSessionOptions{ProtocolVersion: revision})
 	if err != nil {
 		return nil, err
 	}
@@ -604,12 +606,16 @@ func ExerciseLegacyMCPGo(t testing.TB, e Endpoint) {
 type mcpGo struct{ client *mcpgo.Client }
 
 func connectMCPGo(ctx context.Context, e Endpoint, h *host) (legacyClient, error) {
+	var transport mcpgotransport.Interface
 	transport, err := mcpgotransport.NewStreamableHTTP(e.URL,
 		mcpgotransport.WithContinuousListening(), // the GET stream
 		mcpgotransport.WithHTTPLogger(slog.New(slog.DiscardHandler)),
 		mcpgotransport.WithHTTPBasicClient(&http.Client{Transport: bearer(e.Token)}))
 	if err != nil {
 		return nil, err
+	}
+	if command := e.command(e.URL); command != nil {
+		transport = mcpgotransport.NewStdio(command[0], nil, command[1:]...)
 	}
 	client := mcpgo.NewClient(transport, mcpgo.WithProtocolVersion(legacy), mcpgo.WithSamplingHandler(mcpGoHost{h}),
 		mcpgo.WithElicitationHandler(mcpGoHost{h}), mcpgo.WithRootsHandler(mcpGoHost{h}))

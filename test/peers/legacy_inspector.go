@@ -84,7 +84,11 @@ func (i *inspector) request(ctx context.Context, method string, params map[strin
 // run runs the Inspector for one method and decodes its result. It exits with 5 if that has isError.
 func (i inspector) run(into any, method string, args ...string) {
 	i.t.Helper()
-	common := []string{i.endpoint.URL, "--transport", "http", "--protocol-era", "legacy", "--format", "json", "--quiet", "--method", method}
+	at := i.endpoint.command(i.endpoint.URL)
+	if at == nil {
+		at = []string{i.endpoint.URL, "--transport", "http"}
+	}
+	common := append(slices.Clip(at), "--protocol-era", "legacy", "--format", "json", "--quiet", "--method", method)
 	if i.endpoint.Token != "" {
 		common = append(common, "--header", "Authorization: Bearer "+i.endpoint.Token)
 	}

@@ -20,10 +20,25 @@ type Endpoint struct {
 	Prefix string // what stands before the names of tools and prompts, such as "everything__"
 	Token  string // bearer token, if one is needed
 
+	// Command, if it is there, is what clients start and speak to by stdin and stdout: a program that is the client of the
+	// endpoint at a URL.
+	Command func(url string) []string
+
+	// dropsLast says that the client forgets who waits for progress when the answer comes with the last of it in one piece.
+	dropsLast bool
+
 	// MCPGo says that the server, here or behind the gateway, is MCPGoServer, not server-everything.
 	MCPGo bool
 	// Direct says that the URL is the server's own, with no gateway in between, and excuses what is peculiar to it.
 	Direct bool
+}
+
+// command is the command line for the endpoint at a URL; nil without.
+func (e Endpoint) command(url string) []string {
+	if e.Command == nil {
+		return nil
+	}
+	return e.Command(url)
 }
 
 // gone is the status of an answer to who names a session that is gone.

@@ -1,9 +1,11 @@
 // What the TypeScript SDK's client sees at an MCP endpoint, as one JSON object: "seen" of clients.go.
-// Arguments: the endpoint's URL; "tools" of clients.go, as JSON.
+// Arguments: the endpoint's URL; "tools" of clients.go, as JSON; the command line of a server to be started instead, if any.
 import { Client, StreamableHTTPClientTransport } from '@modelcontextprotocol/client';
+import { StdioClientTransport } from '@modelcontextprotocol/client/stdio';
 
 const url = new URL(process.argv[2]);
 const tools = JSON.parse(process.argv[3]);
+const [command, ...args] = process.argv.slice(4);
 const seen = { Progress: [] };
 
 const client = new Client(
@@ -11,7 +13,7 @@ const client = new Client(
   { versionNegotiation: { mode: 'auto' }, capabilities: { elicitation: {} } },
 );
 client.setRequestHandler('elicitation/create', () => ({ action: 'accept', content: { name: 'Ada' } }));
-await client.connect(new StreamableHTTPClientTransport(url));
+await client.connect(command ? new StdioClientTransport({ command, args }) : new StreamableHTTPClientTransport(url));
 const call = (name, options) => client.callTool({ name }, options);
 
 seen.Revision = client.getNegotiatedProtocolVersion();
