@@ -16,7 +16,9 @@ func MirrorsOf(tool jsonrpc.Value) (Mirrors, error) {
 }
 
 // Headers are the headers of a call with these arguments.
-func (m Mirrors) Headers(arguments jsonrpc.Value) map[string]string { return paramHeaders(m, arguments) }
+func (m Mirrors) Headers(arguments jsonrpc.Value) map[string]string {
+	return paramHeaders(m, arguments)
+}
 
 // HeaderText is a text as a header has it, in the base64 form where it must
 // (streamable HTTP, "Value Encoding").

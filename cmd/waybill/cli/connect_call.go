@@ -186,9 +186,9 @@ func mismatched(answer []byte) bool {
 // strand is what is read of one answer, over as many connections as it takes.
 // It belongs to one goroutine.
 type strand struct {
-	c     *carried  // nil: the session's own stream
-	last  string // event ID; "": the stream cannot be resumed
-	moved bool   // since the stream was asked for
+	c     *carried // nil: the session's own stream
+	last  string   // event ID; "": the stream cannot be resumed
+	moved bool     // since the stream was asked for
 	retry time.Duration
 	wrote bool // something was passed on
 	again bool // it is a subscription that was made anew

@@ -286,7 +286,7 @@ type telling struct {
 	m      *jsonrpc.Message // nil: only to be told when those before it are done
 	modern bool
 	until  time.Time
-	of     *carried         // the request that it takes back
+	of     *carried      // the request that it takes back
 	done   chan struct{} // closed when the gateway has it, or never will
 }
 
