@@ -79,8 +79,12 @@ func (w *wire) authorize(c credential) {
 	case "header":
 		w.header[http.CanonicalHeaderKey(c.name)] = []string{c.value}
 	case "query":
-		w.query = append(w.query, escape(c.name, "")+"="+escape(c.value, ""))
+		// An argument that is an object may bring any name.
+		name := escape(c.name, "") + "="
+		w.query = slices.DeleteFunc(w.query, func(pair string) bool { return strings.HasPrefix(pair, name) })
+		w.query = append(w.query, name+escape(c.value, ""))
 	case "cookie":
+		w.cookie = slices.DeleteFunc(w.cookie, func(pair string) bool { return strings.HasPrefix(pair, c.name+"=") })
 		w.cookie = append(w.cookie, c.name+"="+escape(c.value, "!#$&'()*+/:<=>?@[]^`{|}"))
 	}
 }
@@ -153,6 +157,8 @@ func (w *wire) putPath(p restParam, v any) error {
 	}
 	for range 3 {
 		for _, step := range strings.FieldsFunc(plain, func(r rune) bool { return r == '/' || r == '\\' }) {
+			// There are servers that leave out what follows a semicolon.
+			step, _, _ = strings.Cut(step, ";")
 			if step = strings.TrimSpace(step); step == "." || step == ".." {
 				return errors.New("a path parameter cannot be, or hold, a step up, or a dot for a step")
 			}

@@ -106,7 +106,7 @@ func TestParameterStyles(t *testing.T) {
 		{"reserved", `"a/b:c?d&e=f#g+h"`, "/reserved?a=a/b:c?d%26e%3Df%23g%2Bh"},
 		{"json", `{"b":[1,"x"],"a":9007199254740993}`, "/json?a=%7B%22a%22%3A9007199254740993%2C%22b%22%3A%5B1%2C%22x%22%5D%7D"},
 		{"form", `1E400`, "/form?a=1E400"}, {"form", `9007199254740993`, "/form?a=9007199254740993"},
-		{"form", nested, ""}, {"deep", `{"x":[[1]]}`, ""}, {"simple", nested, ""}, {"simple", `null`, ""}, {"simple", emptyList, ""}, {"simple", `".."`, ""}, {"label", `"."`, ""},
+		{"form", nested, ""}, {"deep", `{"x":[[1]]}`, ""}, {"simple", nested, ""}, {"simple", `null`, ""}, {"simple", emptyList, ""}, {"simple", `".."`, ""}, {"simple", `"..;a=b"`, ""}, {"label", `"."`, ""},
 	} {
 		arguments := `{"a":` + c.value + `}`
 		text, r := a.tool(c.tool, arguments)
@@ -144,6 +144,17 @@ func TestParameterStyles(t *testing.T) {
 }
 
 // An Idempotency-Key is for the API: net/http does not send again because of it.
+// No argument brings another value under the name of a credential.
+func TestAuthorizeAlone(t *testing.T) {
+	w := &wire{header: http.Header{}, path: "/x", query: []string{"key=mine", "keys=1", "a=key"}, cookie: []string{"sid=mine", "a=sid"}}
+	w.authorize(credential{in: "query", name: "key", value: "s&t"})
+	w.authorize(credential{in: "cookie", name: "sid", value: "c"})
+	u, err := w.url(&url.URL{Scheme: "http", Host: "h"})
+	if err != nil || u.RawQuery != "keys=1&a=key&key=s%26t" || w.header.Get("Cookie") != "a=sid; sid=c" {
+		t.Errorf("%v %v %v", u, w.header, err)
+	}
+}
+
 func TestIdempotencyKeyIsNotRepeated(t *testing.T) {
 	var tries atomic.Int32
 	a := newAPI(t, styled, func(w http.ResponseWriter, _ *http.Request) {
