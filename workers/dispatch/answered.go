@@ -43,6 +43,10 @@ func (s *session) number() string {
 // or outside of any if e has none. msg must be a request. The error is that of
 // the log, other than that it refuses the event.
 func (s *session) ask(ctx context.Context, e schemas.Event, msg *jsonrpc.Message) error {
+	if s.guest != nil {
+		s.guest.asked(ctx, s, e.Call, msg)
+		return nil
+	}
 	id := s.number()
 	s.mu.Lock()
 	full := len(s.asked) >= maxAsked && !s.giveUp()
@@ -118,6 +122,10 @@ func (s *session) say(raw []byte) error {
 }
 
 func (s *session) notify(msg *jsonrpc.Message) error {
+	if s.guest != nil {
+		s.guest.notified(s, msg)
+		return nil
+	}
 	target := schemas.Target{Protocol: "mcp", Server: s.m.name, Method: msg.Method()}
 	err := s.store(s.ctx, s.base.Next(&schemas.Notified{Target: target, ID: s.number()}, msg.Raw()))
 	if refused(err) {

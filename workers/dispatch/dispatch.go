@@ -127,7 +127,13 @@ type Options struct {
 	Now func() time.Time // default time.Now
 	Log *slog.Logger     // default: none
 
+	// StateKey seals what the clients of revisions without sessions bring back to
+	// calls that asked for input: 32 bytes, the same for all processes that
+	// these may come to. Default: one of its own.
+	StateKey []byte
+
 	sessions *sessions // made by New, for the upstreams that have some
+	parking  *parking  // likewise
 }
 
 const (
@@ -189,6 +195,10 @@ func New(opt Options) (*Dispatcher, error) {
 	d.name = opt.Instance + "." + rand.Text()[:13] + "."
 	d.sessions = newSessions(opt, d.name)
 	opt.sessions, d.opt.sessions = d.sessions, d.sessions
+	var err error
+	if opt.parking, err = newParking(opt, d.name); err != nil {
+		return nil, fmt.Errorf("dispatch: %w", err)
+	}
 	for _, s := range opt.Servers {
 		if d.upstreams[s.Name] != nil {
 			d.Close()

@@ -65,12 +65,14 @@ func (l *listener) run() {
 		case l.s.ctx.Err() != nil || errors.Is(err, errNoStream):
 			if l.s.ctx.Err() == nil {
 				l.s.log().Debug("not listening to the server", "why", err)
+				l.s.guest.streams(false)
 			}
 			return
 		case errors.Is(err, errLost):
 			// It is opened again at once: a client may do nothing but listen.
 			if _, err := l.s.t.again(l.s.t.ctx, l.s); err != nil && l.s.t.ctx.Err() == nil {
 				l.s.log().Warn("a session that the server lost is not open again yet: the next call will try", "error", err)
+				l.s.guest.streams(false)
 			}
 			return
 		}
@@ -113,6 +115,7 @@ func (l *listener) once() error {
 		return fmt.Errorf("%w: HTTP %d", errNoStream, resp.StatusCode)
 	}
 	l.was = true
+	s.guest.streams(true)
 	garbage := 0
 	for event, err := range sse.Read(resp.Body, 2*int(s.m.maxAnswer)) {
 		if errors.Is(err, sse.ErrTooLarge) {

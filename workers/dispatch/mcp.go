@@ -88,6 +88,7 @@ const linger = 20 * time.Millisecond
 type mcpServer struct {
 	name      string
 	sessions  *sessions
+	parking   *parking
 	url       *url.URL
 	header    http.Header // the same for every request; never modified
 	transport *http.Transport
@@ -106,7 +107,7 @@ func openMCP(s Server, opt Options) (Connection, error) {
 	if u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
 		return Connection{}, fmt.Errorf("url %q: must be http or https", u.Redacted())
 	}
-	m := &mcpServer{name: s.Name, sessions: opt.sessions, url: u, header: http.Header{}, maxAnswer: opt.MaxAnswer, log: opt.Log}
+	m := &mcpServer{name: s.Name, sessions: opt.sessions, parking: opt.parking, url: u, header: http.Header{}, maxAnswer: opt.MaxAnswer, log: opt.Log}
 	m.eras.fixed = s.Era
 	for name, values := range s.Header {
 		name = http.CanonicalHeaderKey(name)

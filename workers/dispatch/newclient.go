@@ -1,8 +1,930 @@
 package dispatch
 
-import "context"
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"slices"
+	"sync"
+	"time"
+
+	"waybill.dev/schemas"
+	"waybill.dev/schemas/jsonrpc"
+)
+
+// A client without sessions (2026-07-28) at a server that has them.
+//
+// For each session of the log, server, and what the client says of itself and of
+// its capabilities, the gateway holds a session at the server, in which the
+// client is a guest: it is opened by the first call that needs it, and closed
+// when none has for a while or the process ends. It is in the log (connected),
+// but no other process goes on with it.
+//
+// # What is changed on the way
+//
+// Of a request, beside its id (and its name, where a front has another for it):
+//
+//   - _meta loses io.modelcontextprotocol/protocolVersion, clientInfo,
+//     clientCapabilities and logLevel; it goes when nothing else was in it.
+//   - requestState, and inputResponses beside it: they are the gateway's, and are
+//     brought to the server as the answers to what it asked. Without a
+//     requestState, inputResponses stays: nobody here has asked.
+//   - Headers that mirror the body (Mcp-Method, Mcp-Name, Mcp-Param-*) are left
+//     out.
+//
+// logLevel becomes logging/setLevel in the session. What these revisions do not
+// have any more (ping, initialize, logging/setLevel, resources/subscribe and
+// unsubscribe, tasks/list, tasks/result) is answered here, with -32601, and so is
+// server/discover, from what the server said when the session was opened: its
+// answer without protocolVersion and serverInfo, its capabilities without tasks;
+// supportedVersions, resultType, ttlMs, cacheScope and
+// _meta["io.modelcontextprotocol/serverInfo"] are added.
+//
+// Of an answer, beside its id:
+//
+//   - resultType "complete" is added to a result that has none.
+//   - _meta["io.modelcontextprotocol/serverInfo"] is added where it is missing.
+//   - ttlMs and cacheScope are added by the edge, as for any server.
+//   - The error code -32002 becomes -32602; -32042 becomes a result that asks for
+//     what its data name, or -32021 where the client has no such capability.
+//   - A requestState of the server's own is sealed into one of ours.
+//
+// Of what comes before it: notifications/message is left out below the level of
+// the call, and for one that has not asked for any; list_changed and
+// resources/updated go to subscriptions/listen; notifications/cancelled and
+// notifications/elicitation/complete are left out, since nothing is asked on a
+// stream. What the server asks becomes an answer that asks (parked.go).
+//
+// Everything else keeps its bytes.
+
+// Members of _meta that only revisions without sessions have.
+const (
+	metaPrefix     = "io.modelcontextprotocol/"
+	metaVersion    = metaPrefix + "protocolVersion"
+	metaClient     = metaPrefix + "clientInfo"
+	metaCaps       = metaPrefix + "clientCapabilities"
+	metaLevel      = metaPrefix + "logLevel"
+	metaServerInfo = metaPrefix + "serverInfo"
+)
+
+// bygone are the methods that the revisions without sessions do not have any more.
+var bygone = map[string]bool{
+	"initialize": true, "ping": true, "logging/setLevel": true, "resources/subscribe": true, "resources/unsubscribe": true,
+	"tasks/list": true, "tasks/result": true,
+}
+
+// asking methods may be answered by a question (2026-07-28, basic/patterns/mrtr,
+// "Supported Requests").
+var mayAsk = map[string]bool{"tools/call": true, "prompts/get": true, "resources/read": true}
+
+// levels of a server's log, the least important first.
+var levels = []string{"debug", "info", "notice", "warning", "error", "critical", "alert", "emergency"}
+
+const (
+	maxPending   = 16              // questions asked outside of any call that wait for one
+	handTime     = time.Second     // for a message outside of calls to be taken by one
+	farewellTime = 2 * time.Second // in which the sessions of guests are closed at the end
+	serverState  = time.Hour       // for which a server's own requestState is kept in ours
+)
 
 // newClient makes a call of a client without sessions at a server that has them.
 func (m *mcpServer) newClient(ctx context.Context, c Call, progress func([]byte) error) (Answer, error) {
-	return m.modern(ctx, c, progress)
+	if m.sessions == nil || m.sessions.opt.Store == nil {
+		return Answer{}, faultf(Invalid, "this gateway keeps no sessions")
+	}
+	body, _, err := mcpBody(c)
+	if err != nil {
+		return Answer{}, &Fault{Kind: Invalid, Err: err}
+	}
+	msg, err := jsonrpc.Decode(body, jsonrpc.Limits{Bytes: len(body)})
+	if err != nil {
+		return Answer{}, faultf(Invalid, "the request: %w", err)
+	}
+	params := msg.Params()
+	meta := params.Get("_meta")
+	level := -1
+	if v := meta.Get(metaLevel); v.Exists() {
+		text, _ := v.Text()
+		if level = slices.Index(levels, text); level < 0 {
+			return m.misused(c, "io.modelcontextprotocol/logLevel is no level"), nil
+		}
+	}
+	switch method := c.Requested.Method; {
+	case c.Requested.OneWay:
+		return m.oneWay(ctx, c, msg)
+	case bygone[method]:
+		return localError(c, http.StatusNotFound, jsonrpc.CodeMethodNotFound, "Method not found", nil), nil
+	}
+
+	// A retry goes on with the session that its first call was made in.
+	b := bind(c, msg)
+	var st *state
+	if v := params.Get("requestState"); v.Exists() && mayAsk[c.Requested.Method] {
+		text, ok := v.Text()
+		if !ok {
+			return m.misused(c, errState.Error()), nil
+		}
+		opened, err := m.parking.open(text, b, m.parking.now())
+		if err != nil {
+			return m.misused(c, err.Error()), nil
+		}
+		if r := params.Get("inputResponses"); r.Exists() && r.Kind() != jsonrpc.Object {
+			return m.misused(c, "inputResponses must be an object"), nil
+		}
+		st = &opened
+	}
+	if st != nil && !st.Again {
+		return m.goOn(ctx, c, msg, *st, level, progress)
+	}
+
+	s, err := m.sessions.visit(ctx, m, c, meta)
+	if err != nil {
+		return Answer{}, err
+	}
+	g := s.guest
+	switch c.Requested.Method {
+	case "server/discover":
+		defer g.leave()
+		return g.discover(c)
+	case "subscriptions/listen":
+		defer g.leave()
+		return g.listen(ctx, s, c, msg, progress)
+	}
+	if body, err = sessionBody(msg, st); err != nil {
+		g.leave()
+		return Answer{}, faultf(Invalid, "the request: %w", err)
+	}
+	e := g.newErrand(c, b, mayAsk[c.Requested.Method])
+	if e.waits() {
+		if answer, ok := e.park(c); ok {
+			return answer, nil // nothing is sent until that is answered
+		}
+	}
+	return e.run(ctx, c, s, body, level, meta.Get("progressToken").Raw(), progress)
+}
+
+// goOn goes on with an exchange that is parked.
+func (m *mcpServer) goOn(ctx context.Context, c Call, msg *jsonrpc.Message, st state, level int, progress func([]byte) error) (Answer, error) {
+	e := m.parking.get(st.ID)
+	if e == nil || st.Owner != m.parking.owner {
+		return m.misused(c, errGone.Error()), nil
+	}
+	answers, again, err := e.attach(c, st.Round, msg.Params().Get("inputResponses"))
+	switch {
+	case err != nil:
+		return m.misused(c, err.Error()), nil
+	case again != nil:
+		return *again, nil
+	}
+	e.bring(answers)
+	token := msg.Params().Get("_meta", "progressToken").Raw()
+	if e.begun() {
+		return e.goOn(ctx, c, level, token, progress)
+	}
+	var s *session
+	body, err := sessionBody(msg, &state{Again: true})
+	if err == nil {
+		s, err = e.g.session(ctx)
+	}
+	if err != nil {
+		e.finish()
+		return Answer{}, err
+	}
+	return e.run(ctx, c, s, body, level, token, progress)
+}
+
+// run sends the request and follows what comes of it.
+func (e *errand) run(ctx context.Context, c Call, s *session, body []byte, level int, token []byte, progress func([]byte) error) (Answer, error) {
+	if level >= 0 {
+		e.g.setLevel(ctx, s, e, level)
+	}
+	if !e.begin(c, s, body) {
+		e.finish()
+		return Answer{}, faultf(Unsent, "the gateway is shutting down")
+	}
+	return e.goOn(ctx, c, level, token, progress)
+}
+
+// goOn follows what comes of the exchange for a call with these wishes.
+func (e *errand) goOn(ctx context.Context, c Call, level int, token []byte, progress func([]byte) error) (Answer, error) {
+	e.mu.Lock()
+	e.level, e.token = level, token
+	e.mu.Unlock()
+	answer, parked, err := e.follow(ctx, c, func(msg []byte) error {
+		if !wanted(msg, level) {
+			return nil
+		}
+		return progress(msg)
+	})
+	if err != nil || parked {
+		return answer, err
+	}
+	return e.g.translate(answer, c, e.bound)
+}
+
+// wanted tells whether a call with this level is given a message.
+func wanted(raw []byte, level int) bool {
+	if !bytes.Contains(raw, []byte("notifications")) && !bytes.Contains(raw, []byte(`\u`)) {
+		return true
+	}
+	m, err := jsonrpc.Decode(raw, jsonrpc.Limits{Bytes: len(raw), Depth: answerDepth, AllowCaseVariants: true})
+	if err != nil || m.Method() != "notifications/message" {
+		return err == nil
+	}
+	text, _ := m.Params().Get("level").Text()
+	// A level that nobody knows is none below the call's.
+	at := slices.Index(levels, text)
+	return level >= 0 && (at < 0 || at >= level)
+}
+
+// localError is an answer made here.
+func localError(c Call, status, code int, message string, data []byte) Answer {
+	return Answer{
+		Status: status, ErrorCode: code, Local: true,
+		Body: jsonrpc.ErrorResponse(jsonrpc.Quote(string(c.ID)), code, message, data),
+	}
+}
+
+func (m *mcpServer) misused(c Call, message string) Answer {
+	return localError(c, http.StatusBadRequest, jsonrpc.CodeInvalidParams, message, nil)
+}
+
+// sessionBody is a request as a session takes it. st is what a retry came with.
+func sessionBody(m *jsonrpc.Message, st *state) ([]byte, error) {
+	p := m.Patch()
+	params := m.Params()
+	if meta := params.Get("_meta"); meta.Kind() == jsonrpc.Object {
+		left := false
+		for name := range meta.Members() {
+			switch name {
+			case metaVersion, metaClient, metaCaps, metaLevel:
+				p.Remove(meta, name)
+			default:
+				left = true
+			}
+		}
+		if !left {
+			p.Remove(params, "_meta")
+		}
+	}
+	if st != nil {
+		switch {
+		case st.Server != nil:
+			p.Set(params, "requestState", jsonrpc.Quote(*st.Server))
+		default:
+			p.Remove(params, "requestState")
+		}
+		if !st.Keep {
+			p.Remove(params, "inputResponses")
+		}
+	}
+	return p.Bytes(), p.Err()
+}
+
+// oneWay passes a notification on to the sessions that are open: those whose
+// members changed, and all that is not about the client's own sessions, which it
+// has none of. Where none is open nobody has to know.
+func (m *mcpServer) oneWay(ctx context.Context, c Call, msg *jsonrpc.Message) (Answer, error) {
+	accepted := Answer{Status: http.StatusAccepted, Local: true}
+	switch c.Requested.Method {
+	case "notifications/initialized", "notifications/cancelled":
+		return accepted, nil
+	}
+	body, err := sessionBody(msg, nil)
+	if err != nil {
+		return Answer{}, faultf(Invalid, "the request: %w", err)
+	}
+	for _, s := range m.sessions.visited(m, idOfSession(c.Event)) {
+		g := s.guest
+		if !g.enter() {
+			continue
+		}
+		err := g.notify(ctx, s, c, body)
+		g.leave()
+		if err != nil {
+			return Answer{}, err
+		}
+		accepted.Local = false
+	}
+	return accepted, nil
+}
+
+func (g *guest) notify(ctx context.Context, s *session, c Call, body []byte) error {
+	s, err := s.wait(ctx)
+	if err != nil {
+		return err
+	}
+	a, err := s.call(ctx, c, body, func([]byte) error { return nil })
+	if errors.Is(err, errLost) {
+		return nil // and so is what it would have had to know
+	}
+	if err == nil && a.Release != nil {
+		a.Release(func() {})
+	}
+	return err
+}
+
+// guest is a client without sessions in one that the gateway has opened for it.
+// It outlives that session where the server loses it.
+type guest struct {
+	t    *sessions
+	m    *mcpServer
+	id   sessionID
+	slot string
+	base schemas.Event
+	caps []byte // of the client, an object
+	info []byte // of the client, an object
+
+	leveling chan struct{} // holds one: who sets the level
+	wishing  chan struct{} // holds one: who subscribes
+
+	mu      sync.Mutex
+	busy    int // calls, exchanges and subscriptions
+	gone    bool
+	idle    *time.Timer
+	server  *hosted   // what the server said of itself, last
+	errands []*errand // the oldest first
+	pending []*query  // asked outside of any call
+	subs    []*subscription
+	uris    map[string]int // subscribed to, and by how many
+	stream  streamState
+	told    chan struct{} // closed when stream changes
+}
+
+// hosted is what a server says of itself when a session is opened.
+type hosted struct {
+	result []byte // of initialize
+	info   []byte // serverInfo, nil if there is none
+	caps   jsonrpc.Value
+}
+
+// visit returns the session for the client of a call, in which the caller is
+// counted in until it leaves. Who comes first opens it, the others wait.
+func (t *sessions) visit(ctx context.Context, m *mcpServer, c Call, meta jsonrpc.Value) (*session, error) {
+	caps, info := []byte("{}"), []byte(`{"name":"waybill","version":"1"}`)
+	if v := meta.Get(metaCaps); v.Kind() == jsonrpc.Object {
+		caps = bytes.Clone(v.Raw())
+	}
+	if v := meta.Get(metaClient); v.Kind() == jsonrpc.Object {
+		info = bytes.Clone(v.Raw())
+	}
+	h := sha256.New()
+	put(h, 'c', caps)
+	put(h, 'i', info)
+	slot := m.name + "\x00" + hex.EncodeToString(h.Sum(nil)[:16])
+	id := idOfSession(c.Event)
+
+	t.mu.Lock()
+	s := t.of[id][slot]
+	if s != nil && !s.guest.enter() {
+		t.take(s) // it is being closed
+		s = nil
+	}
+	if s == nil {
+		g := &guest{
+			t: t, m: m, id: id, slot: slot, caps: caps, info: info, busy: 1,
+			leveling: make(chan struct{}, 1), wishing: make(chan struct{}, 1), told: make(chan struct{}),
+		}
+		var err error
+		if s, err = t.add(m, c.Event, nil, g); err != nil {
+			t.mu.Unlock()
+			return nil, err
+		}
+		g.base = s.base
+		t.wg.Go(func() { t.open(s) })
+	}
+	t.mu.Unlock()
+	g := s.guest
+	s, err := s.wait(ctx)
+	if err != nil {
+		g.leave()
+		return nil, err
+	}
+	return s, nil
+}
+
+// visited are the sessions of a client at a server.
+func (t *sessions) visited(m *mcpServer, id sessionID) (all []*session) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, s := range t.of[id] {
+		if s.m == m && s.guest != nil {
+			all = append(all, s)
+		}
+	}
+	return all
+}
+
+// session is the one that the guest is in now.
+func (g *guest) session(ctx context.Context) (*session, error) {
+	g.t.mu.Lock()
+	s := g.t.of[g.id][g.slot]
+	g.t.mu.Unlock()
+	if s == nil {
+		return nil, faultf(Unsent, "%w", errSessionClosed)
+	}
+	return s.wait(ctx)
+}
+
+// enter counts somebody in, unless the session is being closed.
+func (g *guest) enter() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.gone {
+		return false
+	}
+	g.busy++
+	if g.idle != nil {
+		g.idle.Stop()
+	}
+	return true
+}
+
+func (g *guest) leave() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.busy--; g.busy > 0 || g.gone {
+		return
+	}
+	if g.idle == nil {
+		g.idle = time.AfterFunc(g.t.timing.idle, g.close)
+		return
+	}
+	g.idle.Reset(g.t.timing.idle)
+}
+
+// close ends the session if nobody is in it.
+func (g *guest) close() {
+	g.mu.Lock()
+	if g.busy > 0 || g.gone {
+		g.mu.Unlock()
+		return
+	}
+	g.gone = true
+	g.mu.Unlock()
+	g.t.mu.Lock()
+	s := g.t.of[g.id][g.slot]
+	g.t.mu.Unlock()
+	if s != nil && s.guest == g {
+		s.end()
+	}
+}
+
+// guests are the sessions that no other process goes on with. mu is held.
+func (t *sessions) guests() (all []*session) {
+	for _, of := range t.of {
+		for _, s := range of {
+			if s.guest != nil {
+				all = append(all, s)
+			}
+		}
+	}
+	return all
+}
+
+// farewell closes the sessions of guests at their servers, as many as there is
+// time for.
+func (t *sessions) farewell(all []*session) {
+	until := time.Now().Add(farewellTime)
+	each(len(all), cap(t.deletes), func(i int) {
+		s := all[i]
+		s.guest.mu.Lock()
+		s.guest.gone = true
+		if s.guest.idle != nil {
+			s.guest.idle.Stop()
+		}
+		s.guest.mu.Unlock()
+		select {
+		case <-s.ready:
+		default:
+			return
+		}
+		if left := time.Until(until); s.fault == nil && s.upstream != "" && left > 0 {
+			t.deleteNow(s.m, s.upstream, s.revision, min(left, t.timing.delete))
+		}
+	})
+}
+
+func (g *guest) log() *slog.Logger {
+	return g.t.opt.Log.With("session", g.id.key, "tenant", g.id.tenant, "server", g.m.name)
+}
+
+// open opens the session.
+func (g *guest) open(ctx context.Context, s *session) error {
+	body := fmt.Appendf(nil, `{"jsonrpc":"2.0","id":%s,"method":"initialize","params":{"protocolVersion":%s,"capabilities":%s,"clientInfo":%s}}`,
+		jsonrpc.Quote(s.by), jsonrpc.Quote(legacyRevisions[0]), g.caps, g.info)
+	nobody := func() {}
+	c := Call{
+		ID: schemas.CallID(s.by), Event: s.base, Requested: &schemas.Requested{Target: schemas.Target{Method: "initialize"}, Revision: legacyRevisions[0]},
+		Body: body, Connected: nobody, Heard: nobody,
+	}
+	inner, hangUp := context.WithCancel(ctx)
+	defer hangUp()
+	answer, err := s.initialize(inner, c, body, s.say)
+	if err != nil {
+		return err
+	}
+	if answer.Release != nil {
+		answer.Release(hangUp)
+	}
+	if answer.ErrorCode != 0 {
+		g.m.doubt() // it may be another server by now
+		return faultf(Refused, "the server refuses to open a session: error %d", answer.ErrorCode)
+	}
+	m, err := jsonrpc.Decode(answer.Body, jsonrpc.Limits{Bytes: len(answer.Body), Depth: answerDepth, AllowCaseVariants: true})
+	if err != nil {
+		return &Fault{Kind: Garbled, Err: err}
+	}
+	h := &hosted{result: m.Result().Raw(), caps: m.Result().Get("capabilities")}
+	if v := m.Result().Get("serverInfo"); v.Kind() == jsonrpc.Object {
+		h.info = v.Raw()
+	}
+	g.mu.Lock()
+	g.server = h
+	g.pending = nil // those of a session that is lost
+	g.mu.Unlock()
+	s.initialized = true
+	if err := s.tell(ctx, []byte(`{"jsonrpc":"2.0","method":"notifications/initialized"}`)); err != nil {
+		s.t.delete(s.m, s.upstream, s.revision)
+		return err
+	}
+	s.restore(ctx)
+	return nil
+}
+
+func (g *guest) hosted() *hosted {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.server
+}
+
+// tail is the _meta that every result has, as a further member of it.
+func (g *guest) tail() []byte {
+	h := g.hosted()
+	if h == nil || h.info == nil {
+		return nil
+	}
+	return slices.Concat([]byte(`,"_meta":{"`+metaServerInfo+`":`), h.info, []byte(`}`))
+}
+
+// send makes a request in the session. It is sent once more only where the server
+// says that it does not know the session.
+func (g *guest) send(ctx context.Context, s *session, c Call, body []byte, progress func([]byte) error) (Answer, error) {
+	answer, err := s.call(ctx, c, body, progress)
+	if !errors.Is(err, errLost) {
+		return answer, err
+	}
+	if s, err = g.t.again(ctx, s); err != nil {
+		return Answer{}, err
+	}
+	if answer, err = s.call(ctx, c, body, progress); errors.Is(err, errLost) {
+		err = faultf(Refused, "%w, which it has just opened", errLost)
+	}
+	return answer, err
+}
+
+// aside makes a request of the gateway's own in the session.
+func (g *guest) aside(ctx context.Context, s *session, method string, params []byte) error {
+	nobody := func() {}
+	c := Call{
+		ID: schemas.CallID(s.number()), Event: s.base, Requested: &schemas.Requested{Target: schemas.Target{Method: method}},
+		Connected: nobody, Heard: nobody,
+	}
+	c.Body = fmt.Appendf(nil, `{"jsonrpc":"2.0","id":%s,"method":%s,"params":%s}`, jsonrpc.Quote(string(c.ID)), jsonrpc.Quote(method), params)
+	a, err := g.send(ctx, s, c, c.Body, s.say)
+	if a.Release != nil {
+		a.Release(func() {})
+	}
+	if err == nil && a.ErrorCode != 0 {
+		err = fmt.Errorf("error %d", a.ErrorCode)
+	}
+	return err
+}
+
+// setLevel has the server log what the calls under way have asked for, and this
+// one. What it says beyond the level of one of them is left out there. A server
+// that does not take it logs as it likes.
+func (g *guest) setLevel(ctx context.Context, s *session, e *errand, level int) {
+	h := g.hosted()
+	if h == nil || !h.caps.Get("logging").Exists() {
+		return
+	}
+	select {
+	case g.leveling <- struct{}{}:
+		defer func() { <-g.leveling }()
+	case <-ctx.Done():
+		return
+	}
+	e.mu.Lock()
+	e.level = level
+	e.mu.Unlock()
+	g.mu.Lock()
+	errands := slices.Clone(g.errands)
+	g.mu.Unlock()
+	for _, o := range errands {
+		o.mu.Lock()
+		if o.level >= 0 {
+			level = min(level, o.level)
+		}
+		o.mu.Unlock()
+	}
+	text := jsonrpc.Quote(levels[level])
+	s.mu.Lock()
+	same := bytes.Equal(s.level, text)
+	s.mu.Unlock()
+	if same {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, g.t.timing.open)
+	defer cancel()
+	if err := g.aside(ctx, s, "logging/setLevel", slices.Concat([]byte(`{"level":`), text, []byte(`}`))); err != nil {
+		g.log().Debug("the server's level is not set", "level", levels[level], "error", err)
+	}
+}
+
+// asked takes what the server asks, within a call or outside of any.
+func (g *guest) asked(ctx context.Context, s *session, call schemas.CallID, msg *jsonrpc.Message) {
+	id := bytes.Clone(msg.ID().Raw())
+	if msg.Method() == "ping" {
+		g.reply(ctx, s, jsonrpc.ResultResponse(id, nil))
+		return
+	}
+	if code, why := g.declines(msg); why != "" {
+		g.log().Debug("a request of the server is declined", "method", clip(msg.Method(), maxWords), "why", why)
+		g.reply(ctx, s, jsonrpc.ErrorResponse(id, code, why, nil))
+		return
+	}
+	q := &query{s: s, id: id, method: msg.Method(), params: bytes.Clone(msg.Params().Raw())}
+	var to *errand
+	var over []*query
+	g.mu.Lock()
+	for _, e := range g.errands {
+		if e.asks && (e.is(call) || to == nil && !e.alone) {
+			to = e
+		}
+	}
+	if to == nil {
+		g.pending = append(g.pending, q)
+		size := 0
+		for _, q := range g.pending {
+			size += len(q.params)
+		}
+		for len(g.pending) > 1 && (len(g.pending) > maxPending || size > int(g.m.maxAnswer)/2) {
+			size -= len(g.pending[0].params)
+			over, g.pending = append(over, g.pending[0]), g.pending[1:]
+		}
+	}
+	g.mu.Unlock()
+	if to != nil && !to.add(q) {
+		over = append(over, q)
+	}
+	for _, q := range over {
+		s.refuse(ctx, q.id, "too many requests wait for the client already")
+	}
+}
+
+// reply answers a server.
+func (g *guest) reply(ctx context.Context, s *session, body []byte) {
+	ctx, cancel := context.WithTimeout(ctx, g.t.timing.cancel)
+	defer cancel()
+	if err := s.tell(ctx, body); err != nil {
+		g.log().Warn("a request of the server is left without an answer", "error", err)
+	}
+}
+
+// declines tells why the client cannot be asked this: a server must not ask for
+// what it has not declared (2025-11-25, basic/lifecycle, "Operation"), and a
+// client of these revisions can only be asked three things.
+func (g *guest) declines(msg *jsonrpc.Message) (code int, why string) {
+	name := ""
+	switch msg.Method() {
+	case "elicitation/create":
+		name = "elicitation"
+	case "sampling/createMessage":
+		name = "sampling"
+	case "roots/list":
+		name = "roots"
+	default:
+		return jsonrpc.CodeMethodNotFound, "Method not found"
+	}
+	caps, err := jsonrpc.Parse(g.caps, jsonrpc.Limits{Bytes: len(g.caps), Depth: answerDepth, AllowCaseVariants: true})
+	if err != nil || caps.Get(name).Kind() != jsonrpc.Object {
+		return jsonrpc.CodeMethodNotFound, "The client has not declared " + name + "."
+	}
+	if p := msg.Params(); p.Exists() && p.Kind() != jsonrpc.Object {
+		return jsonrpc.CodeInvalidParams, "params must be an object"
+	}
+	if mode, _ := msg.Params().Get("mode").Text(); name == "elicitation" && mode == "url" && !caps.Get(name, "url").Exists() {
+		return jsonrpc.CodeInvalidParams, "The client has not declared elicitation by URL."
+	}
+	return 0, ""
+}
+
+// notified takes what the server says outside of calls.
+func (g *guest) notified(s *session, msg *jsonrpc.Message) {
+	if g.elsewhere(s, msg) {
+		return
+	}
+	// A server may say here what belongs to a call and cannot say to which.
+	level, token := -1, []byte(nil)
+	switch msg.Method() {
+	case "notifications/message":
+		text, _ := msg.Params().Get("level").Text()
+		if level = slices.Index(levels, text); level < 0 {
+			level = len(levels)
+		}
+	case "notifications/progress":
+		if token = msg.Params().Get("progressToken").Raw(); token == nil {
+			return
+		}
+	default:
+		g.log().Debug("a message of the server is of no call and nobody has subscribed to it", "method", clip(msg.Method(), maxWords))
+		return
+	}
+	g.mu.Lock()
+	errands := slices.Clone(g.errands)
+	g.mu.Unlock()
+	for _, e := range errands {
+		e.mu.Lock()
+		fits := e.attached && !e.over && e.sent && (token != nil && bytes.Equal(e.token, token) || token == nil && e.level >= 0 && e.level <= level)
+		e.mu.Unlock()
+		if !fits {
+			continue
+		}
+		late := time.NewTimer(handTime)
+		defer late.Stop()
+		select {
+		case e.said <- piece{msg: bytes.Clone(msg.Raw())}:
+		case <-e.life.Done():
+		case <-s.over.Done():
+		case <-late.C: // it has stopped listening
+		}
+		return
+	}
+}
+
+// elsewhere takes what belongs to no call, or to none any more.
+func (g *guest) elsewhere(s *session, msg *jsonrpc.Message) bool {
+	switch msg.Method() {
+	case "notifications/tools/list_changed", "notifications/prompts/list_changed", "notifications/resources/list_changed", "notifications/resources/updated":
+		g.publish(msg)
+	case "notifications/cancelled":
+		id := msg.Params().Get("requestId").Raw()
+		g.mu.Lock()
+		errands := slices.Clone(g.errands)
+		g.pending = slices.DeleteFunc(g.pending, func(q *query) bool { return q.s == s && bytes.Equal(q.id, id) })
+		g.mu.Unlock()
+		for _, e := range errands {
+			if e.withdraw(s, id) {
+				break
+			}
+		}
+	case "notifications/elicitation/complete":
+	default:
+		return false
+	}
+	return true
+}
+
+// discover answers server/discover.
+func (g *guest) discover(c Call) (Answer, error) {
+	h := g.hosted()
+	v, err := jsonrpc.Parse(h.result, jsonrpc.Limits{Bytes: len(h.result), Depth: answerDepth, AllowCaseVariants: true})
+	if err != nil || v.Kind() != jsonrpc.Object {
+		return Answer{}, faultf(Garbled, "what the server said of itself: %w", cmpErr(err))
+	}
+	p := v.Patch()
+	p.Remove(v, "protocolVersion").Remove(v, "serverInfo")
+	p.Set(v, "supportedVersions", []byte(`["`+mcpRevision+`"]`)).Set(v, "resultType", []byte(`"complete"`))
+	p.Set(v, "ttlMs", []byte("0")).Set(v, "cacheScope", []byte(`"private"`))
+	switch caps := v.Get("capabilities"); caps.Kind() {
+	case jsonrpc.Object:
+		p.Remove(caps, "tasks")
+	default:
+		p.Set(v, "capabilities", []byte("{}"))
+	}
+	g.identify(p, v)
+	result := p.Bytes()
+	if result == nil {
+		return Answer{}, faultf(Garbled, "what the server said of itself: %w", p.Err())
+	}
+	return Answer{Status: http.StatusOK, Local: true, Body: jsonrpc.ResultResponse(jsonrpc.Quote(string(c.ID)), result)}, nil
+}
+
+func cmpErr(err error) error {
+	if err == nil {
+		return errors.New("it is no object")
+	}
+	return err
+}
+
+// identify says in a result's _meta which server it is of.
+func (g *guest) identify(p *jsonrpc.Patch, result jsonrpc.Value) {
+	h := g.hosted()
+	if h == nil || h.info == nil {
+		return
+	}
+	switch meta := result.Get("_meta"); meta.Kind() {
+	case jsonrpc.None:
+		p.Set(result, "_meta", slices.Concat([]byte(`{"`+metaServerInfo+`":`), h.info, []byte(`}`)))
+	case jsonrpc.Object:
+		if !meta.Get(metaServerInfo).Exists() {
+			p.Set(meta, metaServerInfo, h.info)
+		}
+	}
+}
+
+// translate makes the answer of a session one for its guest.
+func (g *guest) translate(a Answer, c Call, b binding) (Answer, error) {
+	fault := func(err error) (Answer, error) {
+		if a.Release != nil {
+			a.Release(func() {})
+		}
+		return Answer{}, faultf(Garbled, "translating the answer: %w", err)
+	}
+	m, err := jsonrpc.Decode(a.Body, jsonrpc.Limits{Bytes: len(a.Body), Depth: answerDepth, AllowCaseVariants: true})
+	if err != nil {
+		return fault(err)
+	}
+	p := m.Patch()
+	if id := m.ID(); id.Exists() {
+		p.Replace(id, jsonrpc.Quote(string(c.ID)))
+	}
+	switch a.ErrorCode {
+	case codeNoResource:
+		a.ErrorCode = jsonrpc.CodeInvalidParams
+		p.Replace(m.Error().Get("code"), []byte("-32602"))
+	case jsonrpc.CodeURLElicitationRequired:
+		return g.byURL(a, c, m, b)
+	}
+	result := m.Result()
+	if result.Kind() == jsonrpc.Object {
+		kind := result.Get("resultType")
+		if !kind.Exists() {
+			p.Set(result, "resultType", []byte(`"complete"`))
+		}
+		if a.Result == inputRequired {
+			st := state{Owner: g.m.parking.owner, Expires: g.m.parking.now().Add(serverState).UTC(), Again: true, Keep: true}
+			if v := result.Get("requestState"); v.Exists() {
+				text, ok := v.Text()
+				if !ok || len(text) > maxServerState {
+					return fault(fmt.Errorf("its requestState is no text of at most %d bytes", maxServerState))
+				}
+				st.Server = &text
+			}
+			text, err := g.m.parking.seal(st, b)
+			if err != nil {
+				return fault(err)
+			}
+			p.Set(result, "requestState", jsonrpc.Quote(text))
+		}
+		g.identify(p, result)
+	}
+	if a.Body = p.Bytes(); a.Body == nil {
+		return fault(p.Err())
+	}
+	return a, nil
+}
+
+// codeNoResource is what the revisions with sessions answer where there is no
+// such resource.
+const codeNoResource = -32002
+
+// byURL makes of an error that says that the user has to go to some URLs first
+// (2025-11-25, client/elicitation) an answer that asks for it. The retry makes
+// the call anew.
+func (g *guest) byURL(a Answer, c Call, m *jsonrpc.Message, b binding) (Answer, error) {
+	list := m.Error().Get("data", "elicitations")
+	caps, err := jsonrpc.Parse(g.caps, jsonrpc.Limits{Bytes: len(g.caps), Depth: answerDepth, AllowCaseVariants: true})
+	if err != nil || !caps.Get("elicitation", "url").Exists() || !mayAsk[c.Requested.Method] || list.Kind() != jsonrpc.Array {
+		message, _ := m.Error().Get("message").Text()
+		own := localError(c, http.StatusBadRequest, jsonrpc.CodeMissingRequiredClientCapability, message, []byte(`{"requiredCapabilities":{"elicitation":{"url":{}}}}`))
+		own.Release, own.Local = a.Release, false
+		return own, nil
+	}
+	text, err := g.m.parking.seal(state{Owner: g.m.parking.owner, Expires: g.m.parking.now().Add(serverState).UTC(), Again: true}, b)
+	if err != nil {
+		return Answer{}, faultf(Garbled, "sealing a requestState: %w", err)
+	}
+	out := []byte(`{"resultType":"input_required","inputRequests":{`)
+	n := 0
+	for v := range list.Elements() {
+		if v.Kind() != jsonrpc.Object {
+			continue
+		}
+		if n++; n > 1 {
+			out = append(out, ',')
+		}
+		out = fmt.Appendf(out, `"elicitation/create-%d":{"method":"elicitation/create","params":%s}`, n, v.Raw())
+	}
+	out = fmt.Appendf(out, `},"requestState":%s%s}`, jsonrpc.Quote(text), g.tail())
+	return Answer{
+		Status: http.StatusOK, Result: inputRequired, Release: a.Release,
+		Body: jsonrpc.ResultResponse(jsonrpc.Quote(string(c.ID)), out),
+	}, nil
 }

@@ -69,6 +69,9 @@ type timing struct {
 	retry   time.Duration // the longest that a server may ask for (retry:)
 	front   time.Duration // the first pause before a front listens to a server again; doubles
 	fronts  time.Duration // the longest
+	gather  time.Duration // more questions of a server, before the client of a later revision is asked
+	park    time.Duration // the life of an exchange that waits for its client to come back
+	idle    time.Duration // of the session of a client that has none of its own
 	pace    rate.Limit    // bytes a second that a session's own stream is read at in the long run
 }
 
@@ -77,6 +80,7 @@ var defaultTiming = timing{
 	store: time.Minute, silence: 10 * time.Second,
 	pause: 100 * time.Millisecond, pauses: 5 * time.Second, rest: 30 * time.Second, retry: 30 * time.Second,
 	front: time.Second, fronts: time.Minute,
+	gather: 100 * time.Millisecond, park: 10 * time.Minute, idle: 10 * time.Minute,
 	pace: paceRate,
 }
 
@@ -99,7 +103,7 @@ type sessions struct {
 	forgotten chan struct{}
 
 	mu      sync.Mutex
-	of      map[sessionID]map[string]*session // by the server's name
+	of      map[sessionID]map[string]*session // by their slots
 	n       int
 	tenants map[schemas.Tenant]int // how many of them; each may have half
 	opened  uint64
@@ -119,6 +123,7 @@ type session struct {
 	t    *sessions
 	m    *mcpServer
 	id   sessionID
+	slot string          // among those of its client: the server's name, or more where it has a guest
 	base schemas.Event   // what its events have in common; of no call, addressed to no edge
 	by   string          // unique for each time that one is opened or taken over
 	lost *session        // in whose place this one comes; may be nil
@@ -127,6 +132,8 @@ type session struct {
 	stop context.CancelFunc
 	over context.Context // of all that is done in it; it ends when the session is closed
 	shut context.CancelFunc
+
+	guest *guest // for whom it is, if that is a client without sessions; nil: for one with
 
 	// Owned by who opens it until ready is closed, and fixed from then on.
 	ready    chan struct{}
@@ -156,12 +163,15 @@ func newSessions(opt Options, name string) *sessions {
 	}
 }
 
-// close stops everything and waits for it. The upstreams keep their sessions:
-// the next process goes on with them.
+// close stops everything and waits for it. The upstreams keep the sessions of
+// clients that have some: the next process goes on with them. Those of guests
+// are closed, as far as there is time.
 func (t *sessions) close() {
 	t.mu.Lock()
 	t.closed = true
+	guests := t.guests()
 	t.mu.Unlock()
+	t.farewell(guests)
 	t.stop()
 	t.wg.Wait()
 }
@@ -183,20 +193,26 @@ func (t *sessions) count(server string) (n int) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for _, of := range t.of {
-		if of[server] != nil {
-			n++
+		for _, s := range of {
+			if s.m.name == server {
+				n++
+			}
 		}
 	}
 	return n
 }
 
-// add makes a session that has yet to be opened. mu is held.
-func (t *sessions) add(m *mcpServer, e schemas.Event, lost *session) (*session, error) {
+// add makes a session that has yet to be opened. mu is held. g is nil unless it
+// is for a guest.
+func (t *sessions) add(m *mcpServer, e schemas.Event, lost *session, g *guest) (*session, error) {
 	if t.closed {
 		return nil, faultf(Unsent, "the gateway is shutting down")
 	}
-	id := idOfSession(e)
-	if t.of[id][m.name] == nil {
+	id, slot := idOfSession(e), m.name
+	if g != nil {
+		slot = g.slot
+	}
+	if t.of[id][slot] == nil {
 		switch share := max(t.max/2, 1); {
 		case t.n >= t.max:
 			return nil, faultf(Busy, "%d sessions are open at upstreams, no more may be", t.n)
@@ -211,7 +227,7 @@ func (t *sessions) add(m *mcpServer, e schemas.Event, lost *session) (*session, 
 	}
 	t.opened++
 	s := &session{
-		t: t, m: m, id: id, lost: lost,
+		t: t, m: m, id: id, slot: slot, guest: g, lost: lost,
 		base:  schemas.Event{Tenant: e.Tenant, Session: e.Session, Agent: e.Agent},
 		by:    rand.Text()[:13] + strconv.FormatUint(t.opened, 36),
 		ready: make(chan struct{}),
@@ -221,7 +237,7 @@ func (t *sessions) add(m *mcpServer, e schemas.Event, lost *session) (*session, 
 	}
 	s.over, s.shut = context.WithCancel(t.ctx)
 	s.ctx, s.stop = context.WithCancel(s.over)
-	t.of[id][m.name] = s
+	t.of[id][slot] = s
 	return s, nil
 }
 
@@ -229,10 +245,15 @@ func (t *sessions) add(m *mcpServer, e schemas.Event, lost *session) (*session, 
 func (t *sessions) drop(s *session) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.of[s.id][s.m.name] != s {
+	t.take(s)
+}
+
+// take is drop with mu held.
+func (t *sessions) take(s *session) {
+	if t.of[s.id][s.slot] != s {
 		return
 	}
-	delete(t.of[s.id], s.m.name)
+	delete(t.of[s.id], s.slot)
 	if len(t.of[s.id]) == 0 {
 		delete(t.of, s.id)
 	}
@@ -248,8 +269,8 @@ func (t *sessions) drop(s *session) {
 func (t *sessions) bringBack(s *session) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.of[s.id][s.m.name] == s && s.lost.over.Err() == nil {
-		t.of[s.id][s.m.name] = s.lost
+	if t.of[s.id][s.slot] == s && s.lost.over.Err() == nil {
+		t.of[s.id][s.slot] = s.lost
 	}
 }
 
@@ -260,7 +281,7 @@ func (t *sessions) get(ctx context.Context, m *mcpServer, e schemas.Event) (*ses
 	s := t.of[idOfSession(e)][m.name]
 	if s == nil {
 		var err error
-		if s, err = t.add(m, e, nil); err != nil {
+		if s, err = t.add(m, e, nil, nil); err != nil {
 			t.mu.Unlock()
 			return nil, err
 		}
@@ -274,10 +295,10 @@ func (t *sessions) get(ctx context.Context, m *mcpServer, e schemas.Event) (*ses
 // does not know any more, and opens it if nobody has.
 func (t *sessions) again(ctx context.Context, lost *session) (*session, error) {
 	t.mu.Lock()
-	s := t.of[lost.id][lost.m.name]
+	s := t.of[lost.id][lost.slot]
 	if s == lost || s == nil {
 		var err error
-		if s, err = t.add(lost.m, lost.base, lost); err != nil {
+		if s, err = t.add(lost.m, lost.base, lost, lost.guest); err != nil {
 			t.mu.Unlock()
 			return nil, err
 		}
@@ -387,6 +408,9 @@ func (t *sessions) open(s *session) {
 var errSessionClosed = errors.New("the session is closed")
 
 func (t *sessions) opening(ctx context.Context, s *session) error {
+	if s.guest != nil {
+		return s.guest.open(ctx, s)
+	}
 	switch _, err := t.opt.Latest(ctx, s.id.tenant, s.id.key, schemas.KindClosed); {
 	case err == nil:
 		return faultf(Invalid, "%w", errSessionClosed)
@@ -525,7 +549,7 @@ func (m *mcpServer) begin(ctx context.Context, c Call, progress func([]byte) err
 	}
 	t.mu.Lock()
 	old := t.of[idOfSession(c.Event)][m.name]
-	s, err := t.add(m, c.Event, nil)
+	s, err := t.add(m, c.Event, nil, nil)
 	t.mu.Unlock()
 	if err != nil {
 		return Answer{}, err
@@ -786,18 +810,22 @@ func (t *sessions) delete(m *mcpServer, upstream, revision string) {
 			return
 		}
 		defer func() { <-t.deletes }()
-		ctx, cancel := context.WithTimeout(t.ctx, t.timing.delete)
-		defer cancel()
-		s := &session{m: m, upstream: upstream, revision: revision}
-		h := s.header("")
-		h.Del("Content-Type")
-		resp, err := m.send(ctx, http.MethodDelete, h, nil, func() {})
-		if err != nil {
-			t.opt.Log.Debug("a session at a server is left to expire", "server", m.name, "error", err)
-			return
-		}
-		drain(resp)(cancel)
+		t.deleteNow(m, upstream, revision, t.timing.delete)
 	})
+}
+
+func (t *sessions) deleteNow(m *mcpServer, upstream, revision string, within time.Duration) {
+	ctx, cancel := context.WithTimeout(t.ctx, within)
+	defer cancel()
+	s := &session{m: m, upstream: upstream, revision: revision}
+	h := s.header("")
+	h.Del("Content-Type")
+	resp, err := m.send(ctx, http.MethodDelete, h, nil, func() {})
+	if err != nil {
+		t.opt.Log.Debug("a session at a server is left to expire", "server", m.name, "error", err)
+		return
+	}
+	drain(resp)(cancel)
 }
 
 // maxForgotten is how many sessions that this process does not hold may wait to

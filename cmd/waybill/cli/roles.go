@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"iter"
@@ -297,8 +298,13 @@ func (g *gateway) addDispatch(ctx context.Context, _ net.Listener) error {
 	if err != nil {
 		return err
 	}
+	stateKey, err := g.stateKey()
+	if err != nil {
+		return err
+	}
 	d, err := dispatch.New(dispatch.Options{
-		Servers: servers, Load: l.Load, Past: l.Past, Latest: l.Latest, Store: l.Publish,
+		StateKey: stateKey,
+		Servers:  servers, Load: l.Load, Past: l.Past, Latest: l.Latest, Store: l.Publish,
 		Scan: func(ctx context.Context, t schemas.Tenant, s schemas.SessionKey, k schemas.Kind) iter.Seq2[schemas.Event, error] {
 			return l.Read(ctx, bus.Filter{Tenant: t, Session: s, Kinds: []schemas.Kind{k}}, 1)
 		},
@@ -428,6 +434,33 @@ func (g *gateway) addEdge(ctx context.Context, ln net.Listener) error {
 	)
 	g.edges = append(g.edges, part{"edge", func(ctx context.Context) error { return g.front.Run(ctx, ln) }})
 	return nil
+}
+
+// stateKey is the key that seals what clients bring back to calls that asked for
+// input. It is kept, so that a client that comes back after a restart is told
+// what became of its call, and not that it made something up.
+func (g *gateway) stateKey() ([]byte, error) {
+	const size = 32
+	file := filepath.Join(g.c.Data, "state.key")
+	b, err := os.ReadFile(file)
+	switch {
+	case err == nil && len(b) == size:
+		return b, nil
+	case err == nil:
+		return nil, fmt.Errorf("%s: has %d bytes, not %d: remove it, and what clients are about to bring back is lost", file, len(b), size)
+	case !errors.Is(err, os.ErrNotExist):
+		return nil, fmt.Errorf("the key of requestState: %w", err)
+	}
+	if err := os.MkdirAll(g.c.Data, 0o700); err != nil {
+		return nil, fmt.Errorf("the key of requestState: %w", err)
+	}
+	b = make([]byte, size)
+	_, _ = rand.Read(b) // never fails
+	// Whole or not at all: a part of it would stop the next start.
+	if err := os.WriteFile(file+".new", b, 0o600); err != nil {
+		return nil, fmt.Errorf("the key of requestState: %w", err)
+	}
+	return b, os.Rename(file+".new", file)
 }
 
 // replica is this edge's name, kept over restarts.
