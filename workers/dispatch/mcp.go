@@ -337,8 +337,15 @@ func (m *mcpServer) answer(resp *http.Response, c Call, stream func() (Answer, e
 	if refused == nil {
 		refused = &Fault{Kind: Garbled}
 	}
-	refused.Err = fmt.Errorf("HTTP %d without an answer to the call: %w", resp.StatusCode, err)
+	refused.Err = fmt.Errorf("%w: %w", unanswered(resp.StatusCode), err)
 	return Answer{}, refused
+}
+
+// unanswered is the HTTP status of a response that has no answer to the call.
+type unanswered int
+
+func (u unanswered) Error() string {
+	return fmt.Sprintf("HTTP %d without an answer to the call", int(u))
 }
 
 // refusal is what a status means when there is no answer; nil if nothing in

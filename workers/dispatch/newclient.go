@@ -4,14 +4,18 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/base64"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
 	"slices"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
+	"unicode/utf8"
 
 	"waybill.dev/schemas"
 	"waybill.dev/schemas/jsonrpc"
@@ -35,7 +39,9 @@ import (
 //     brought to the server as the answers to what it asked. Without a
 //     requestState, inputResponses stays: nobody here has asked.
 //   - Headers that mirror the body (Mcp-Method, Mcp-Name, Mcp-Param-*) are left
-//     out.
+//     out. Those that a tool asks for by x-mcp-header, which a server of these
+//     revisions does not look at, are held against the arguments here, once the
+//     client has listed the tool.
 //
 // logLevel becomes logging/setLevel in the session. What these revisions do not
 // have any more (ping, initialize, logging/setLevel, resources/subscribe and
@@ -82,6 +88,11 @@ var bygone = map[string]bool{
 // "Supported Requests").
 var mayAsk = map[string]bool{"tools/call": true, "prompts/get": true, "resources/read": true}
 
+// shared tells whether both eras have a method. All others are unknown ones.
+func shared(method string) bool {
+	return mayAsk[method] || lists[method].array != "" || method == "completion/complete" || strings.HasPrefix(method, "tasks/")
+}
+
 // levels of a server's log, the least important first.
 var levels = []string{"debug", "info", "notice", "warning", "error", "critical", "alert", "emergency"}
 
@@ -118,7 +129,7 @@ func (m *mcpServer) newClient(ctx context.Context, c Call, progress func([]byte)
 	case c.Requested.OneWay:
 		return m.oneWay(ctx, c, msg)
 	case bygone[method]:
-		return localError(c, http.StatusNotFound, jsonrpc.CodeMethodNotFound, "Method not found", nil), nil
+		return notFound(c), nil
 	}
 
 	// A retry goes on with the session that its first call was made in.
@@ -154,6 +165,10 @@ func (m *mcpServer) newClient(ctx context.Context, c Call, progress func([]byte)
 	case "subscriptions/listen":
 		defer g.leave()
 		return g.listen(ctx, s, c, msg, progress)
+	}
+	if wrong := g.misheaded(c, params.Get("arguments")); wrong != "" {
+		g.leave()
+		return localError(c, http.StatusBadRequest, jsonrpc.CodeHeaderMismatch, "Header mismatch: "+wrong, nil), nil
 	}
 	if body, err = sessionBody(msg, st); err != nil {
 		g.leave()
@@ -221,6 +236,10 @@ func (e *errand) goOn(ctx context.Context, c Call, level int, token []byte, prog
 		}
 		return progress(msg)
 	})
+	if status := unanswered(0); errors.As(err, &status) && status == http.StatusBadRequest && !shared(c.Requested.Method) {
+		// There are servers that say only so much of a method that they do not have.
+		return notFound(c), nil
+	}
 	if err != nil || parked {
 		return answer, err
 	}
@@ -248,6 +267,10 @@ func localError(c Call, status, code int, message string, data []byte) Answer {
 		Status: status, ErrorCode: code, Local: true,
 		Body: jsonrpc.ErrorResponse(jsonrpc.Quote(string(c.ID)), code, message, data),
 	}
+}
+
+func notFound(c Call) Answer {
+	return localError(c, http.StatusNotFound, jsonrpc.CodeMethodNotFound, "Method not found", nil)
 }
 
 func (m *mcpServer) misused(c Call, message string) Answer {
@@ -347,9 +370,10 @@ type guest struct {
 	busy    int // calls, exchanges and subscriptions
 	gone    bool
 	idle    *time.Timer
-	server  *hosted   // what the server said of itself, last
-	errands []*errand // the oldest first
-	pending []*query  // asked outside of any call
+	server  *hosted             // what the server said of itself, last
+	mirrors map[string][]mirror // what tools repeat in headers, as far as they were listed
+	errands []*errand           // the oldest first
+	pending []*query            // asked outside of any call
 	subs    []*subscription
 	uris    map[string]int // subscribed to, and by how many
 	stream  streamState
@@ -884,6 +908,9 @@ func (g *guest) translate(a Answer, c Call, b binding) (Answer, error) {
 			p.Set(result, "requestState", jsonrpc.Quote(text))
 		}
 		g.identify(p, result)
+		if c.Requested.Method == "tools/list" {
+			g.learn(result)
+		}
 	}
 	if a.Body = p.Bytes(); a.Body == nil {
 		return fault(p.Err())
@@ -927,4 +954,87 @@ func (g *guest) byURL(a Answer, c Call, m *jsonrpc.Message, b binding) (Answer, 
 		Status: http.StatusOK, Result: inputRequired, Release: a.Release,
 		Body: jsonrpc.ResultResponse(jsonrpc.Quote(string(c.ID)), out),
 	}, nil
+}
+
+// maxMirrored is of how many tools it is known what they repeat in headers.
+const maxMirrored = 1000
+
+// learn reads from a list of tools what they repeat in headers.
+func (g *guest) learn(result jsonrpc.Value) {
+	for tool := range result.Get("tools").Elements() {
+		name, _ := tool.Get("name").Text()
+		all, err := mirrors(tool)
+		g.mu.Lock()
+		switch {
+		case err != nil || len(all) == 0: // what is wrong the client leaves out
+			delete(g.mirrors, name)
+		case len(g.mirrors) < maxMirrored:
+			if g.mirrors == nil {
+				g.mirrors = map[string][]mirror{}
+			}
+			g.mirrors[name] = all
+		}
+		g.mu.Unlock()
+	}
+}
+
+// misheaded tells what is wrong with the headers of a call of a tool: a server
+// that reads the body must not carry out a call whose headers say something else
+// (2026-07-28, basic/transports/streamable-http, "Server Behavior for Custom
+// Headers").
+func (g *guest) misheaded(c Call, arguments jsonrpc.Value) string {
+	if c.Requested.Method != "tools/call" || c.Event.Parent != "" {
+		return ""
+	}
+	g.mu.Lock()
+	all := g.mirrors[c.Requested.Name]
+	g.mu.Unlock()
+	if len(all) == 0 {
+		return ""
+	}
+	want := paramHeaders(all, arguments)
+	have := make(map[string]string, len(c.Requested.Headers))
+	for name, v := range c.Requested.Headers {
+		have[http.CanonicalHeaderKey(name)] = v
+	}
+	for _, m := range all {
+		w, wanted := want[m.header]
+		h, there := have[m.header]
+		switch {
+		case wanted && !there:
+			return m.header + " header is missing"
+		case !wanted && there && want != nil:
+			return m.header + " header is there, and the argument is not"
+		case !wanted:
+			continue
+		}
+		text, ok := headerDecoded(h)
+		if !ok {
+			return m.header + " header value is not valid base64 of UTF-8"
+		}
+		said, _ := headerDecoded(w)
+		if text != said && !sameInteger(arguments.Get(m.path...), text, said) {
+			return m.header + " header value does not match the argument"
+		}
+	}
+	return ""
+}
+
+func sameInteger(v jsonrpc.Value, a, b string) bool {
+	if v.Kind() != jsonrpc.Number {
+		return false
+	}
+	x, err1 := strconv.ParseFloat(a, 64)
+	y, err2 := strconv.ParseFloat(b, 64)
+	return err1 == nil && err2 == nil && x == y
+}
+
+// headerDecoded undoes headerText.
+func headerDecoded(v string) (string, bool) {
+	const prefix, suffix = "=?base64?", "?="
+	if len(v) < len(prefix)+len(suffix) || !strings.HasPrefix(v, prefix) || !strings.HasSuffix(v, suffix) {
+		return v, true
+	}
+	text, err := base64.StdEncoding.Strict().DecodeString(v[len(prefix) : len(v)-len(suffix)])
+	return string(text), err == nil && utf8.Valid(text)
 }
