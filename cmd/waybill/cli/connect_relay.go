@@ -35,8 +35,8 @@ const modernRevision = "2026-07-28"
 // Requests are carried side by side, each on a goroutine; notifications one
 // after the other, in their order, and a request after those before it.
 type relay struct {
-	url   string // of the endpoint
-	at    *url.URL
+	url   string   // of the endpoint
+	at    *url.URL // the same; nil: nobody looks for it before it is needed
 	token string
 	http  *http.Client
 	out   *lineWriter
@@ -101,7 +101,9 @@ func (r *relay) run(ctx context.Context, in io.Reader) error {
 			}
 		})
 	}()
-	r.work.Go(func() { r.probe(r.ctx, r.at) })
+	if r.at != nil {
+		r.work.Go(func() { r.probe(r.ctx, r.at) })
+	}
 	r.work.Go(r.tell)
 	var err error
 	grace := r.t.finish

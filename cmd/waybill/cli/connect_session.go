@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"time"
 
@@ -345,7 +346,7 @@ func (r *relay) keep(s *connectSession, m *jsonrpc.Message, answer []byte) {
 	default:
 		return
 	}
-	if a, err := jsonrpc.Decode(answer, connectAnswerLimits); err != nil || !a.Result().Exists() {
+	if !succeeded(answer) {
 		return
 	}
 	r.mu.Lock()
@@ -362,7 +363,8 @@ func (r *relay) keep(s *connectSession, m *jsonrpc.Message, answer []byte) {
 
 // renew opens the session again that the gateway does not know any more, unless
 // somebody has done so: with what the client said when it opened the first, and
-// what it has asked of it since.
+// what it has asked of it since. It goes on when who needs the session does not,
+// for others do.
 func (r *relay) renew(ctx context.Context, old *connectSession, until time.Time) (*connectSession, error) {
 	select {
 	case r.renewing <- struct{}{}:
@@ -370,17 +372,16 @@ func (r *relay) renew(ctx context.Context, old *connectSession, until time.Time)
 		return nil, context.Cause(ctx)
 	}
 	defer func() { <-r.renewing }()
-	if s, err := r.current(ctx); err != nil || s != old {
+	if s, err := r.current(r.ctx); err != nil || s != old {
 		return s, err
 	}
-	s, answer, err := r.initialize(ctx, nil, old.begin, until)
+	s, answer, err := r.initialize(r.ctx, nil, old.begin, until)
 	switch {
 	case err != nil:
 		return nil, fmt.Errorf("the gateway has ended the session, and a new one cannot be opened: %w", err)
 	case s == nil:
-		a, _ := jsonrpc.Decode(answer, connectAnswerLimits)
 		text := "it answers with an error"
-		if a != nil {
+		if a, err := jsonrpc.Decode(answer, connectAnswerLimits); err == nil {
 			text, _ = a.Error().Get("message").Text()
 		}
 		return nil, &refusedError{http.StatusOK, "it has ended the session, and opens no new one: " + text, nil}
@@ -390,16 +391,25 @@ func (r *relay) renew(ctx context.Context, old *connectSession, until time.Time)
 	}
 	r.mu.Lock()
 	ready := old.ready
-	kept := make([]*jsonrpc.Message, 0, len(old.kept))
-	for _, m := range old.kept {
-		kept = append(kept, m)
-	}
-	s.kept = old.kept
+	s.kept = maps.Clone(old.kept)
 	r.mu.Unlock()
 	if ready != nil {
-		if err := r.post(ctx, until, s.header, ready.Raw(), true); err != nil {
+		if err := r.post(r.ctx, until, s.header, ready.Raw(), true); err != nil {
 			s.end(errSessionOver)
 			return nil, fmt.Errorf("the gateway has ended the session, and a new one did not begin: %w", err)
+		}
+	}
+	lost := 0
+	for key, m := range s.kept {
+		c := &carried{r: r, m: m, id: m.ID().Raw(), method: m.Method(), ctx: r.ctx, sent: make(chan struct{})}
+		resp, err := r.reach(r.ctx, until, s.header(), m.Raw(), nil, nil)
+		var answer []byte
+		if err == nil {
+			answer, err = c.read(resp, &strand{c: c})
+		}
+		if err != nil || !succeeded(answer) {
+			delete(s.kept, key)
+			lost++
 		}
 	}
 	r.mu.Lock()
@@ -409,22 +419,17 @@ func (r *relay) renew(ctx context.Context, old *connectSession, until time.Time)
 	if ready != nil {
 		r.begun(s, ready)
 	}
-	lost := 0
-	for _, m := range kept {
-		c := &carried{r: r, m: m, id: m.ID().Raw(), method: m.Method(), ctx: ctx, sent: make(chan struct{})}
-		resp, err := r.reach(ctx, until, s.header(), m.Raw(), nil, nil)
-		if err == nil {
-			_, err = c.read(resp, &strand{c: c})
-		}
-		if err != nil {
-			lost++
-		}
-	}
 	r.say("the gateway has ended the session; a new one has been opened")
 	if lost > 0 {
-		r.say("%d of %d subscriptions and settings of the old session could not be made again", lost, len(kept))
+		r.say("%d subscriptions and settings of the old session could not be made again", lost)
 	}
 	return s, nil
+}
+
+// succeeded tells whether an answer is a result.
+func succeeded(answer []byte) bool {
+	m, err := jsonrpc.Decode(answer, connectAnswerLimits)
+	return err == nil && m.Result().Exists()
 }
 
 // farewell ends the session.
