@@ -25,6 +25,7 @@ type asking struct {
 	call     schemas.CallID // within which it was asked; "" if outside of any
 	over     bool           // that call has ended, so hardly anybody waits for the answer
 	answered bool           // the answer is on its way
+	to       chan<- []byte  // who waits for it here, with room for it; nil: the server does
 }
 
 // answerTries is how often the gateway tries to bring an answer to the server.
@@ -170,6 +171,12 @@ func (d *Dispatcher) Answered(_ context.Context, e schemas.Event, _ schemas.Emit
 	asked, ok := s.asked[a.ID]
 	if !ok || asked.answered {
 		s.mu.Unlock()
+		return nil
+	}
+	if asked.to != nil {
+		delete(s.asked, a.ID)
+		s.mu.Unlock()
+		asked.to <- e.Body
 		return nil
 	}
 	asked.answered = true

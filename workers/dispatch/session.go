@@ -134,6 +134,7 @@ type session struct {
 	shut context.CancelFunc
 
 	guest *guest // for whom it is, if that is a client without sessions; nil: for one with
+	solo  *solo  // set where the server has no sessions (oldclient.go); nil: it has
 
 	// Owned by who opens it until ready is closed, and fixed from then on.
 	ready    chan struct{}
@@ -279,15 +280,26 @@ func (t *sessions) bringBack(s *session) {
 func (t *sessions) get(ctx context.Context, m *mcpServer, e schemas.Event) (*session, error) {
 	t.mu.Lock()
 	s := t.of[idOfSession(e)][m.name]
+	var other *session // of the era that the server was of before
+	if s != nil && s.solo != nil {
+		other, s = s, nil
+	}
 	if s == nil {
 		var err error
 		if s, err = t.add(m, e, nil, nil); err != nil {
 			t.mu.Unlock()
 			return nil, err
 		}
+		if other != nil {
+			other.handOver(s)
+		}
 		t.wg.Go(func() { t.open(s) })
 	}
 	t.mu.Unlock()
+	if other != nil {
+		other.stop()
+		other.retire()
+	}
 	return s.wait(ctx)
 }
 
@@ -296,7 +308,7 @@ func (t *sessions) get(ctx context.Context, m *mcpServer, e schemas.Event) (*ses
 func (t *sessions) again(ctx context.Context, lost *session) (*session, error) {
 	t.mu.Lock()
 	s := t.of[lost.id][lost.slot]
-	if s == lost || s == nil {
+	if s == lost || s == nil || s.solo != nil {
 		var err error
 		if s, err = t.add(lost.m, lost.base, lost, lost.guest); err != nil {
 			t.mu.Unlock()
@@ -598,10 +610,12 @@ func (s *session) initialize(ctx context.Context, c Call, body []byte, progress 
 	if err != nil {
 		resp.Body.Close()
 		s.undo(c)
+		s.suspectFault(err)
 		return Answer{}, err
 	}
 	answer.Status = resp.StatusCode
 	if answer.ErrorCode != 0 {
+		s.m.doubt() // a server of the other era knows no such method
 		return answer, nil
 	}
 	revision, err := agreed(answer.Body, s.m.maxAnswer)
