@@ -53,6 +53,9 @@ func (m *mcpServer) legacy(ctx context.Context, c Call, progress func([]byte) er
 	}
 	answer, err := s.call(ctx, c, body, progress)
 	if !errors.Is(err, errLost) {
+		if answer.ErrorCode == jsonrpc.CodeUnsupportedProtocolVersion || answer.ErrorCode == jsonrpc.CodeHeaderMismatch {
+			m.doubt() // errors that only the other era has
+		}
 		return answer, err
 	}
 	if s, err = m.sessions.again(ctx, s); err != nil {

@@ -50,7 +50,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 
 	"golang.org/x/time/rate"
 
@@ -736,10 +735,4 @@ func missing(e jsonrpc.Value, uri string) bool {
 	text, _ := e.Get("message").Text()
 	text = strings.ToLower(text)
 	return strings.Contains(text, "resource not found") || strings.Contains(text, "unknown resource")
-}
-
-// pauseFor is how long the gateway waits before it asks again who wants nothing
-// but to be asked again.
-func (t *sessions) pauseFor(nth int) time.Duration {
-	return min(t.timing.pause<<min(nth, 16), t.timing.pauses)
 }

@@ -175,10 +175,7 @@ func (s *session) fulfil(ctx context.Context, c Call, body []byte, round int) (*
 		if given.state == nil {
 			return nil, faultf(Garbled, "the server wants input and does not say which")
 		}
-		if !pause(ctx, s.t.pauseFor(round-1)) {
-			return nil, faultf(Broken, "waiting to ask again: %w", context.Cause(ctx))
-		}
-		return given, nil
+		return given, s.rest(ctx, round)
 	}
 	if requests.Kind() != jsonrpc.Object {
 		return nil, faultf(Garbled, "the input that the server wants is no object")
@@ -207,6 +204,10 @@ func (s *session) fulfil(ctx context.Context, c Call, body []byte, round int) (*
 			return nil, err
 		}
 	}
+	if len(questions) == 0 { // which is how some servers ask for patience
+		given.responses = []byte("{}")
+		return given, s.rest(ctx, round)
+	}
 	responses := []byte{'{'}
 	for i, q := range questions {
 		var answer []byte
@@ -228,6 +229,15 @@ func (s *session) fulfil(ctx context.Context, c Call, body []byte, round int) (*
 	}
 	given.responses = append(responses, '}')
 	return given, nil
+}
+
+// rest waits before a server is asked again that wants nothing but that.
+func (s *session) rest(ctx context.Context, round int) error {
+	t := s.t.timing
+	if !pause(ctx, min(t.pause<<min(round-1, 16), t.pauses)) {
+		return faultf(Broken, "waiting to ask again: %w", context.Cause(ctx))
+	}
+	return nil
 }
 
 // inquiry is one thing that a server wants to know of the client.
