@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"net/url"
 	"os"
 	"strconv"
 	"strings"
@@ -20,6 +21,10 @@ import (
 const (
 	envNATS    = "WAYBILL_TEST_NATS"     // address
 	envNATSDir = "WAYBILL_TEST_NATS_DIR" // store
+
+	// For a node of a cluster: its name, its address for the others, and theirs
+	// with its own.
+	envNATSCluster = "WAYBILL_TEST_NATS_CLUSTER"
 )
 
 // natsServer is a stock NATS server in a process of its own.
@@ -31,6 +36,18 @@ func natsServer(ctx context.Context) error {
 	o := &server.Options{Host: host, JetStream: true, StoreDir: os.Getenv(envNATSDir), MaxPayload: 8 << 20, NoSigs: true}
 	if o.Port, err = strconv.Atoi(port); err != nil {
 		return err
+	}
+	if cluster := os.Getenv(envNATSCluster); cluster != "" {
+		name, addrs, _ := strings.Cut(cluster, " ")
+		own, all, _ := strings.Cut(addrs, " ")
+		o.ServerName, o.Cluster.Name, o.Cluster.PoolSize = name, "waybill", -1
+		o.Cluster.Host, port, _ = strings.Cut(own, ":")
+		if o.Cluster.Port, err = strconv.Atoi(port); err != nil {
+			return err
+		}
+		for addr := range strings.SplitSeq(all, " ") {
+			o.Routes = append(o.Routes, &url.URL{Scheme: "nats", Host: addr})
+		}
 	}
 	s, err := server.NewServer(o)
 	if err != nil {

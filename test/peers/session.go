@@ -78,34 +78,43 @@ type LegacySession struct {
 // result of initialize too. The revision is what the endpoint chose.
 func OpenLegacy(ctx context.Context, e Endpoint, revision string, capabilities any) (*LegacySession, json.RawMessage, error) {
 	s := &LegacySession{Endpoint: e}
+	result, err := s.Open(ctx, revision, capabilities)
+	if err != nil {
+		return nil, nil, err
+	}
+	return s, result, nil
+}
+
+// Open is OpenLegacy for a session with a client of its own.
+func (s *LegacySession) Open(ctx context.Context, revision string, capabilities any) (json.RawMessage, error) {
 	stream, err := s.Request(ctx, "initialize", map[string]any{
 		"protocolVersion": revision,
 		"capabilities":    capabilities,
 		"clientInfo":      map[string]any{"name": "waybill-test-http", "version": "1"},
 	})
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	defer stream.Close()
 	answer, err := stream.Answer()
 	if err != nil {
-		return nil, nil, fmt.Errorf("initialize: %w", err)
+		return nil, fmt.Errorf("initialize: %w", err)
 	}
 	if answer.Error != nil {
-		return nil, nil, fmt.Errorf("initialize: %w", answer.Error)
+		return nil, fmt.Errorf("initialize: %w", answer.Error)
 	}
 	var chosen struct{ ProtocolVersion string }
 	if err := json.Unmarshal(answer.Result, &chosen); err != nil {
-		return nil, nil, fmt.Errorf("initialize: %w", err)
+		return nil, fmt.Errorf("initialize: %w", err)
 	}
 	s.ID, s.Revision = stream.Header.Get("Mcp-Session-Id"), chosen.ProtocolVersion
 	if s.ID == "" {
-		return nil, nil, errors.New("initialize: no Mcp-Session-Id")
+		return nil, errors.New("initialize: no Mcp-Session-Id")
 	}
 	if status, err := s.Send(ctx, Message{Method: "notifications/initialized"}); err != nil || status != http.StatusAccepted {
-		return nil, nil, fmt.Errorf("notifications/initialized: status %d, %v", status, err)
+		return nil, fmt.Errorf("notifications/initialized: status %d, %v", status, err)
 	}
-	return s, answer.Result, nil
+	return answer.Result, nil
 }
 
 // Message is a JSON-RPC message, either way. Params and Result stay as they came.
