@@ -29,7 +29,8 @@ import (
 // Dialer opens a connection for a role; extra options are the bus's own.
 type Dialer func(Role, ...nats.Option) (*nats.Conn, error)
 
-// URL dials an external NATS server or cluster. creds is a credentials file,
+// URL dials an external NATS server or cluster: several URLs stand with commas
+// between them. creds is a credentials file,
 // or "". The permissions of the roles are then what the server's operator
 // gave that user.
 func URL(url, creds string) Dialer {
@@ -38,6 +39,9 @@ func URL(url, creds string) Dialer {
 		if creds != "" {
 			opts = append(opts, nats.UserCredentials(creds))
 		}
+		// A network that swallows everything is noticed within 10 s, so that
+		// another server is tried.
+		opts = append(opts, nats.PingInterval(5*time.Second), nats.MaxPingsOutstanding(2))
 		return nats.Connect(url, opts...)
 	}
 }
@@ -50,6 +54,8 @@ type Options struct {
 	MaxBytes int64         // of EVENTS; default 4 GiB
 	MaxAge   time.Duration // of EVENTS; default 24 h
 	Guard    []string      // durable consumers whose unread events must not age out: new calls are refused first
+	Leases   bool          // several processes share the log: Setup makes what they need to own things ([Log.Leases])
+	LeaseTTL time.Duration // after which a process that says nothing owns nothing any more; default 15 s, in whole seconds
 	AckWait  time.Duration // after which work of a silent worker is given to another; default 5 s
 	Log      *slog.Logger
 
@@ -137,7 +143,11 @@ func Setup(ctx context.Context, o Options) error {
 	if err != nil {
 		return err
 	}
-	for _, c := range []jetstream.StreamConfig{o.events(), o.system(), o.dead()} {
+	streams := []jetstream.StreamConfig{o.events(), o.system(), o.dead()}
+	if o.Leases {
+		streams = append(streams, o.owners())
+	}
+	for _, c := range streams {
 		for {
 			_, err = js.CreateOrUpdateStream(ctx, c)
 			// A cluster elects its leader first; an embedded server may still
@@ -162,7 +172,9 @@ func (o Options) events() jetstream.StreamConfig {
 		Subjects: []string{"ev.>"},
 		MaxBytes: 4 << 30, MaxAge: 24 * time.Hour,
 		Discard: jetstream.DiscardOld, DenyDelete: true, DenyPurge: true,
-		AllowDirect: true, Duplicates: Duplicates,
+		// In a cluster any node would answer, also one that has not got an event
+		// yet that was acknowledged a moment ago; then only the leader may.
+		AllowDirect: o.Replicas <= 1, Duplicates: Duplicates,
 		Storage: jetstream.FileStorage, Replicas: max(o.Replicas, 1), MaxConsumers: -1,
 	}
 	if o.MaxBytes > 0 {

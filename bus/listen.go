@@ -28,7 +28,7 @@ func (l *Log) Listen(ctx context.Context, f Filter, after uint64) (iter.Seq2[sch
 	if err != nil {
 		return nil, err
 	}
-	it, err := c.Messages(jetstream.PullMaxMessagesWithBytesLimit(512, ahead))
+	it, err := c.Messages(l.pulling()...)
 	if err != nil {
 		l.letGo(ctx, c)
 		return nil, fmt.Errorf("listen: %w", err)
@@ -55,6 +55,16 @@ func (l *Log) Listen(ctx context.Context, f Filter, after uint64) (iter.Seq2[sch
 			}
 		}
 	}, nil
+}
+
+// pulling is how a reader pulls. In a cluster the node that has the reader's
+// consumer may die, which the reader notices by what it does not hear.
+func (l *Log) pulling() []jetstream.PullMessagesOpt {
+	opts := []jetstream.PullMessagesOpt{jetstream.PullMaxMessagesWithBytesLimit(512, ahead)}
+	if l.o.Replicas > 1 {
+		opts = append(opts, jetstream.PullExpiry(10*time.Second), jetstream.PullHeartbeat(time.Second))
+	}
+	return opts
 }
 
 // Follow listens until ctx is done and gives each event to take, over every

@@ -33,46 +33,97 @@ func (l *Log) read(ctx context.Context, f Filter, from uint64, wanted func(schem
 		if last == 0 || from > last {
 			return
 		}
-		c, err := l.ordered(ctx, f, from)
+		at := max(from, 1) - 1 // what has been seen, up to here
+		more, err := l.readAt(ctx, f, last, &at, wanted, yield)
+		if err == nil && more && at < last && l.o.Replicas > 1 {
+			_, err = l.readRest(ctx, f, last, at, wanted, yield)
+		}
 		if err != nil {
 			fail(err)
-			return
 		}
-		defer l.letGo(ctx, c)
-		info, err := c.Info(ctx)
+	}
+}
+
+// readAt reads with a consumer, which in a cluster is at one of the nodes and
+// has what that one has by now; at is moved along. It is false when the reader
+// wants no more.
+func (l *Log) readAt(ctx context.Context, f Filter, last uint64, at *uint64, wanted func(schemas.EventID) bool, yield func(schemas.Event, error) bool) (more bool, err error) {
+	c, err := l.ordered(ctx, f, *at+1)
+	if err != nil {
+		return false, err
+	}
+	defer l.letGo(ctx, c)
+	info, err := c.Info(ctx)
+	if err != nil {
+		return false, fmt.Errorf("read the log: %w", err)
+	}
+	if info.NumPending == 0 {
+		return true, nil
+	}
+	it, err := c.Messages(l.pulling()...)
+	if err != nil {
+		return false, fmt.Errorf("read the log: %w", err)
+	}
+	defer it.Stop()
+	for {
+		m, err := it.Next(jetstream.NextContext(ctx))
 		if err != nil {
-			fail(fmt.Errorf("read the log: %w", err))
-			return
+			return false, fmt.Errorf("read the log: %w", err)
 		}
-		if info.NumPending == 0 {
-			return
-		}
-		it, err := c.Messages(jetstream.PullMaxMessagesWithBytesLimit(512, ahead))
+		md, err := m.Metadata()
 		if err != nil {
-			fail(fmt.Errorf("read the log: %w", err))
-			return
+			return false, fmt.Errorf("read the log: %w", err)
 		}
-		defer it.Stop()
-		for {
-			m, err := it.Next(jetstream.NextContext(ctx))
+		if *at = md.Sequence.Stream; *at > last {
+			return false, nil
+		}
+		if wanted(schemas.EventID(m.Headers().Get(jetstream.MsgIDHeader))) {
+			if e, _, err := decodeMsg(m); !yield(e, err) {
+				return false, nil
+			}
+		}
+		if md.NumPending == 0 || *at == last {
+			return true, nil
+		}
+	}
+}
+
+// readRest asks the stream's leader for what the node of the consumer did not
+// have yet, usually nothing: a node may be some events behind, or, when it has
+// just come back, many. A reader that missed an event would tell a claim or an
+// ending from none.
+func (l *Log) readRest(ctx context.Context, f Filter, last, at uint64, wanted func(schemas.EventID) bool, yield func(schemas.Event, error) bool) (more bool, err error) {
+	subjects, err := f.subjects()
+	if err != nil {
+		return false, err
+	}
+	for at < last {
+		var next *jetstream.RawStreamMsg
+		for _, s := range subjects {
+			m, err := l.stream.GetMsg(ctx, at+1, jetstream.WithGetMsgSubject(s))
+			if errors.Is(err, jetstream.ErrMsgNotFound) {
+				continue
+			}
 			if err != nil {
-				fail(fmt.Errorf("read the log: %w", err))
-				return
+				return false, fmt.Errorf("read the log: %w", err)
 			}
-			md, err := m.Metadata()
-			if err != nil || md.Sequence.Stream > last {
-				return
+			if next == nil || m.Sequence < next.Sequence {
+				next = m
 			}
-			if wanted(schemas.EventID(m.Headers().Get(jetstream.MsgIDHeader))) {
-				if e, _, err := decodeMsg(m); !yield(e, err) {
-					return
-				}
-			}
-			if md.NumPending == 0 || md.Sequence.Stream == last {
-				return
+		}
+		if next == nil || next.Sequence > last {
+			return true, nil
+		}
+		at = next.Sequence
+		if wanted(schemas.EventID(next.Header.Get(jetstream.MsgIDHeader))) {
+			e, err := decode(next.Subject, next.Header, next.Data)
+			e.Seq, e.Stored = next.Sequence, next.Time.UTC()
+			if !yield(e, err) {
+				return false, nil
 			}
 		}
 	}
+	return true, nil
 }
 
 // Load reads one event by its sequence. It returns [schemas.ErrNotFound].

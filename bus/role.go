@@ -80,6 +80,9 @@ func (r Role) Permissions() Subjects {
 	for _, k := range writes[r] {
 		p.Publish = append(p.Publish, "ev.*.*."+string(k)+".*")
 	}
+	if r == RoleDispatch {
+		p.Publish = append(p.Publish, "$KV."+owners+".>") // see Leases; reading it is everybody's
+	}
 	slices.Sort(p.Never)
 	return p
 }

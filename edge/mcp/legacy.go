@@ -1,6 +1,7 @@
 package mcp
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"net/http"
@@ -192,9 +193,10 @@ func (c *telling) whyLeft(cause error) error {
 // without an answer (2025-11-25, cancellation). What is not in flight is no
 // error: it may just have been answered.
 func (a *Adapter) takeBack(ctx context.Context, s *lasting, m *jsonrpc.Message) *reply {
-	run := s.call(m.Params().Get("requestId").Raw())
+	id := m.Params().Get("requestId")
+	run := s.call(id.Raw())
 	if run == nil {
-		return nil
+		return a.takeBackElsewhere(ctx, s, id, m)
 	}
 	select {
 	case <-run.stored:
@@ -207,15 +209,53 @@ func (a *Adapter) takeBack(ctx context.Context, s *lasting, m *jsonrpc.Message) 
 	case <-ctx.Done():
 		return badRequest("the connection was closed")
 	}
+	if bad := a.wish(ctx, run.event, m); bad != nil {
+		return bad
+	}
+	run.cancel(errTakenBack)
+	return nil
+}
+
+// wish stores that the client wants a call to end.
+func (a *Adapter) wish(ctx context.Context, call schemas.Event, m *jsonrpc.Message) *reply {
 	reason, _ := m.Params().Get("reason").Text()
-	e := run.event.Next(&schemas.Cancel{Reason: short(reason)}, m.Raw())
+	e := call.Next(&schemas.Cancel{Reason: short(reason)}, m.Raw())
 	e.Time = a.o.Now().UTC()
 	if _, err := a.o.Store(ctx, e); err != nil {
 		a.o.Log.Error("cannot store", "call", e.Call, "error", err)
 		return storeFailure(err)
 	}
-	run.cancel(errTakenBack)
 	return nil
+}
+
+// takeBackElsewhere is takeBack of a call that this process does not know: one
+// that was made at another replica, or before a restart. The log has it. Of a
+// call that has ended the wish comes to nothing.
+func (a *Adapter) takeBackElsewhere(ctx context.Context, s *lasting, id jsonrpc.Value, m *jsonrpc.Message) *reply {
+	if !id.Exists() {
+		return nil
+	}
+	var call schemas.Event // the latest of this id: ids are not used twice, but by clients that err
+	now := a.o.Now()
+	opened, _ := s.from()
+	for e, err := range a.o.Scan(ctx, s.tenant, s.key, schemas.KindRequested, opened) {
+		if err != nil {
+			a.o.Log.Error("call cannot be looked up", "session", s.key, "error", err)
+			return &cannotRead
+		}
+		d, ok := e.Data.(*schemas.Requested)
+		if !ok || e.Parent != "" || d.OneWay || !d.Deadline.IsZero() && now.After(d.Deadline) {
+			continue
+		}
+		if r, err := jsonrpc.Decode(e.Body, answerLimits); err == nil && bytes.Equal(r.ID().Raw(), id.Raw()) {
+			e.Body = nil
+			call = e
+		}
+	}
+	if call.Call == "" {
+		return nil
+	}
+	return a.wish(ctx, call, m)
 }
 
 // maxQuestion bounds the id of a question, of those who made it up too.

@@ -56,6 +56,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
 	"net/http"
 	"time"
@@ -100,6 +101,9 @@ type Options struct {
 	Latest func(context.Context, schemas.Tenant, schemas.SessionKey, schemas.Kind) (schemas.Event, error)
 	// Asked reads what a session's client was asked by its ID; [schemas.ErrNotFound].
 	Asked func(ctx context.Context, t schemas.Tenant, s schemas.SessionKey, id string) (schemas.Event, error)
+	// Scan reads the events of a kind in a session that are stored after a
+	// sequence, the oldest first.
+	Scan func(ctx context.Context, t schemas.Tenant, s schemas.SessionKey, k schemas.Kind, after uint64) iter.Seq2[schemas.Event, error]
 	// Sessions emits the opened and closed events of all sessions, those in the
 	// log first, until ctx is done.
 	Sessions func(ctx context.Context, emit schemas.Emit) error
@@ -149,6 +153,11 @@ func New(o Options) *Adapter {
 	if o.Asked == nil {
 		o.Asked = func(context.Context, schemas.Tenant, schemas.SessionKey, string) (e schemas.Event, err error) {
 			return e, schemas.ErrNotFound
+		}
+	}
+	if o.Scan == nil {
+		o.Scan = func(context.Context, schemas.Tenant, schemas.SessionKey, schemas.Kind, uint64) iter.Seq2[schemas.Event, error] {
+			return func(func(schemas.Event, error) bool) {}
 		}
 	}
 	if o.Sessions == nil {

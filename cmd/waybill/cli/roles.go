@@ -397,6 +397,9 @@ func (g *gateway) addEdge(ctx context.Context, ln net.Listener) error {
 			}
 			return schemas.Event{}, schemas.ErrNotFound
 		},
+		Scan: func(ctx context.Context, t schemas.Tenant, s schemas.SessionKey, k schemas.Kind, after uint64) iter.Seq2[schemas.Event, error] {
+			return l.Read(ctx, bus.Filter{Tenant: t, Session: s, Kinds: []schemas.Kind{k}}, after+1)
+		},
 		Sessions: func(ctx context.Context, emit schemas.Emit) error {
 			return l.Follow(ctx, bus.Filter{Kinds: []schemas.Kind{schemas.KindOpened, schemas.KindClosed}}, 0, nil,
 				func(ctx context.Context, e schemas.Event) error { _, err := emit(ctx, e); return err })

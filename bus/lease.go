@@ -1,0 +1,441 @@
+package bus
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"waybill.dev/schemas"
+)
+
+// Leases say who holds what only one process can hold, such as the stream of a
+// session at a server. They are a KV bucket with two sorts of keys:
+//
+//	live.<name>   the process lives: written every 2 s, and gone 15 s (Options.LeaseTTL) after the last time
+//	own.<key>     who owns it: the name of a process
+//
+// What a process owns is its own until it releases it, or has not lived for
+// that time: then whoever comes first takes over. By its own clock a process
+// stops being an owner earlier ([Leases.Holds]), so that there are never two.
+// A key costs one write when it is acquired and one when it is released.
+type Leases struct {
+	l      *Log
+	name   string
+	stream jetstream.Stream
+
+	ttl, beats time.Duration
+	// spare is how much earlier a process takes itself for dead than others may:
+	// what it does in that time it does as the owner.
+	spare time.Duration
+
+	mu    sync.Mutex
+	holds time.Time        // until when this process lives for all the others, by its own clock
+	peers map[string]*peer // others, alive as far as is known here
+}
+
+// peer is another process.
+type peer struct {
+	heard time.Time
+	gone  chan struct{}
+}
+
+const (
+	owners     = "OWNERS"
+	ownersKV   = "KV_" + owners
+	leaseKeys  = "$KV." + owners + ".own."
+	leaseNames = "$KV." + owners + ".live."
+
+	// leaseTTL is longer than the election of a new leader takes (up to 9 s):
+	// the death of a NATS server must not look like that of a gateway.
+	leaseTTL = 15 * time.Second
+	// ownedFor is when a key goes that nobody has released.
+	ownedFor = 48 * time.Hour
+)
+
+// ErrNotHeld: this process is not known to live, and owns nothing.
+var ErrNotHeld = errors.New("this process has lost its leases")
+
+func (o Options) owners() jetstream.StreamConfig {
+	return jetstream.StreamConfig{
+		Name: ownersKV, Description: "which process holds what only one can hold",
+		Subjects: []string{"$KV." + owners + ".>"}, MaxMsgsPerSubject: 1,
+		Discard: jetstream.DiscardNew, DenyDelete: true, AllowRollup: true, AllowMsgTTL: true,
+		// Not AllowDirect: a node that is behind would give the word of a
+		// former owner.
+		MaxBytes: 64 << 20, MaxMsgSize: 4 << 10, MaxAge: ownedFor,
+		Storage: jetstream.FileStorage, Replicas: max(o.Replicas, 1), MaxConsumers: -1,
+	}
+}
+
+// Leases opens the leases for the process of a name, which no other has and
+// which is new each time that it starts. Its Run must run while it is used.
+func (l *Log) Leases(ctx context.Context, name string) (*Leases, error) {
+	if err := schemas.CheckToken(name); err != nil {
+		return nil, fmt.Errorf("name of the process: %w", err)
+	}
+	s, err := l.js.Stream(ctx, ownersKV)
+	if err != nil {
+		return nil, fmt.Errorf("open the leases: %w", err)
+	}
+	ttl := leaseTTL
+	if l.o.LeaseTTL > 0 {
+		ttl = l.o.LeaseTTL
+	}
+	return &Leases{l: l, name: name, stream: s, ttl: ttl, beats: ttl * 2 / 15, spare: ttl / 5, peers: map[string]*peer{}}, nil
+}
+
+// Name is this process's.
+func (o *Leases) Name() string { return o.name }
+
+// Run keeps this process alive for the others and notices when one of them is
+// not, until ctx is done; then it is gone for them at once. up (may be nil) is
+// told when it lives. dead is called, one at a time, with the name of each that
+// has died, and of those that had died before Run and still own something.
+func (o *Leases) Run(ctx context.Context, up func(bool), dead func(ctx context.Context, name string)) error {
+	if up == nil {
+		up = func(bool) {}
+	}
+	var others sync.WaitGroup
+	defer others.Wait()
+	others.Go(func() { o.listen(ctx) })
+	deaths := make(chan string, 256)
+	others.Go(func() {
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case name := <-deaths:
+				dead(ctx, name)
+			}
+		}
+	})
+	lives, begun := false, false
+	for {
+		err := o.beat(ctx)
+		if now := o.Holds(); now != lives {
+			lives = now
+			up(lives)
+			if !lives {
+				o.l.o.Log.Warn("this process has lost its leases: others may take over what it held", "error", err)
+			}
+		}
+		if lives && !begun {
+			begun = o.orphans(ctx, deaths)
+		}
+		if lives {
+			o.look(ctx, deaths)
+		}
+		wait := o.beats
+		if err != nil {
+			wait = o.beats / 4
+		}
+		if !pause(ctx, wait) {
+			break
+		}
+	}
+	up(false)
+	o.mu.Lock()
+	o.holds = time.Time{}
+	o.mu.Unlock()
+	bye, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+	defer cancel()
+	if err := o.purge(bye, leaseNames+o.name); err != nil {
+		o.l.o.Log.Debug("leases are left to expire", "error", err)
+	}
+	return nil
+}
+
+// beat says that this process lives.
+func (o *Leases) beat(ctx context.Context) error {
+	at := time.Now()
+	ctx, cancel := context.WithTimeout(ctx, o.beats)
+	defer cancel()
+	_, err := o.l.js.PublishMsg(ctx, nats.NewMsg(leaseNames+o.name), jetstream.WithMsgTTL(o.ttl), jetstream.WithRetryAttempts(0))
+	if err != nil {
+		return fmt.Errorf("say that this process lives: %w", err)
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.holds = at.Add(o.ttl - o.spare)
+	return nil
+}
+
+// Holds tells whether what this process has acquired is still its own. A
+// process that was stopped, or cut off from the log, finds here that it is not,
+// before another may have taken over.
+func (o *Leases) Holds() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	now := time.Now()
+	// By the wall clock too: the other does not go on while a machine sleeps.
+	return now.Before(o.holds) && now.Round(0).Before(o.holds.Round(0))
+}
+
+// listen hears who lives, and who says good-bye.
+func (o *Leases) listen(ctx context.Context) {
+	for ctx.Err() == nil {
+		err := func() error {
+			c, err := o.stream.OrderedConsumer(ctx, jetstream.OrderedConsumerConfig{
+				FilterSubjects: []string{leaseNames + ">"}, DeliverPolicy: jetstream.DeliverLastPerSubjectPolicy,
+			})
+			if err != nil {
+				return err
+			}
+			it, err := c.Messages(jetstream.PullExpiry(10*time.Second), jetstream.PullHeartbeat(2*time.Second))
+			if err != nil {
+				return err
+			}
+			defer it.Stop()
+			defer context.AfterFunc(ctx, it.Stop)()
+			for {
+				m, err := it.Next()
+				switch {
+				case errors.Is(err, jetstream.ErrNoHeartbeat) && ctx.Err() == nil:
+					continue
+				case err != nil:
+					return err
+				}
+				name := m.Subject()[len(leaseNames):]
+				if name == o.name {
+					continue
+				}
+				o.hear(name, m.Headers().Get(jetstream.MsgRollup) == "")
+			}
+		}()
+		if ctx.Err() == nil {
+			o.l.o.Log.Debug("hearing who lives was interrupted", "error", err)
+			pause(ctx, 250*time.Millisecond)
+		}
+	}
+}
+
+// hear notes that another lives, or has said good-bye.
+func (o *Leases) hear(name string, lives bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	p := o.peers[name]
+	switch {
+	case lives && p == nil:
+		o.peers[name] = &peer{heard: time.Now(), gone: make(chan struct{})}
+	case lives:
+		p.heard = time.Now()
+	case p != nil:
+		p.heard = time.Time{} // look asks, and finds it gone
+	}
+}
+
+// look finds out who of the others has died: who is not heard of any more is
+// asked for at the leader of the bucket, whose clock decides.
+func (o *Leases) look(ctx context.Context, deaths chan<- string) {
+	o.mu.Lock()
+	var silent []string
+	for name, p := range o.peers {
+		if time.Since(p.heard) > o.ttl {
+			silent = append(silent, name)
+		}
+	}
+	o.mu.Unlock()
+	for _, name := range silent {
+		lives, err := o.lives(ctx, name)
+		if err != nil {
+			return // at the next beat
+		}
+		o.mu.Lock()
+		p := o.peers[name]
+		if lives {
+			p.heard = time.Now()
+		} else {
+			close(p.gone)
+			delete(o.peers, name)
+		}
+		o.mu.Unlock()
+		if !lives {
+			select {
+			case deaths <- name:
+			case <-ctx.Done():
+			}
+		}
+	}
+}
+
+// orphans reports owners that do not live: those that died while nobody looked.
+func (o *Leases) orphans(ctx context.Context, deaths chan<- string) bool {
+	known := map[string]bool{o.name: true}
+	for _, owner := range o.owned(ctx, "") {
+		if known[owner] {
+			continue
+		}
+		known[owner] = true
+		lives, err := o.lives(ctx, owner)
+		if err != nil {
+			return false
+		}
+		if !lives {
+			select {
+			case deaths <- owner:
+			case <-ctx.Done():
+			}
+		}
+	}
+	return ctx.Err() == nil
+}
+
+// lives asks whether a process lives.
+func (o *Leases) lives(ctx context.Context, name string) (bool, error) {
+	if name == o.name {
+		return o.Holds(), nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, o.beats)
+	defer cancel()
+	m, err := o.stream.GetLastMsgForSubject(ctx, leaseNames+name)
+	if errors.Is(err, jetstream.ErrMsgNotFound) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("whether %s lives: %w", name, err)
+	}
+	return m.Header.Get(jetstream.MsgRollup) == "", nil
+}
+
+// Gone is closed when the process of a name lives no more, as soon as that is
+// known here.
+func (o *Leases) Gone(name string) <-chan struct{} {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	p := o.peers[name]
+	if p == nil {
+		// One that has just begun, or has ended: look asks.
+		p = &peer{gone: make(chan struct{})}
+		o.peers[name] = p
+	}
+	return p.gone
+}
+
+// Acquire makes this process the owner of a key, unless another is that lives;
+// it returns the owner. It returns [ErrNotHeld] while this process is not known
+// to live.
+func (o *Leases) Acquire(ctx context.Context, key string) (owner string, err error) {
+	subject := leaseKeys + key
+	revision := uint64(0)
+	for range 8 {
+		if !o.Holds() {
+			return "", ErrNotHeld
+		}
+		_, err := o.l.js.PublishMsg(ctx, &nats.Msg{Subject: subject, Data: []byte(o.name)},
+			jetstream.WithExpectLastSequencePerSubject(revision), jetstream.WithRetryAttempts(0))
+		if err == nil {
+			return o.name, nil
+		}
+		if api := new(jetstream.APIError); !errors.As(err, &api) ||
+			api.ErrorCode != jetstream.JSErrCodeStreamWrongLastSequence && api.ErrorCode != jetstream.JSErrCodeStreamWrongLastSequenceConstant {
+			return "", fmt.Errorf("acquire %s: %w", key, err)
+		}
+		m, err := o.stream.GetLastMsgForSubject(ctx, subject)
+		if errors.Is(err, jetstream.ErrMsgNotFound) {
+			revision = 0
+			continue
+		}
+		if err != nil {
+			return "", fmt.Errorf("who owns %s: %w", key, err)
+		}
+		owner, revision = string(m.Data), m.Sequence
+		if owner == "" { // released
+			continue
+		}
+		lives, err := o.lives(ctx, owner)
+		if err != nil {
+			return "", err
+		}
+		if lives {
+			return owner, nil
+		}
+	}
+	return "", fmt.Errorf("acquire %s: others are faster", key)
+}
+
+// Owner is who owns a key and lives; "" if nobody does.
+func (o *Leases) Owner(ctx context.Context, key string) (string, error) {
+	m, err := o.stream.GetLastMsgForSubject(ctx, leaseKeys+key)
+	if errors.Is(err, jetstream.ErrMsgNotFound) || err == nil && len(m.Data) == 0 {
+		return "", nil
+	}
+	if err != nil {
+		return "", fmt.Errorf("who owns %s: %w", key, err)
+	}
+	lives, err := o.lives(ctx, string(m.Data))
+	if err != nil || !lives {
+		return "", err
+	}
+	return string(m.Data), nil
+}
+
+// Release gives a key up, whose owner this process must be.
+func (o *Leases) Release(ctx context.Context, key string) error {
+	return o.purge(ctx, leaseKeys+key)
+}
+
+// purge removes a key; the mark that it leaves goes by itself.
+func (o *Leases) purge(ctx context.Context, subject string) error {
+	m := nats.NewMsg(subject)
+	m.Header.Set("KV-Operation", "PURGE")
+	m.Header.Set(jetstream.MsgRollup, jetstream.MsgRollupSubject)
+	if _, err := o.l.js.PublishMsg(ctx, m, jetstream.WithMsgTTL(o.ttl)); err != nil {
+		return fmt.Errorf("remove %s: %w", subject, err)
+	}
+	return nil
+}
+
+// Owned lists the keys that a process owns, dead or alive.
+func (o *Leases) Owned(ctx context.Context, name string) []string {
+	var keys []string
+	for key := range o.owned(ctx, name) {
+		keys = append(keys, key)
+	}
+	return keys
+}
+
+// owned reads who owns what: all that one owns, or, if name is "", everything.
+func (o *Leases) owned(ctx context.Context, name string) map[string]string {
+	all := map[string]string{}
+	c, err := o.stream.OrderedConsumer(ctx, jetstream.OrderedConsumerConfig{
+		FilterSubjects: []string{leaseKeys + ">"}, DeliverPolicy: jetstream.DeliverLastPerSubjectPolicy,
+	})
+	if err != nil {
+		o.l.o.Log.Warn("reading who owns what", "error", err)
+		return all
+	}
+	defer func() {
+		if now := c.CachedInfo(); now != nil && o.l.nc.IsConnected() {
+			bye, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+			defer cancel()
+			_ = o.l.js.DeleteConsumer(bye, ownersKV, now.Name) // it would go by itself
+		}
+	}()
+	info, err := c.Info(ctx)
+	if err != nil || info.NumPending == 0 {
+		return all
+	}
+	it, err := c.Messages(jetstream.PullExpiry(10*time.Second), jetstream.PullHeartbeat(2*time.Second))
+	if err != nil {
+		return all
+	}
+	defer it.Stop()
+	for {
+		m, err := it.Next(jetstream.NextContext(ctx))
+		if err != nil {
+			o.l.o.Log.Warn("reading who owns what", "error", err)
+			return all
+		}
+		if owner := string(m.Data()); owner != "" && (name == "" || owner == name) {
+			all[m.Subject()[len(leaseKeys):]] = owner
+		}
+		if md, err := m.Metadata(); err != nil || md.NumPending == 0 {
+			return all
+		}
+	}
+}
