@@ -138,10 +138,10 @@ func (o *Leases) Run(ctx context.Context, up func(bool), dead func(ctx context.C
 			break
 		}
 	}
-	up(false)
 	o.mu.Lock()
 	o.holds = time.Time{}
 	o.mu.Unlock()
+	up(false)
 	bye, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 	defer cancel()
 	if err := o.purge(bye, leaseNames+o.name); err != nil {

@@ -37,6 +37,7 @@ var writes = map[Role][]schemas.Kind{
 	RoleDispatch: {
 		schemas.KindStarted, schemas.KindProgressed, schemas.KindCompleted, schemas.KindFailed,
 		schemas.KindCancelled, schemas.KindLate, schemas.KindConnected, schemas.KindAsked, schemas.KindNotified,
+		schemas.KindRouted,
 	},
 }
 

@@ -24,6 +24,7 @@ const (
 	KindCancelled  Kind = "cancelled"
 	KindCancel     Kind = "cancel"    // a wish; the call's owner ends it
 	KindLate       Kind = "late"      // an answer that came after the ending
+	KindRouted     Kind = "routed"    // a call is handed to the process that alone can carry it out, or back to the one that waits
 	KindOpened     Kind = "opened"    // session
 	KindClosed     Kind = "closed"    // session
 	KindConnected  Kind = "connected" // the gateway has a session of its own at an upstream, for this one
@@ -45,6 +46,7 @@ var kinds = map[Kind]func() Payload{
 	KindCancelled:  func() Payload { return &Cancelled{} },
 	KindCancel:     func() Payload { return &Cancel{} },
 	KindLate:       func() Payload { return &Late{} },
+	KindRouted:     func() Payload { return &Routed{} },
 	KindOpened:     func() Payload { return &Opened{} },
 	KindClosed:     func() Payload { return &Closed{} },
 	KindConnected:  func() Payload { return &Connected{} },

@@ -136,6 +136,19 @@ type Late struct {
 	By string `json:"by"`
 }
 
+// Routed hands an authorized call to another process, which alone can carry it
+// out, as it holds what the call needs: the child process of a server, a
+// connection that waits. Who hands it over keeps the authorized event, so that it
+// is carried out after all if the owner dies; it goes back when the call has its
+// ending.
+type Routed struct {
+	To   string `json:"to"`             // the process that is to act
+	From string `json:"from"`           // the process that waits
+	Seq  uint64 `json:"seq"`            // where the log has the authorized event
+	By   string `json:"by"`             // unique for each time that a call is handed over
+	Back bool   `json:"back,omitempty"` // To is told that From has run the call to its ending
+}
+
 // Opened: the first event of a session. Body: the client's initialize request,
 // where the protocol has one.
 type Opened struct {
@@ -193,6 +206,7 @@ func (*Failed) Kind() Kind     { return KindFailed }
 func (*Cancelled) Kind() Kind  { return KindCancelled }
 func (*Cancel) Kind() Kind     { return KindCancel }
 func (*Late) Kind() Kind       { return KindLate }
+func (*Routed) Kind() Kind     { return KindRouted }
 func (*Opened) Kind() Kind     { return KindOpened }
 func (*Closed) Kind() Kind     { return KindClosed }
 func (*Connected) Kind() Kind  { return KindConnected }
@@ -220,9 +234,15 @@ func (p *Failed) id(e Event) EventID     { return EventID(e.Call) + end }
 func (p *Cancelled) id(e Event) EventID  { return EventID(e.Call) + end }
 func (p *Cancel) id(e Event) EventID     { return EventID(e.Call) + "/cancel" }
 func (p *Late) id(e Event) EventID       { return EventID(e.Call) + EventID("/late/"+p.By) }
-func (p *Opened) id(e Event) EventID     { return EventID(e.Session) + "/opened" }
-func (p *Closed) id(e Event) EventID     { return EventID(e.Session) + "/closed" }
-func (p *Connected) id(e Event) EventID  { return EventID(e.Session) + EventID("/connected/"+p.By) }
-func (p *Asked) id(e Event) EventID      { return EventID(e.Session) + EventID("/asked/"+p.ID) }
-func (p *Answered) id(e Event) EventID   { return EventID(e.Session) + EventID("/answered/"+p.ID) }
-func (p *Notified) id(e Event) EventID   { return EventID(e.Session) + EventID("/notified/"+p.ID) }
+func (p *Routed) id(e Event) EventID {
+	if p.Back {
+		return EventID(e.Call) + EventID("/back/"+p.By)
+	}
+	return EventID(e.Call) + EventID("/routed/"+p.By)
+}
+func (p *Opened) id(e Event) EventID    { return EventID(e.Session) + "/opened" }
+func (p *Closed) id(e Event) EventID    { return EventID(e.Session) + "/closed" }
+func (p *Connected) id(e Event) EventID { return EventID(e.Session) + EventID("/connected/"+p.By) }
+func (p *Asked) id(e Event) EventID     { return EventID(e.Session) + EventID("/asked/"+p.ID) }
+func (p *Answered) id(e Event) EventID  { return EventID(e.Session) + EventID("/answered/"+p.ID) }
+func (p *Notified) id(e Event) EventID  { return EventID(e.Session) + EventID("/notified/"+p.ID) }

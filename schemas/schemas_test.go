@@ -45,6 +45,8 @@ func TestIDs(t *testing.T) {
 		{&Cancelled{}, "c1/end"},
 		{&Cancel{}, "c1/cancel"},
 		{&Late{By: "me"}, "c1/late/me"},
+		{&Routed{To: "b", From: "a", By: "a.1"}, "c1/routed/a.1"},
+		{&Routed{To: "a", From: "b", By: "a.1", Back: true}, "c1/back/a.1"},
 		{&Opened{}, "s1/opened"},
 		{&Closed{}, "s1/closed"},
 		{&Connected{By: "n1"}, "s1/connected/n1"},

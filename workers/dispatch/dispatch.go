@@ -99,6 +99,10 @@ type Options struct {
 	// Store stores what belongs to no run: what a server says outside of calls.
 	Store schemas.Emit
 
+	// Owners says which process holds what only one can, where several run this
+	// worker. nil: this is the only one.
+	Owners Owners
+
 	// Ask is the rest of the gateway, for calls that are made for another call.
 	Ask schemas.Handler
 
@@ -164,6 +168,7 @@ type Dispatcher struct {
 	name      string // of this process in claims, unique for each Dispatcher
 	runs      atomic.Uint64
 	calls     calls
+	routes    routes
 	sessions  *sessions
 }
 
@@ -233,6 +238,12 @@ func (d *Dispatcher) Close() {
 // event has to be delivered again: the log did not take or give an event, or
 // ctx ended before the call had an effect.
 func (d *Dispatcher) Handle(ctx context.Context, e schemas.Event, emit schemas.Emit) error {
+	return d.handle(ctx, e, emit, false)
+}
+
+// handle is Handle; handed says that another process has handed the call over to
+// this one, as its owner.
+func (d *Dispatcher) handle(ctx context.Context, e schemas.Event, emit schemas.Emit, handed bool) error {
 	a, ok := e.Data.(*schemas.Authorized)
 	if !ok {
 		// Delivering it again would not make it one.
@@ -240,7 +251,7 @@ func (d *Dispatcher) Handle(ctx context.Context, e schemas.Event, emit schemas.E
 		return nil
 	}
 	r := &run{
-		d: d, e: e, a: a, emit: emit,
+		d: d, e: e, a: a, emit: emit, handed: handed,
 		by:    d.name + strconv.FormatUint(d.runs.Add(1), 36),
 		up:    d.upstreams[a.Server],
 		known: e.Stored,
@@ -282,8 +293,13 @@ func (d *Dispatcher) Cancel(_ context.Context, e schemas.Event, _ schemas.Emit) 
 	return nil
 }
 
-// Hear is the [schemas.Handler] for all that every dispatcher has to hear:
-// cancel, answered and closed.
+// Heard are the kinds of events that every dispatcher has to hear, for Hear.
+func Heard() []schemas.Kind {
+	return []schemas.Kind{schemas.KindCancel, schemas.KindAnswered, schemas.KindClosed, schemas.KindRouted}
+}
+
+// Hear is the [schemas.Handler] for all that every dispatcher has to hear
+// ([Heard]).
 func (d *Dispatcher) Hear(ctx context.Context, e schemas.Event, emit schemas.Emit) error {
 	switch e.Kind() {
 	case schemas.KindCancel:
@@ -292,6 +308,8 @@ func (d *Dispatcher) Hear(ctx context.Context, e schemas.Event, emit schemas.Emi
 		return d.Answered(ctx, e, emit)
 	case schemas.KindClosed:
 		return d.Closed(ctx, e, emit)
+	case schemas.KindRouted:
+		return d.Routed(ctx, e, emit)
 	}
 	return nil
 }
@@ -332,6 +350,7 @@ type run struct {
 	by   string    // unique for each run
 	up   *upstream // nil: no such server
 
+	handed     bool // by another process, to this one as the owner
 	harmless   bool // idempotent
 	repeatable bool // may be carried out again: harmless, and not a stream
 
@@ -436,6 +455,13 @@ func (r *run) carry(ctx context.Context) (ending, error) {
 		return r.never(ctx, schemas.FailExpired, "delivered after the deadline")
 	case r.up == nil:
 		return r.never(ctx, schemas.FailUnavailable, "no server of this name is configured")
+	}
+
+	switch err := r.handOver(ctx); {
+	case errors.Is(err, errStopped):
+		return r.stopped(ctx, nil)
+	case err != nil:
+		return ending{}, err
 	}
 
 	limit := r.up.calls

@@ -20,6 +20,7 @@ type upstream struct {
 	call       Upstream
 	close      func()
 	mcp        *mcpServer // nil: of another kind
+	owner      func(Call) (key, owner string)
 	idempotent func(*schemas.Requested) bool
 	calls      *limit
 	streams    *limit
@@ -44,7 +45,7 @@ func newUpstream(s Server, opt Options) (*upstream, error) {
 		return nil, err
 	}
 	return &upstream{
-		name: s.Name, call: c.Call, close: c.Close, mcp: c.mcp,
+		name: s.Name, call: c.Call, close: c.Close, mcp: c.mcp, owner: c.Owner,
 		idempotent: func(r *schemas.Requested) bool {
 			if _, ok := k.reads[r.Method]; ok || c.Harmless != nil && c.Harmless(r) {
 				return true

@@ -1,6 +1,7 @@
 package dispatch
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net/http"
@@ -33,7 +34,8 @@ const (
 // so that a server that floods it waits; one message is in memory at a time.
 type listener struct {
 	s     *session
-	last  string // event ID
+	ctx   context.Context // of run
+	last  string          // event ID
 	retry time.Duration
 	pace  *rate.Limiter
 	was   bool // there has been a stream
@@ -47,14 +49,20 @@ func (s *session) listen() {
 	s.listening = true
 	s.mu.Unlock()
 	if !was {
-		s.t.spawn(func() { (&listener{s: s, pace: rate.NewLimiter(s.t.timing.pace, paceBurst)}).run() })
+		s.t.spawn(func() {
+			l := &listener{s: s, pace: rate.NewLimiter(s.t.timing.pace, paceBurst)}
+			s.own(l.run)
+		})
 	}
 }
 
 // errNoStream: the server has none, or will not give it.
 var errNoStream = errors.New("the session has no stream of its own")
 
-func (l *listener) run() {
+// run follows the stream until ctx is done, or there is none to be followed any
+// more, which is true.
+func (l *listener) run(ctx context.Context) bool {
+	l.ctx = ctx
 	t := l.s.t.timing
 	pauses := backoff.NewExponentialBackOff(
 		backoff.WithInitialInterval(t.pause), backoff.WithMultiplier(2), backoff.WithMaxInterval(t.rest), backoff.WithMaxElapsedTime(0))
@@ -62,26 +70,26 @@ func (l *listener) run() {
 		l.moved = false
 		err := l.once()
 		switch {
-		case l.s.ctx.Err() != nil || errors.Is(err, errNoStream):
-			if l.s.ctx.Err() == nil {
+		case ctx.Err() != nil || errors.Is(err, errNoStream):
+			if ctx.Err() == nil {
 				l.s.log().Debug("not listening to the server", "why", err)
 				l.s.guest.streams(false)
 			}
-			return
+			return l.s.ctx.Err() != nil || errors.Is(err, errNoStream)
 		case errors.Is(err, errLost):
 			// It is opened again at once: a client may do nothing but listen.
 			if _, err := l.s.t.again(l.s.t.ctx, l.s); err != nil && l.s.t.ctx.Err() == nil {
 				l.s.log().Warn("a session that the server lost is not open again yet: the next call will try", "error", err)
 				l.s.guest.streams(false)
 			}
-			return
+			return true
 		}
 		if l.moved {
 			pauses.Reset()
 		}
 		l.s.log().Debug("the server's stream ended, asking for it again", "why", err)
-		if !pause(l.s.ctx, max(pauses.NextBackOff(), min(l.retry, t.retry))) {
-			return
+		if !pause(ctx, max(pauses.NextBackOff(), min(l.retry, t.retry))) {
+			return false
 		}
 	}
 }
@@ -89,7 +97,7 @@ func (l *listener) run() {
 // once asks for the stream and reads it to its end.
 func (l *listener) once() error {
 	s := l.s
-	resp, err := s.get(s.ctx, l.last)
+	resp, err := s.get(l.ctx, l.last)
 	if err != nil {
 		return err
 	}
@@ -126,6 +134,9 @@ func (l *listener) once() error {
 		if err != nil {
 			return err
 		}
+		if o := s.t.opt.Owners; o != nil && !o.Holds() {
+			return errors.New("another may listen by now")
+		}
 		if event.Retry != 0 {
 			l.retry = max(event.Retry, 0)
 		}
@@ -148,7 +159,7 @@ func (l *listener) once() error {
 				err = s.notify(msg)
 			}
 			if err == nil {
-				err = l.pace.WaitN(s.ctx, min(len(event.Data)+paceMessage, paceBurst))
+				err = l.pace.WaitN(l.ctx, min(len(event.Data)+paceMessage, paceBurst))
 			}
 			if err != nil {
 				// The event ID stays what it was, so that the message comes

@@ -141,12 +141,14 @@ type session struct {
 	fault    error // why it could not be opened; nil: it is
 	upstream string
 	revision string
+	openedBy string // Connected.By
 
 	mu          sync.Mutex
 	initialized bool // the server has been, or is being, told that the client is ready
 	listening   bool
-	calls       int  // in it now
-	replaced    bool // another stands in its place
+	unfollow    context.CancelFunc // stops listening; nil: nobody has begun
+	calls       int                // in it now
+	replaced    bool               // another stands in its place
 	asked       map[string]asking
 	numbered    uint64 // what the server asked or said outside of calls
 	subscribed  map[string]bool
@@ -434,7 +436,7 @@ func (t *sessions) opening(ctx context.Context, s *session) error {
 		return faultf(Unsent, "reading of the session at the server: %w", err)
 	}
 	if found && (s.lost == nil || before.Upstream != s.lost.upstream) && slices.Contains(legacyRevisions, before.Revision) && sessionIDOK(before.Upstream) {
-		s.upstream, s.revision = before.Upstream, before.Revision
+		s.upstream, s.revision, s.openedBy = before.Upstream, before.Revision, before.By
 		s.initialized = s.need != "notifications/initialized"
 		return nil
 	}
@@ -604,7 +606,7 @@ func (s *session) initialize(ctx context.Context, c Call, body []byte, progress 
 		resp.Body.Close()
 		return Answer{}, faultf(Garbled, "a session ID that is longer than %d bytes or not visible ASCII", maxSessionID)
 	}
-	s.upstream = id
+	s.upstream, s.openedBy = id, s.by
 	x := &exchange{s: s, c: c, ctx: ctx, progress: progress}
 	answer, err := s.m.answer(resp, c, func() (Answer, error) { return x.stream(resp.Body) })
 	if err != nil {
@@ -805,6 +807,7 @@ func (s *session) end() {
 	select {
 	case <-s.ready:
 		if s.fault == nil {
+			s.t.disown(streamKey(s.id, s.m.name, s.openedBy))
 			s.t.delete(s.m, s.upstream, s.revision)
 		}
 	default: // see done
@@ -891,6 +894,7 @@ func (d *Dispatcher) forget(id sessionID) {
 	for server, c := range all {
 		if u := d.upstreams[server]; u != nil && u.mcp != nil && sessionIDOK(c.Upstream) {
 			d.sessions.delete(u.mcp, c.Upstream, c.Revision)
+			d.sessions.disown(streamKey(id, server, c.By))
 		}
 	}
 }

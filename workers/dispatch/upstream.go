@@ -28,6 +28,13 @@ type Connection struct {
 	// upstream's kind and the tools that Server.Idempotent names; nil: of none.
 	Harmless func(*schemas.Requested) bool
 
+	// Owner tells what a call needs that only one process holds: by a key, whose
+	// owner is who acquires it first ([Owners]), or by the name of the process;
+	// both "": nothing. A call is carried out by the owner, wherever it is
+	// delivered; by whom it was delivered to, if a process that is named has
+	// died. It must not block. nil: no call needs any.
+	Owner func(Call) (key, owner string)
+
 	mcp *mcpServer // of that kind, to close its sessions
 }
 

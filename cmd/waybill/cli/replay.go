@@ -371,6 +371,11 @@ func detail(e schemas.Event) string {
 		return join("by "+d.Rule, d.Reason)
 	case *schemas.Started:
 		return "claimed by " + visible(d.By)
+	case *schemas.Routed:
+		if d.Back {
+			return "back to " + visible(d.To)
+		}
+		return "to its owner " + visible(d.To)
 	case *schemas.Completed:
 		status, code, removed := "", "", ""
 		if d.Status != 0 {

@@ -178,7 +178,8 @@ func (g *gateway) options(r bus.Role) bus.Options {
 	return bus.Options{
 		Dial: g.dial, Role: r, Replicas: g.c.Bus.Replicas,
 		MaxBytes: g.c.Bus.MaxBytes, MaxAge: g.c.Bus.MaxAge.Duration,
-		Log: g.log, Fault: g.fault,
+		Leases: g.c.Bus.URL != "",
+		Log:    g.log, Fault: g.fault,
 	}
 }
 
@@ -302,9 +303,13 @@ func (g *gateway) addDispatch(ctx context.Context, _ net.Listener) error {
 	if err != nil {
 		return err
 	}
+	owners, leases, err := g.addLeases(ctx, l)
+	if err != nil {
+		return err
+	}
 	d, err := dispatch.New(dispatch.Options{
-		StateKey: stateKey,
-		Servers:  servers, Load: l.Load, Past: l.Past, Latest: l.Latest, Store: l.Publish,
+		StateKey: stateKey, Owners: owners,
+		Servers: servers, Load: l.Load, Past: l.Past, Latest: l.Latest, Store: l.Publish,
 		Scan: func(ctx context.Context, t schemas.Tenant, s schemas.SessionKey, k schemas.Kind) iter.Seq2[schemas.Event, error] {
 			return l.Read(ctx, bus.Filter{Tenant: t, Session: s, Kinds: []schemas.Kind{k}}, 1)
 		},
@@ -318,9 +323,22 @@ func (g *gateway) addDispatch(ctx context.Context, _ net.Listener) error {
 		return err
 	}
 	g.dispatcher = d
+	// The leases go last: what is held is let go of before others may take over.
+	holding, letGo := context.WithCancel(context.WithoutCancel(ctx))
+	if leases != nil {
+		ready := g.up("leases")
+		g.workers = append(g.workers, part{"leases", func(context.Context) error {
+			return leases.Run(holding, func(up bool) {
+				if ready.Store(up); !up {
+					d.Lapsed()
+				}
+			}, d.Died)
+		}})
+	}
 	ready, cancels := g.up("dispatch"), g.up("cancel")
 	g.workers = append(g.workers,
 		part{"dispatch", func(ctx context.Context) error {
+			defer letGo()
 			defer d.Close()
 			return l.Run(ctx, bus.Work{
 				Name: "dispatch", Kinds: []schemas.Kind{schemas.KindAuthorized}, InFlight: 4096,
@@ -335,11 +353,24 @@ func (g *gateway) addDispatch(ctx context.Context, _ net.Listener) error {
 			if err != nil {
 				return err
 			}
-			return l.Follow(ctx, bus.Filter{Kinds: []schemas.Kind{schemas.KindCancel, schemas.KindAnswered, schemas.KindClosed}}, after, cancels.Store,
+			return l.Follow(ctx, bus.Filter{Kinds: dispatch.Heard()}, after, cancels.Store,
 				func(ctx context.Context, e schemas.Event) error { return d.Hear(ctx, e, l.Publish) })
 		}},
 	)
 	return nil
+}
+
+// addLeases: what only one of several dispatchers may hold. With a log of its own
+// this process is the only one.
+func (g *gateway) addLeases(ctx context.Context, l *bus.Log) (dispatch.Owners, *bus.Leases, error) {
+	if g.c.Bus.URL == "" {
+		return nil, nil, nil
+	}
+	leases, err := l.Leases(ctx, g.instance)
+	if err != nil {
+		return nil, nil, err
+	}
+	return leases, leases, nil
 }
 
 // addFronts: requested → … → an ending, for the calls that a front makes of the

@@ -1,0 +1,403 @@
+package dispatch
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+
+	"waybill.dev/schemas"
+)
+
+// Owners says which process holds what only one can: the stream of a session at
+// a server, a server's child process. A process owns what it has acquired until
+// it releases it or does not live any more.
+type Owners interface {
+	// Name is this process's, which no other has, nor had before a restart.
+	Name() string
+
+	// Acquire makes this process the owner of a key, unless another is that
+	// lives, and returns the owner. Keys are tokens with dots between them.
+	Acquire(ctx context.Context, key string) (owner string, err error)
+
+	// Release gives up a key that this process owns.
+	Release(ctx context.Context, key string) error
+
+	// Holds tells whether this process still owns what it has acquired. It turns
+	// false before another could have taken over.
+	Holds() bool
+
+	// Gone is closed when the process of a name is known to live no more.
+	Gone(name string) <-chan struct{}
+
+	// Owned lists what a process owns, or owned when it died.
+	Owned(ctx context.Context, name string) []string
+}
+
+const (
+	ownerPause = 250 * time.Millisecond // before an owner is asked for again
+	ownerGrace = 5 * time.Second        // in which an owner ends a call whose time is over
+)
+
+// errGone: the owner of a call lives no more, or has given the call back.
+var errGone = errors.New("the owner is gone")
+
+// errStopped: the run's context ended before there was an owner.
+var errStopped = errors.New("stopped before there was an owner")
+
+// handOver gives the call to the process that alone can carry it out, where
+// there is one, and waits for the ending, with which it returns errEnded. It
+// returns nil when this process is to carry it out: because it owns what the
+// call needs, or because the owner has died. Then the claim says what becomes of
+// a call that the owner had begun.
+func (r *run) handOver(ctx context.Context) error {
+	o := r.d.opt.Owners
+	if o == nil || r.up.owner == nil || r.handed {
+		return nil
+	}
+	body, err := r.body(ctx)
+	if err != nil {
+		return nil // who carries it out will find that too
+	}
+	nobody := func() {}
+	key, owner := r.up.owner(Call{
+		ID: r.e.Call, Event: r.e, Requested: &r.a.Requested, Only: r.a.Only, Trace: r.e.Trace, Body: body,
+		Connected: nobody, Heard: nobody,
+	})
+	for {
+		if key != "" {
+			if owner, err = r.d.acquire(ctx, key); err != nil {
+				return err
+			}
+		}
+		if owner == "" || owner == o.Name() {
+			return r.besideHanded(ctx)
+		}
+		switch err := r.d.route(ctx, r, owner); {
+		case !errors.Is(err, errGone):
+			return err
+		case key == "":
+			return nil
+		}
+		if !pause(ctx, ownerPause) {
+			return errStopped
+		}
+	}
+}
+
+// acquire is Acquire for as long as it takes: while the log is away nobody can
+// say who owns anything.
+func (d *Dispatcher) acquire(ctx context.Context, key string) (string, error) {
+	for try := 0; ; try++ {
+		owner, err := d.opt.Owners.Acquire(ctx, key)
+		if err == nil {
+			return owner, nil
+		}
+		if try == 10 {
+			d.opt.Log.Warn("nobody can say who owns what", "key", key, "error", err)
+		}
+		if !pause(ctx, ownerPause) {
+			return "", errStopped
+		}
+	}
+}
+
+// route has another process carry out the call of a run, and waits until it has
+// ended, which is errEnded. It is errGone when that process has died, or could
+// not bring the call to an end.
+func (d *Dispatcher) route(ctx context.Context, r *run, owner string) error {
+	o := d.opt.Owners
+	gone := o.Gone(owner)
+	select {
+	case <-gone:
+		return errGone
+	default:
+	}
+	back, leave := d.routes.wait(r.by)
+	defer leave()
+	store, cancel := sure(ctx, d.endTime())
+	_, err := r.emit(store, r.e.Next(&schemas.Routed{To: owner, From: o.Name(), Seq: r.e.Seq, By: r.by}, nil))
+	cancel()
+	if err != nil {
+		return fmt.Errorf("handing the call to its owner: %w", err)
+	}
+	select {
+	case <-back:
+	case <-gone:
+	case <-ctx.Done():
+		// The owner hears of it too, or knows the deadline.
+		grace := time.NewTimer(ownerGrace)
+		defer grace.Stop()
+		select {
+		case <-back:
+		case <-gone:
+		case <-grace.C:
+		}
+	}
+	if _, err := r.recall(ctx); err != nil {
+		return err // errEnded
+	}
+	if ctx.Err() != nil {
+		return errStopped
+	}
+	return errGone
+}
+
+// besideHanded waits for a run of the same call that another process has handed
+// over to this one, should there be one: the call may be delivered to its owner
+// too, when who waited for it has died.
+func (r *run) besideHanded(ctx context.Context) error {
+	done := r.d.routes.running(callKey{r.e.Tenant, r.e.Call})
+	if done == nil {
+		return nil
+	}
+	select {
+	case <-done:
+	case <-ctx.Done():
+		return errStopped
+	}
+	_, err := r.recall(ctx)
+	return err
+}
+
+// Routed is the [schemas.Handler] for routed. Every dispatcher hears of all: the
+// one that a call is handed to carries it out.
+func (d *Dispatcher) Routed(_ context.Context, e schemas.Event, _ schemas.Emit) error {
+	p, ok := e.Data.(*schemas.Routed)
+	if !ok || d.opt.Owners == nil || p.To != d.opt.Owners.Name() {
+		return nil
+	}
+	if p.Back {
+		d.routes.wake(p.By)
+		return nil
+	}
+	// As many as the work "dispatch" hands out: who handed it over keeps its
+	// place there.
+	d.sessions.spawn(func() { d.takeIn(d.sessions.ctx, e, p) })
+	return nil
+}
+
+// takeIn carries out a call that was handed over, and gives it back.
+func (d *Dispatcher) takeIn(ctx context.Context, e schemas.Event, p *schemas.Routed) {
+	key := callKey{e.Tenant, e.Call}
+	done, first := d.routes.begin(key)
+	var err error
+	if first {
+		var of schemas.Event
+		if of, err = d.opt.Load(ctx, p.Seq); err == nil {
+			if _, ok := of.Data.(*schemas.Authorized); !ok || of.Call != e.Call || of.Tenant != e.Tenant || of.Session != e.Session {
+				err = fmt.Errorf("event %d is not what authorizes the call", p.Seq)
+			} else {
+				err = d.handle(ctx, of, d.opt.Store, true)
+			}
+		}
+		d.routes.end(key)
+	} else {
+		select {
+		case <-done:
+		case <-ctx.Done():
+			return
+		}
+	}
+	if err != nil {
+		d.opt.Log.Warn("a call that was handed to this process goes back", "session", e.Session, "call", e.Call, "error", err)
+	}
+	ctx, cancel := sure(ctx, d.endTime())
+	defer cancel()
+	if _, err := d.opt.Store(ctx, e.Next(&schemas.Routed{To: p.From, From: p.To, Seq: p.Seq, By: p.By, Back: true}, nil)); err != nil {
+		d.opt.Log.Warn("who waits for a call does not hear that it has ended", "session", e.Session, "call", e.Call, "error", err)
+	}
+}
+
+// routes are the calls on their way between processes.
+type routes struct {
+	mu      sync.Mutex
+	waiting map[string]chan struct{}  // by Routed.By: runs here whose call another carries out
+	handed  map[callKey]chan struct{} // carried out here for others; closed when done
+}
+
+func (t *routes) wait(by string) (back <-chan struct{}, leave func()) {
+	c := make(chan struct{})
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.waiting == nil {
+		t.waiting = make(map[string]chan struct{})
+	}
+	t.waiting[by] = c
+	return c, func() {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		if t.waiting[by] == c {
+			delete(t.waiting, by)
+		}
+	}
+}
+
+func (t *routes) wake(by string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if c := t.waiting[by]; c != nil {
+		close(c)
+		delete(t.waiting, by)
+	}
+}
+
+func (t *routes) begin(key callKey) (done <-chan struct{}, first bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if c := t.handed[key]; c != nil {
+		return c, false
+	}
+	if t.handed == nil {
+		t.handed = make(map[callKey]chan struct{})
+	}
+	c := make(chan struct{})
+	t.handed[key] = c
+	return c, true
+}
+
+func (t *routes) end(key callKey) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	close(t.handed[key])
+	delete(t.handed, key)
+}
+
+func (t *routes) running(key callKey) <-chan struct{} {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if c := t.handed[key]; c != nil {
+		return c
+	}
+	return nil
+}
+
+// streamKey is what the owner of a session's stream at a server holds: by is who
+// had the server open that session (Connected.By).
+func streamKey(id sessionID, server, by string) string {
+	return streamKeys + strings.Join([]string{string(id.tenant), string(id.key), server, by}, ".")
+}
+
+const streamKeys = "stream."
+
+// own keeps follow running while this process owns the session's stream, and
+// waits while another does: exactly one may listen, or what the server says
+// would be heard twice. follow returns true when there is nothing to follow any
+// more, and has to end with its context.
+func (s *session) own(follow func(context.Context) bool) {
+	o := s.t.opt.Owners
+	if o == nil {
+		follow(s.ctx)
+		return
+	}
+	key := streamKey(s.id, s.m.name, s.openedBy)
+	for s.ctx.Err() == nil {
+		owner, err := o.Acquire(s.ctx, key)
+		switch {
+		case err != nil:
+			s.log().Debug("nobody can say who listens to the server", "error", err)
+			pause(s.ctx, ownerPause)
+		case owner == o.Name():
+			if s.ownFor(o, follow) {
+				return
+			}
+		default:
+			select {
+			case <-o.Gone(owner):
+			case <-s.ctx.Done():
+			}
+		}
+	}
+}
+
+// ownFor follows for as long as this process holds its leases.
+func (s *session) ownFor(o Owners, follow func(context.Context) bool) bool {
+	ctx, cancel := context.WithCancel(s.ctx)
+	defer cancel()
+	s.mu.Lock()
+	s.unfollow = cancel
+	s.mu.Unlock()
+	return o.Holds() && follow(ctx) && o.Holds()
+}
+
+// Lapsed is told that this process does not hold its leases any more: it stops
+// listening to the servers, before others begin.
+func (d *Dispatcher) Lapsed() {
+	d.sessions.mu.Lock()
+	defer d.sessions.mu.Unlock()
+	for _, of := range d.sessions.of {
+		for _, s := range of {
+			s.mu.Lock()
+			if s.unfollow != nil {
+				s.unfollow()
+			}
+			s.mu.Unlock()
+		}
+	}
+}
+
+// disown releases the session's stream when the session has ended.
+func (t *sessions) disown(key string) {
+	o := t.opt.Owners
+	if o == nil {
+		return
+	}
+	t.spawn(func() {
+		ctx, cancel := context.WithTimeout(t.ctx, t.timing.delete)
+		defer cancel()
+		if err := o.Release(ctx, key); err != nil {
+			t.opt.Log.Debug("who listened to a session that has ended is forgotten later", "key", key, "error", err)
+		}
+	})
+}
+
+// Died is told that another process has died: what it listened to, and can be
+// listened to from here, is taken over. Sessions that are in use here notice by
+// themselves; the others are found in the log.
+func (d *Dispatcher) Died(ctx context.Context, name string) {
+	o := d.opt.Owners
+	if o == nil || d.opt.Latest == nil {
+		return
+	}
+	keys := o.Owned(ctx, name)
+	taken := 0
+	for _, key := range keys {
+		rest, ok := strings.CutPrefix(key, streamKeys)
+		part := strings.Split(rest, ".")
+		if !ok || len(part) != 4 || ctx.Err() != nil {
+			continue
+		}
+		owner, err := o.Acquire(ctx, key)
+		if err == nil && owner == o.Name() {
+			taken++
+			err = d.takeOver(ctx, sessionID{schemas.Tenant(part[0]), schemas.SessionKey(part[1])}, part[2], part[3])
+		}
+		if err != nil {
+			d.opt.Log.Warn("a session's stream is not taken over", "key", key, "error", err)
+		}
+	}
+	if len(keys) > 0 {
+		d.opt.Log.Info("another process is gone", "name", name, "owned", len(keys), "taken_over", taken)
+	}
+}
+
+// takeOver goes on with a session at a server, if it is still the one that the
+// client's session has there.
+func (d *Dispatcher) takeOver(ctx context.Context, id sessionID, server, by string) error {
+	u := d.upstreams[server]
+	if u == nil || u.mcp == nil {
+		return fmt.Errorf("no server %s is configured", server)
+	}
+	last, found, err := d.sessions.connected(ctx, id, server)
+	if err != nil || !found || last.By != by {
+		return err
+	}
+	opened, err := d.opt.Latest(ctx, id.tenant, id.key, schemas.KindOpened)
+	if err != nil {
+		return err
+	}
+	_, err = d.sessions.get(ctx, u.mcp, schemas.Event{Tenant: id.tenant, Session: id.key, Agent: opened.Agent})
+	return err
+}
