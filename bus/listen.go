@@ -112,7 +112,7 @@ func (l *Log) Floor(ctx context.Context, consumer string) (uint64, error) {
 
 // Last is the sequence of the newest event.
 func (l *Log) Last(ctx context.Context) (uint64, error) {
-	info, err := l.stream.Info(ctx)
+	info, err := retry(ctx, l, func(ctx context.Context) (*jetstream.StreamInfo, error) { return l.stream.Info(ctx) })
 	if err != nil {
 		return 0, fmt.Errorf("ask for the newest event: %w", err)
 	}
@@ -125,11 +125,13 @@ func (l *Log) ordered(ctx context.Context, f Filter, from uint64) (jetstream.Con
 	if err != nil {
 		return nil, err
 	}
-	c, err := l.stream.OrderedConsumer(ctx, jetstream.OrderedConsumerConfig{
-		FilterSubjects:    subjects,
-		DeliverPolicy:     jetstream.DeliverByStartSequencePolicy,
-		OptStartSeq:       max(from, 1),
-		InactiveThreshold: 30 * time.Second,
+	c, err := retry(ctx, l, func(ctx context.Context) (jetstream.Consumer, error) {
+		return l.stream.OrderedConsumer(ctx, jetstream.OrderedConsumerConfig{
+			FilterSubjects:    subjects,
+			DeliverPolicy:     jetstream.DeliverByStartSequencePolicy,
+			OptStartSeq:       max(from, 1),
+			InactiveThreshold: 30 * time.Second,
+		})
 	})
 	if err != nil {
 		return nil, fmt.Errorf("read the log: %w", err)

@@ -7,6 +7,7 @@ import (
 	"iter"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
 
@@ -53,7 +54,7 @@ func (l *Log) readAt(ctx context.Context, f Filter, last uint64, at *uint64, wan
 		return false, err
 	}
 	defer l.letGo(ctx, c)
-	info, err := c.Info(ctx)
+	info, err := retry(ctx, l, c.Info)
 	if err != nil {
 		return false, fmt.Errorf("read the log: %w", err)
 	}
@@ -100,7 +101,9 @@ func (l *Log) readRest(ctx context.Context, f Filter, last, at uint64, wanted fu
 	for at < last {
 		var next *jetstream.RawStreamMsg
 		for _, s := range subjects {
-			m, err := l.stream.GetMsg(ctx, at+1, jetstream.WithGetMsgSubject(s))
+			m, err := retry(ctx, l, func(ctx context.Context) (*jetstream.RawStreamMsg, error) {
+				return l.stream.GetMsg(ctx, at+1, jetstream.WithGetMsgSubject(s))
+			})
 			if errors.Is(err, jetstream.ErrMsgNotFound) {
 				continue
 			}
@@ -126,9 +129,28 @@ func (l *Log) readRest(ctx context.Context, f Filter, last, at uint64, wanted fu
 	return true, nil
 }
 
+// readFor bounds how long a read is tried again, readTry one try: a cluster that
+// has lost a node needs some seconds to agree on another leader.
+const (
+	readFor = 15 * time.Second
+	readTry = 2 * time.Second
+)
+
+// retry reads again where the error may pass. Reading twice does no harm.
+func retry[T any](ctx context.Context, l *Log, read func(context.Context) (T, error)) (T, error) {
+	for end := time.Now().Add(readFor); ; {
+		try, cancel := context.WithTimeout(ctx, readTry)
+		v, err := read(try)
+		cancel()
+		if err == nil || ctx.Err() != nil || !passing(err) || time.Now().After(end) || !pause(ctx, 100*time.Millisecond) {
+			return v, err
+		}
+	}
+}
+
 // Load reads one event by its sequence. It returns [schemas.ErrNotFound].
 func (l *Log) Load(ctx context.Context, seq uint64) (schemas.Event, error) {
-	m, err := l.stream.GetMsg(ctx, seq)
+	m, err := retry(ctx, l, func(ctx context.Context) (*jetstream.RawStreamMsg, error) { return l.stream.GetMsg(ctx, seq) })
 	if errors.Is(err, jetstream.ErrMsgNotFound) {
 		return schemas.Event{}, fmt.Errorf("sequence %d: %w", seq, schemas.ErrNotFound)
 	}
@@ -147,7 +169,9 @@ func (l *Log) Latest(ctx context.Context, t schemas.Tenant, s schemas.SessionKey
 	if err != nil {
 		return schemas.Event{}, err
 	}
-	m, err := l.stream.GetLastMsgForSubject(ctx, of[0])
+	m, err := retry(ctx, l, func(ctx context.Context) (*jetstream.RawStreamMsg, error) {
+		return l.stream.GetLastMsgForSubject(ctx, of[0])
+	})
 	if errors.Is(err, jetstream.ErrMsgNotFound) {
 		return schemas.Event{}, fmt.Errorf("%s of session %s: %w", k, s, schemas.ErrNotFound)
 	}

@@ -228,6 +228,7 @@ func (tr *traveller) travel(ctx context.Context, p trip, key string) error {
 		return nil
 	}
 	if err := step("initialize", func() error {
+		s.ID, s.Revision = "", ""
 		_, err := s.Open(ctx, "2025-11-25", map[string]any{"elicitation": struct{}{}})
 		return err
 	}); err != nil {

@@ -1,0 +1,363 @@
+package dispatch
+
+import (
+	"context"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"waybill.dev/schemas"
+)
+
+// ledger is who owns what among the processes of a test; what the log's leases
+// are to real ones (bus.TestLeases).
+type ledger struct {
+	mu    sync.Mutex
+	owner map[string]string
+	gone  map[string]chan struct{} // by process; closed when it is dead
+	loose map[string]bool          // have lost their leases, and may live
+}
+
+// holder is one process's side of it.
+type holder struct {
+	*ledger
+	name string
+}
+
+func (h holder) Name() string { return h.name }
+
+func (l *ledger) alive(name string) bool {
+	select {
+	case <-l.goneOf(name):
+		return false
+	default:
+		return true
+	}
+}
+
+// goneOf: mu is held.
+func (l *ledger) goneOf(name string) chan struct{} {
+	if l.gone == nil {
+		l.gone, l.owner = map[string]chan struct{}{}, map[string]string{}
+	}
+	if l.gone[name] == nil {
+		l.gone[name] = make(chan struct{})
+	}
+	return l.gone[name]
+}
+
+func (h holder) Acquire(_ context.Context, key string) (string, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if !h.alive(h.name) || h.loose[h.name] {
+		return "", errLog
+	}
+	if was := h.owner[key]; was == "" || !h.alive(was) {
+		h.owner[key] = h.name
+	}
+	return h.owner[key], nil
+}
+
+func (h holder) Release(_ context.Context, key string) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.owner[key] == h.name {
+		delete(h.owner, key)
+	}
+	return nil
+}
+
+func (h holder) Holds() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.alive(h.name) && !h.loose[h.name]
+}
+
+func (h holder) Gone(name string) <-chan struct{} {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.goneOf(name)
+}
+
+func (h holder) Owned(_ context.Context, name string) (keys []string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for key, owner := range h.owner {
+		if owner == name {
+			keys = append(keys, key)
+		}
+	}
+	return keys
+}
+
+// lapse takes a process's leases, which others may acquire when it is dead.
+func (l *ledger) lapse(name string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.loose = map[string]bool{name: true}
+}
+
+func (l *ledger) die(name string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	close(l.goneOf(name))
+}
+
+// replicas are two dispatchers on one log.
+type replicas struct {
+	*rig
+	ledger *ledger
+	a, b   *Dispatcher
+}
+
+func newReplicas(t *testing.T, h http.HandlerFunc) *replicas {
+	r := &replicas{rig: newRig(t, h), ledger: &ledger{}}
+	r.opt.Store = r.emit
+	for name, d := range map[string]**Dispatcher{"a": &r.a, "b": &r.b} {
+		r.opt.Owners = holder{r.ledger, name}
+		*d = r.fresh()
+		quick(*d)
+	}
+	return r
+}
+
+// emit stores, and has both hear what every dispatcher hears.
+func (r *replicas) emit(ctx context.Context, e schemas.Event) (schemas.Receipt, error) {
+	receipt, err := r.log.emit(ctx, e)
+	if err == nil && !receipt.Duplicate && slices.Contains(Heard(), e.Kind()) {
+		e.Seq = receipt.Seq
+		for _, d := range []*Dispatcher{r.a, r.b} {
+			if err := d.Hear(ctx, e, r.emit); err != nil {
+				r.t.Error(err)
+			}
+		}
+	}
+	return receipt, err
+}
+
+// give has a dispatcher handle a call, in the background.
+func (r *replicas) give(d *Dispatcher, e schemas.Event) (handled <-chan error) {
+	c := make(chan error, 1)
+	go func() { c <- d.Handle(context.Background(), e, r.emit) }()
+	return c
+}
+
+func (r *replicas) handled(c <-chan error) {
+	r.t.Helper()
+	select {
+	case err := <-c:
+		if err != nil {
+			r.t.Error(err)
+		}
+	case <-time.After(20 * time.Second):
+		r.t.Fatalf("Handle does not return%v", r.log)
+	}
+}
+
+// calls counts the calls of a dispatcher's upstream, which then run until they
+// are let go.
+type counted struct {
+	n     atomic.Int32
+	began chan struct{}
+	letGo chan struct{}
+}
+
+func (r *replicas) upstream(d *Dispatcher, owner func(Call) (string, string)) *counted {
+	c := &counted{began: make(chan struct{}, 8), letGo: make(chan struct{})}
+	d.upstreams["s"].owner = owner
+	d.upstreams["s"].call = func(ctx context.Context, call Call, _ func([]byte) error) (Answer, error) {
+		c.n.Add(1)
+		call.Connected()
+		c.began <- struct{}{}
+		select {
+		case <-c.letGo:
+			return Answer{Status: 200, Body: []byte(`{}`)}, nil
+		case <-ctx.Done():
+			return Answer{}, faultf(Broken, "%w", context.Cause(ctx))
+		}
+	}
+	return c
+}
+
+func key(Call) (string, string) { return "k", "" }
+
+// ownedByB is two dispatchers of which b owns what calls need.
+func ownedByB(t *testing.T) (r *replicas, atA, atB *counted) {
+	r = newReplicas(t, nil)
+	atA, atB = r.upstream(r.a, key), r.upstream(r.b, key)
+	if _, err := (holder{r.ledger, "b"}).Acquire(t.Context(), "k"); err != nil {
+		t.Fatal(err)
+	}
+	return r, atA, atB
+}
+
+// A call goes to its owner, wherever it was delivered, and has one ending.
+func TestRouted(t *testing.T) {
+	r, atA, atB := ownedByB(t)
+	close(atB.letGo)
+	e := r.call("write")
+	r.handled(r.give(r.a, e))
+	r.want("completed")
+	if atA.n.Load() != 0 || atB.n.Load() != 1 {
+		t.Errorf("%d calls at a, %d at b", atA.n.Load(), atB.n.Load())
+	}
+	routed := r.log.await(t, schemas.KindRouted, 2)
+	if to := routed[0].Data.(*schemas.Routed); to.To != "b" || to.From != "a" || to.Seq != e.Seq || to.Back {
+		t.Errorf("%+v", to)
+	}
+	if back := routed[1].Data.(*schemas.Routed); back.To != "a" || !back.Back {
+		t.Errorf("%+v", back)
+	}
+	// And one that its owner gets itself stays there.
+	e = r.call("write")
+	r.handled(r.give(r.b, e))
+	if atB.n.Load() != 2 || len(r.log.of(schemas.KindRouted)) != 2 {
+		t.Error(r.log)
+	}
+}
+
+// The owner dies in the middle: what may have an effect is not repeated.
+func TestRoutedOwnerDies(t *testing.T) {
+	for tool, want := range map[string]string{"write": "unknown", "read": "completed"} {
+		t.Run(tool, func(t *testing.T) {
+			r, atA, atB := ownedByB(t)
+			close(atA.letGo)
+			handled := r.give(r.a, r.call(tool))
+			<-atB.began
+			r.ledger.die("b")
+			r.handled(handled)
+			r.want(want)
+			if n := atA.n.Load(); tool == "write" && n != 0 || tool == "read" && n != 1 {
+				t.Errorf("%d calls at a", n)
+			}
+		})
+	}
+}
+
+// One that died before is not waited for, whether it was found by a key or named.
+func TestRoutedToTheDead(t *testing.T) {
+	for _, owner := range []func(Call) (string, string){key, func(Call) (string, string) { return "", "b" }} {
+		r, atA, _ := ownedByB(t)
+		r.a.upstreams["s"].owner = owner
+		r.ledger.die("b")
+		close(atA.letGo)
+		r.handled(r.give(r.a, r.call("write")))
+		r.want("completed")
+		if n := len(r.log.of(schemas.KindRouted)); n != 0 {
+			t.Errorf("%d times routed", n)
+		}
+	}
+}
+
+// A cancel reaches the owner, and who waits hears of the ending.
+func TestRoutedCancel(t *testing.T) {
+	r, atA, atB := ownedByB(t)
+	e := r.call("write")
+	handled := r.give(r.a, e)
+	<-atB.began
+	if _, err := r.emit(t.Context(), e.Next(&schemas.Cancel{Reason: "enough"}, nil)); err != nil {
+		t.Fatal(err)
+	}
+	r.handled(handled)
+	r.want("cancelled")
+	if atA.n.Load() != 0 {
+		t.Error("a has called too")
+	}
+}
+
+// Who waited dies: the call is delivered again, to a third or to the owner
+// itself, which carries it out already.
+func TestRoutedTwice(t *testing.T) {
+	r, atA, atB := ownedByB(t)
+	e := r.call("write")
+	first := r.give(r.a, e)
+	<-atB.began
+	again, owner := r.give(r.a, e), r.give(r.b, e)
+	r.log.await(t, schemas.KindRouted, 2)
+	close(atB.letGo)
+	r.handled(first)
+	r.handled(again)
+	r.handled(owner)
+	r.want("completed")
+	if atA.n.Load() != 0 || atB.n.Load() != 1 {
+		t.Errorf("%d calls at a, %d at b", atA.n.Load(), atB.n.Load())
+	}
+}
+
+// A call's time passes at its owner.
+func TestRoutedDeadline(t *testing.T) {
+	r, atA, _ := ownedByB(t)
+	r.handled(r.give(r.a, r.call("write", authorized(func(a *schemas.Authorized) { a.Deadline = time.Now().Add(100 * time.Millisecond) }))))
+	r.want("unknown")
+	if atA.n.Load() != 0 {
+		t.Error("a has called too")
+	}
+}
+
+// Two dispatchers have a session, one of which listens; when it dies, another
+// does, also for sessions that it had not known.
+func TestOneListener(t *testing.T) {
+	l := &legacyServer{}
+	opened, ended := make(chan string, 8), make(chan string, 8)
+	l.get = func(w http.ResponseWriter, req *http.Request) {
+		sseHead(w)
+		opened <- req.Header.Get("Mcp-Session-Id")
+		<-req.Context().Done()
+		ended <- req.Header.Get("Mcp-Session-Id")
+	}
+	r := newReplicas(t, l.ServeHTTP)
+	t.Cleanup(r.http.CloseClientConnections)
+	r.open("s1")
+	r.open("s2")
+	stream := func() string {
+		t.Helper()
+		select {
+		case s := <-opened:
+			return s
+		case <-time.After(20 * time.Second):
+			t.Fatal("nobody listens")
+			return ""
+		}
+	}
+	for _, session := range []string{"s1", "s2"} {
+		e := r.call("write", inSession(session))
+		r.handled(r.give(r.a, e))
+		r.ends(e, "completed")
+		stream()
+	}
+	e := r.legacy("write")
+	r.handled(r.give(r.b, e))
+	r.ends(e, "completed")
+	if l.opened != 2 {
+		t.Fatalf("%d sessions at the server", l.opened)
+	}
+	if keys := (holder{r.ledger, "b"}).Owned(t.Context(), "a"); len(keys) != 2 || !strings.HasPrefix(keys[0], "stream.acme.s") {
+		t.Errorf("a listens to %v", keys)
+	}
+	// As if the machine that a is on were cut off: it stops first.
+	r.ledger.lapse("a")
+	r.a.Lapsed()
+	for range 2 {
+		<-ended
+	}
+	if len(opened) > 0 {
+		t.Errorf("%s is listened to twice", <-opened)
+	}
+	r.ledger.die("a")
+	r.b.Died(t.Context(), "a")
+	if got := []string{stream(), stream()}; !slices.Contains(got, "up-1") || !slices.Contains(got, "up-2") {
+		t.Errorf("b listens to %v", got)
+	}
+	if l.opened != 2 {
+		t.Errorf("%d sessions at the server", l.opened)
+	}
+	closed := r.log.add(schemas.Event{Tenant: "acme", Session: "s1", Agent: "a1", Data: &schemas.Closed{}})
+	if err := r.b.Hear(t.Context(), closed, r.emit); err != nil {
+		t.Fatal(err)
+	}
+	l.await(t, "DELETE", 1)
+}
