@@ -17,6 +17,8 @@ type Asker struct {
 	l       *Log
 	replica schemas.Replica
 
+	wishes sync.WaitGroup // cancels on their way
+
 	mu       sync.Mutex
 	waiting  map[schemas.CallID]*waiter
 	sessions map[sessionID]map[*waiter]bool
@@ -43,7 +45,7 @@ type waiter struct {
 
 // beside are the kinds of a session that may belong to none of its calls; those
 // are addressed to no replica, as any may hold the session's stream.
-var beside = []schemas.Kind{schemas.KindAsked, schemas.KindNotified, schemas.KindClosed}
+var beside = []schemas.Kind{schemas.KindAsked, schemas.KindNotified, schemas.KindClosed, schemas.KindAttached}
 
 // Asker makes the asker of a replica. Its Run must run while Ask and Follow are
 // used.
@@ -57,6 +59,7 @@ func (a *Asker) Run(ctx context.Context, up func(bool)) error {
 	if err != nil {
 		return err
 	}
+	defer a.wishes.Wait()
 	return a.l.Follow(ctx, Filter{To: a.replica, Beside: beside}, after, up, func(_ context.Context, e schemas.Event) error {
 		a.route(e)
 		return nil
@@ -137,8 +140,8 @@ func (a *Asker) Ask(ctx context.Context, e schemas.Event, emit schemas.Emit) err
 
 // Follow hands on what the log holds after a sequence, and what comes from then
 // on: of the call of `of`, to its ending, from whichever replica it was asked;
-// or, where `of` names no call, what is asked, notified and closed in its
-// session outside of any call, until it is closed or ctx is done. Events come
+// or, where `of` names no call, what is asked, notified, attached and closed in
+// its session outside of any call, until it is closed or ctx is done. Events come
 // in the order of the log, each once. An error of emit ends it.
 func (a *Asker) Follow(ctx context.Context, of schemas.Event, after uint64, emit schemas.Emit) error {
 	if of.Call != "" {
@@ -232,13 +235,30 @@ func (a *Asker) caughtUp(w *waiter) bool {
 	return was
 }
 
+// wishTime bounds the storing of a wish to cancel, and wishWait how long who has
+// it waits for that: there is an answer to be given.
+const (
+	wishTime = 5 * time.Second
+	wishWait = 500 * time.Millisecond
+)
+
 // cancel stores the wish that a call end. Nobody waits for it any more, so an
 // error ends in the log of the process: the call then runs to its deadline.
 func (a *Asker) cancel(ctx context.Context, e schemas.Event, reason string) {
-	ctx, stop := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
-	defer stop()
-	if _, err := a.l.Publish(ctx, e.Next(&schemas.Cancel{Reason: reason}, nil)); err != nil {
-		a.l.o.Log.Warn("cancel not stored", "session", e.Session, "call", e.Call, "error", err)
+	stored := make(chan struct{})
+	a.wishes.Go(func() {
+		defer close(stored)
+		ctx, stop := context.WithTimeout(context.WithoutCancel(ctx), wishTime)
+		defer stop()
+		if _, err := a.l.Publish(ctx, e.Next(&schemas.Cancel{Reason: reason}, nil)); err != nil {
+			a.l.o.Log.Warn("cancel not stored", "session", e.Session, "call", e.Call, "error", err)
+		}
+	})
+	wait := time.NewTimer(wishWait)
+	defer wait.Stop()
+	select {
+	case <-stored:
+	case <-wait.C:
 	}
 }
 

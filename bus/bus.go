@@ -103,6 +103,10 @@ func Open(ctx context.Context, o Options) (*Log, error) {
 		nats.MaxReconnects(-1),
 		nats.ClosedHandler(func(*nats.Conn) { close(closed) }),
 		nats.ReconnectWait(250*time.Millisecond),
+		// What is published while there is no connection fails at once, and is
+		// tried again by who publishes, who knows for how long. Kept for later it
+		// would be stored when its caller has long been told that it was not.
+		nats.ReconnectBufSize(-1),
 		nats.ErrorHandler(func(_ *nats.Conn, sub *nats.Subscription, err error) {
 			subject := ""
 			if sub != nil {
@@ -232,7 +236,7 @@ func passing(err error) bool {
 	}
 	return errors.Is(err, nats.ErrTimeout) || errors.Is(err, nats.ErrNoResponders) ||
 		errors.Is(err, context.DeadlineExceeded) || errors.Is(err, jetstream.ErrNoStreamResponse) ||
-		errors.Is(err, nats.ErrDisconnected) || errors.Is(err, nats.ErrConnectionReconnecting)
+		errors.Is(err, nats.ErrDisconnected) || errors.Is(err, nats.ErrConnectionReconnecting) || errors.Is(err, nats.ErrReconnectBufExceeded)
 }
 
 // pause waits, and tells whether the context still stands.

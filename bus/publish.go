@@ -77,7 +77,7 @@ func idOf(e schemas.Event) schemas.EventID {
 func refuses(err error) bool {
 	var api *jetstream.APIError
 	return errors.As(err, &api) || errors.Is(err, nats.ErrNoResponders) || errors.Is(err, jetstream.ErrNoStreamResponse) ||
-		errors.Is(err, nats.ErrMaxPayload) || errors.Is(err, nats.ErrConnectionClosed)
+		errors.Is(err, nats.ErrMaxPayload) || errors.Is(err, nats.ErrConnectionClosed) || errors.Is(err, nats.ErrReconnectBufExceeded)
 }
 
 // refused names the cause in the vocabulary of the callers.

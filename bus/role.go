@@ -29,7 +29,7 @@ func Roles() []Role {
 var writes = map[Role][]schemas.Kind{
 	RoleEdge: {
 		schemas.KindRequested, schemas.KindCancel, schemas.KindOpened, schemas.KindClosed,
-		schemas.KindAnswered, schemas.KindNotified,
+		schemas.KindAnswered, schemas.KindNotified, schemas.KindAttached,
 	},
 	RolePolicy: {
 		schemas.KindAuthorized, schemas.KindDenied, schemas.KindHeld, schemas.KindFailed,

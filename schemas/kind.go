@@ -27,6 +27,7 @@ const (
 	KindRouted     Kind = "routed"    // a call is handed to the process that alone can carry it out, or back to the one that waits
 	KindOpened     Kind = "opened"    // session
 	KindClosed     Kind = "closed"    // session
+	KindAttached   Kind = "attached"  // the session's client listens at a replica, or does no more
 	KindConnected  Kind = "connected" // the gateway has a session of its own at an upstream, for this one
 	KindAsked      Kind = "asked"     // the upstream asks the agent
 	KindAnswered   Kind = "answered"  // the agent's answer to that
@@ -49,6 +50,7 @@ var kinds = map[Kind]func() Payload{
 	KindRouted:     func() Payload { return &Routed{} },
 	KindOpened:     func() Payload { return &Opened{} },
 	KindClosed:     func() Payload { return &Closed{} },
+	KindAttached:   func() Payload { return &Attached{} },
 	KindConnected:  func() Payload { return &Connected{} },
 	KindAsked:      func() Payload { return &Asked{} },
 	KindAnswered:   func() Payload { return &Answered{} },
@@ -67,7 +69,7 @@ func (k Kind) Ends() bool {
 // others belong to their session, or may (asked, answered, notified).
 func (k Kind) OfCall() bool {
 	switch k {
-	case KindOpened, KindClosed, KindConnected, KindAsked, KindAnswered, KindNotified:
+	case KindOpened, KindClosed, KindAttached, KindConnected, KindAsked, KindAnswered, KindNotified:
 		return false
 	}
 	return true

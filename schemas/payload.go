@@ -164,6 +164,17 @@ type Closed struct {
 	Reason string `json:"reason,omitempty"`
 }
 
+// Attached: the client of a session listens, at one of several replicas, to what
+// is said outside of calls. The latest with N 0 counts: older streams end. It is
+// said again with a higher N while the stream lasts, so that nobody takes the
+// session for idle, and at the stream's end.
+type Attached struct {
+	By   string `json:"by"`             // the stream, unique
+	N    int    `json:"n"`              // 0 when it begins
+	Sent uint64 `json:"sent,omitempty"` // how far the client had been served by the end
+	Over bool   `json:"over,omitempty"` // the stream has ended
+}
+
 // Connected: the gateway has opened a session of its own at an upstream, on
 // behalf of this one. The latest for a server counts. Body: what the upstream
 // answered to initialize.
@@ -209,6 +220,7 @@ func (*Late) Kind() Kind       { return KindLate }
 func (*Routed) Kind() Kind     { return KindRouted }
 func (*Opened) Kind() Kind     { return KindOpened }
 func (*Closed) Kind() Kind     { return KindClosed }
+func (*Attached) Kind() Kind   { return KindAttached }
 func (*Connected) Kind() Kind  { return KindConnected }
 func (*Asked) Kind() Kind      { return KindAsked }
 func (*Answered) Kind() Kind   { return KindAnswered }
@@ -240,8 +252,11 @@ func (p *Routed) id(e Event) EventID {
 	}
 	return EventID(e.Call) + EventID("/routed/"+p.By)
 }
-func (p *Opened) id(e Event) EventID    { return EventID(e.Session) + "/opened" }
-func (p *Closed) id(e Event) EventID    { return EventID(e.Session) + "/closed" }
+func (p *Opened) id(e Event) EventID { return EventID(e.Session) + "/opened" }
+func (p *Closed) id(e Event) EventID { return EventID(e.Session) + "/closed" }
+func (p *Attached) id(e Event) EventID {
+	return EventID(e.Session) + EventID("/attached/"+p.By+"/"+strconv.Itoa(p.N))
+}
 func (p *Connected) id(e Event) EventID { return EventID(e.Session) + EventID("/connected/"+p.By) }
 func (p *Asked) id(e Event) EventID     { return EventID(e.Session) + EventID("/asked/"+p.ID) }
 func (p *Answered) id(e Event) EventID  { return EventID(e.Session) + EventID("/answered/"+p.ID) }

@@ -155,7 +155,7 @@ func (a *Adapter) callLegacy(w http.ResponseWriter, r *http.Request, p edge.Prin
 			write(w, id, reply{status: http.StatusBadRequest, code: jsonrpc.CodeInvalidRequest, message: "A request with this id has not been answered yet: an id must not be used twice in a session."})
 			return
 		}
-		_, release := s.take(c.call, cancel)
+		_, _, release := s.take(c.call, cancel)
 		defer release()
 		defer func() { s.end(id, run, c.left) }()
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"net"
 	"sync"
 	"testing"
@@ -113,7 +114,7 @@ func (m *memory) follow(ctx context.Context, of schemas.Event, after uint64, emi
 			}
 			if of.Call == "" {
 				switch e.Kind() {
-				case schemas.KindAsked, schemas.KindNotified, schemas.KindClosed:
+				case schemas.KindAsked, schemas.KindNotified, schemas.KindClosed, schemas.KindAttached:
 				default:
 					continue
 				}
@@ -156,6 +157,17 @@ func (m *memory) latest(_ context.Context, t schemas.Tenant, s schemas.SessionKe
 	return m.find(func(e schemas.Event) bool { return e.Tenant == t && e.Session == s && e.Kind() == k })
 }
 
+func (m *memory) scan(_ context.Context, t schemas.Tenant, s schemas.SessionKey, k schemas.Kind, after uint64) iter.Seq2[schemas.Event, error] {
+	return func(yield func(schemas.Event, error) bool) {
+		next, _ := m.since(after)
+		for _, e := range next {
+			if e.Tenant == t && e.Session == s && e.Kind() == k && !yield(e, nil) {
+				return
+			}
+		}
+	}
+}
+
 func (m *memory) asked(_ context.Context, t schemas.Tenant, s schemas.SessionKey, id string) (schemas.Event, error) {
 	return m.find(func(e schemas.Event) bool {
 		a, ok := e.Data.(*schemas.Asked)
@@ -185,7 +197,7 @@ func (m *memory) sessions(ctx context.Context, emit schemas.Emit) error {
 // options are an adapter's on this log.
 func (m *memory) options() mcp.Options {
 	return mcp.Options{
-		Ask: m.ask, Store: m.store, Follow: m.follow, Load: m.load, Latest: m.latest, Asked: m.asked, Sessions: m.sessions, Edge: "e0",
+		Ask: m.ask, Store: m.store, Follow: m.follow, Load: m.load, Latest: m.latest, Asked: m.asked, Scan: m.scan, Sessions: m.sessions, Edge: "e0",
 	}
 }
 

@@ -108,6 +108,10 @@ type Options struct {
 	// log first, until ctx is done.
 	Sessions func(ctx context.Context, emit schemas.Emit) error
 
+	// Shared says that other replicas may serve the same sessions, which are told
+	// through the log where a session's client listens.
+	Shared bool
+
 	Fronts        []*schemas.Front // endpoints that show several servers as one
 	SessionLimits SessionLimits    // of sessions with an ID
 

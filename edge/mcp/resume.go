@@ -38,8 +38,8 @@ func (a *Adapter) get(w http.ResponseWriter, r *http.Request, p edge.Principal) 
 	defer func() { s.leave(a.o.Now()) }()
 	revision, bad := s.agree(r.Header)
 	c := &telling{a: a, s: s, w: w, front: front, sse: true, resumed: true, after: after}
-	own, _ := s.from()
-	if bad == nil && back && anchor != own {
+	opened, _ := s.from()
+	if bad == nil && back && anchor != opened {
 		bad = a.find(r.Context(), c, anchor)
 	}
 	if bad != nil {
@@ -53,16 +53,35 @@ func (a *Adapter) get(w http.ResponseWriter, r *http.Request, p edge.Principal) 
 	ctx, cancel := context.WithCancelCause(lasting)
 	defer cancel(nil)
 	c.cancel = cancel
-	older, release := s.take(c.call, cancel)
+	older, own, release := s.take(c.call, cancel)
 	defer release()
 	if c.call == "" {
-		defer func() { s.cutOff(a.o.Now()) }()
+		defer func() {
+			s.cutOff(a.o.Now())
+			if c.attached != nil {
+				a.say(r.Context(), s, c.attached, true)
+			}
+		}()
 	}
 	if !back {
 		if older != nil {
 			<-older.done // it was told to end; how far it got is known then
 		}
 		anchor, c.after = s.from()
+	}
+	if c.call == "" {
+		s.received(c.after)
+	}
+	if c.call == "" && a.o.Shared {
+		at, after, err := a.attach(ctx, s, back)
+		if err != nil {
+			write(w, withoutID, *storeFailure(err))
+			return
+		}
+		c.attached, c.after = at, max(c.after, after)
+		s.mu.Lock()
+		own.at = at
+		s.mu.Unlock()
 	}
 	if c.request != nil && !c.request.Deadline.IsZero() {
 		c.late = time.AfterFunc(a.remains(c.request.Deadline)+grace, func() { cancel(errOverdue) })

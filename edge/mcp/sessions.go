@@ -64,6 +64,7 @@ type running struct {
 type outlet struct {
 	cancel context.CancelCauseFunc
 	done   chan struct{}
+	at     *attachment // owned by the session's mu; of its own stream, where there are other replicas
 }
 
 // question is what an upstream asked of the client.
@@ -245,8 +246,8 @@ func (s *lasting) known(server, original string) (id string, ok bool) {
 
 // take makes this the one stream of a call, or of the session: an older one is
 // told to end, and returned. release ends it.
-func (s *lasting) take(call schemas.CallID, cancel context.CancelCauseFunc) (old *outlet, release func()) {
-	o := &outlet{cancel: cancel, done: make(chan struct{})}
+func (s *lasting) take(call schemas.CallID, cancel context.CancelCauseFunc) (old, o *outlet, release func()) {
+	o = &outlet{cancel: cancel, done: make(chan struct{})}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.streams == nil {
@@ -258,7 +259,7 @@ func (s *lasting) take(call schemas.CallID, cancel context.CancelCauseFunc) (old
 	if s.streams[call] = o; s.closed {
 		cancel(errClosed)
 	}
-	return old, func() {
+	return old, o, func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if s.streams[call] == o {
@@ -307,6 +308,13 @@ func (s *lasting) cutOff(now time.Time) {
 	defer s.mu.Unlock()
 	s.settled(now)
 	s.fresh = nil
+}
+
+// received is told how far the client says that it has got.
+func (s *lasting) received(seq uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.sent = max(s.sent, seq)
 }
 
 // from is where the session's stream goes on when the client does not say, and
@@ -435,16 +443,20 @@ func (t *table) size() int {
 // those of every replica, once Run has heard of them.
 func (a *Adapter) Sessions() int { return a.table.size() }
 
-// due lists the sessions that should end, with the reason.
-func (t *table) due(now time.Time) map[*lasting]string {
+func (t *table) list() []*lasting {
 	t.mu.Lock()
+	defer t.mu.Unlock()
 	all := make([]*lasting, 0, len(t.all))
 	for _, s := range t.all {
 		all = append(all, s)
 	}
-	t.mu.Unlock()
+	return all
+}
+
+// due lists the sessions that should end, with the reason.
+func (t *table) due(now time.Time) map[*lasting]string {
 	var due map[*lasting]string
-	for _, s := range all {
+	for _, s := range t.list() {
 		s.mu.Lock()
 		reason := ""
 		switch {
@@ -613,22 +625,40 @@ func (a *Adapter) hear(_ context.Context, e schemas.Event) (schemas.Receipt, err
 	return schemas.Receipt{}, nil
 }
 
+// usedElsewhere is when a session was last used at any replica, as far as the
+// log has it.
+func (a *Adapter) usedElsewhere(ctx context.Context, s *lasting) (used time.Time, err error) {
+	for _, k := range []schemas.Kind{schemas.KindRequested, schemas.KindAnswered, schemas.KindAttached} {
+		e, err := a.o.Latest(ctx, s.tenant, s.key, k)
+		if errors.Is(err, schemas.ErrNotFound) {
+			continue
+		}
+		if err != nil {
+			return used, err
+		}
+		if e.Time.After(used) {
+			used = e.Time
+		}
+	}
+	return used, nil
+}
+
 func (a *Adapter) sweep(ctx context.Context) {
 	now := a.o.Now()
+	a.stillAttached(ctx, now)
 	for s, reason := range a.table.due(now) {
 		if ctx.Err() != nil {
 			return
 		}
 		if reason == reasonIdle {
-			// It may be in use at another replica.
-			e, err := a.o.Latest(ctx, s.tenant, s.key, schemas.KindRequested)
-			if err != nil && !errors.Is(err, schemas.ErrNotFound) {
+			used, err := a.usedElsewhere(ctx, s)
+			if err != nil {
 				a.o.Log.Warn("cannot tell if a session is idle", "session", s.key, "error", err)
 				continue
 			}
-			if err == nil && now.Sub(e.Time) < a.table.limits.Idle {
+			if now.Sub(used) < a.table.limits.Idle {
 				s.mu.Lock()
-				s.used = e.Time
+				s.used = used
 				s.mu.Unlock()
 				continue
 			}

@@ -39,7 +39,7 @@ func TestSessionBytes(t *testing.T) {
 		id := fmt.Appendf(nil, "%d", i)
 		r := &running{}
 		s.begin(id, r)
-		_, release := s.take("c", func(error) {})
+		_, _, release := s.take("c", func(error) {})
 		s.ask("q", &question{event: schemas.Event{Data: &schemas.Asked{ID: "q"}}})
 		s.answered("q")
 		release()

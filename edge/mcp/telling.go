@@ -39,6 +39,8 @@ type telling struct {
 	stored  chan struct{}      // closed when the request is in the log; may be nil
 	cancel  context.CancelCauseFunc
 
+	attached *attachment // of the session's own stream, where there are other replicas
+
 	anchor    uint64 // 0: not known yet
 	after     uint64 // up to here the client has been told before
 	stream    *edge.Stream
@@ -136,6 +138,10 @@ func (c *telling) emit(_ context.Context, e schemas.Event) (schemas.Receipt, err
 	case *schemas.Cancel:
 		if len(e.Body) > 0 { // the client's own: there is no answer
 			c.quit()
+		}
+	case *schemas.Attached:
+		if c.attached != nil && e.Seq > c.attached.seq && d.N == 0 {
+			c.cancel(errReplaced)
 		}
 	case *schemas.Closed:
 		c.quit()

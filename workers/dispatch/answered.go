@@ -164,14 +164,32 @@ func (d *Dispatcher) Answered(_ context.Context, e schemas.Event, _ schemas.Emit
 	t.mu.Lock()
 	s := t.of[idOfSession(e)][a.Server]
 	t.mu.Unlock()
-	if s == nil {
-		return nil
+	switch {
+	case s != nil:
+		s.bring(e, a)
+	case e.Call == "" && t.opt.Owners == nil && t.opt.Latest != nil:
+		// Asked of this process before it was started again. Where there are
+		// several, who takes over what one listened to brings the answer.
+		d.inBackground(func(ctx context.Context) {
+			last, found, err := t.connected(ctx, idOfSession(e), a.Server)
+			if err == nil && found {
+				err = d.takeOver(ctx, idOfSession(e), a.Server, last.By)
+			}
+			if err != nil {
+				d.opt.Log.Warn("an answer of the client does not reach the server", "session", e.Session, "server", a.Server, "error", err)
+			}
+		})
 	}
+	return nil
+}
+
+// bring has the client's answer brought to the server, once.
+func (s *session) bring(e schemas.Event, a *schemas.Answered) {
 	s.mu.Lock()
 	asked, ok := s.asked[a.ID]
 	if !ok || asked.answered {
 		s.mu.Unlock()
-		return nil
+		return
 	}
 	if asked.to != nil {
 		delete(s.asked, a.ID)
@@ -183,7 +201,7 @@ func (d *Dispatcher) Answered(_ context.Context, e schemas.Event, _ schemas.Emit
 	s.asked[a.ID] = asked
 	s.mu.Unlock()
 	// One goroutine for each that was asked, of which there are few.
-	t.spawn(func() {
+	s.t.spawn(func() {
 		defer func() {
 			s.mu.Lock()
 			defer s.mu.Unlock()
@@ -194,6 +212,74 @@ func (d *Dispatcher) Answered(_ context.Context, e schemas.Event, _ schemas.Emit
 			s.log().Error("an answer of the client did not reach the server", "id", a.ID, "seq", e.Seq, "error", err)
 		}
 	})
+}
+
+// recently is how long ago an answer may have been given that is brought to the
+// server by whoever takes a session over: the process that should have done so
+// may have died before. A server that has it passes it over.
+const recently = 2 * time.Minute
+
+// learn finds out what the server has asked on the session's stream while
+// another process listened, and has the answers that were given meanwhile
+// brought there.
+func (s *session) learn(ctx context.Context) error {
+	if s.t.opt.Scan == nil {
+		return nil
+	}
+	// Answers that come from here on find the questions; those before are read.
+	var since uint64
+	for e, err := range s.t.opt.Scan(ctx, s.id.tenant, s.id.key, schemas.KindConnected) {
+		if err != nil {
+			return err
+		}
+		if c, ok := e.Data.(*schemas.Connected); ok && c.Server == s.m.name && c.By == s.openedBy {
+			since = e.Seq
+		}
+	}
+	found := false
+	for e, err := range s.t.opt.Scan(ctx, s.id.tenant, s.id.key, schemas.KindAsked) {
+		if err != nil {
+			return err
+		}
+		a, ok := e.Data.(*schemas.Asked)
+		if !ok || e.Call != "" || a.Server != s.m.name || e.Seq < since {
+			continue
+		}
+		msg, err := jsonrpc.Decode(e.Body, jsonrpc.Limits{Bytes: max(len(e.Body), 1), Depth: answerDepth, AllowCaseVariants: true})
+		if err != nil || !msg.IsRequest() {
+			continue
+		}
+		s.mu.Lock()
+		if _, ok := s.asked[a.ID]; !ok && (len(s.asked) < maxAsked || s.giveUp()) {
+			if s.asked == nil {
+				s.asked = make(map[string]asking)
+			}
+			s.asked[a.ID] = asking{id: bytes.Clone(msg.ID().Raw())}
+			found = true
+		}
+		s.mu.Unlock()
+	}
+	if !found {
+		return nil
+	}
+	for e, err := range s.t.opt.Scan(ctx, s.id.tenant, s.id.key, schemas.KindAnswered) {
+		if err != nil {
+			return err
+		}
+		a, ok := e.Data.(*schemas.Answered)
+		if !ok || a.Server != s.m.name || e.Call != "" {
+			continue
+		}
+		if s.t.opt.Now().Sub(e.Stored) < recently {
+			s.bring(e, a)
+			continue
+		}
+		s.mu.Lock()
+		if q, ok := s.asked[a.ID]; ok && !q.answered {
+			delete(s.asked, a.ID)
+		}
+		s.mu.Unlock()
+	}
 	return nil
 }
 

@@ -288,7 +288,17 @@ const streamKeys = "stream."
 // more, and has to end with its context.
 func (s *session) own(follow func(context.Context) bool) {
 	o := s.t.opt.Owners
+	first := s.openedBy == s.by // nobody else can have listened before
+	learn := func() {
+		if !first {
+			if err := s.learn(s.ctx); err != nil && s.ctx.Err() == nil {
+				s.log().Warn("what a server has asked before is not known: answers to it do not reach it", "error", err)
+			}
+		}
+		first = false
+	}
 	if o == nil {
+		learn()
 		follow(s.ctx)
 		return
 	}
@@ -300,6 +310,7 @@ func (s *session) own(follow func(context.Context) bool) {
 			s.log().Debug("nobody can say who listens to the server", "error", err)
 			pause(s.ctx, ownerPause)
 		case owner == o.Name():
+			learn()
 			if s.ownFor(o, follow) {
 				return
 			}

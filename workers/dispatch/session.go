@@ -870,20 +870,30 @@ func (d *Dispatcher) Closed(_ context.Context, e schemas.Event, _ schemas.Emit) 
 	if len(held) > 0 {
 		return nil
 	}
-	select {
-	case t.forgotten <- struct{}{}:
-		forget := func() { defer func() { <-t.forgotten }(); d.forget(idOfSession(e)) }
-		if !t.spawn(forget) {
-			<-t.forgotten
-		}
-	default: // they are left to expire
-	}
+	d.inBackground(func(ctx context.Context) { d.forget(ctx, idOfSession(e)) })
 	return nil
 }
 
-func (d *Dispatcher) forget(id sessionID) {
-	ctx, cancel := context.WithTimeout(d.sessions.ctx, d.sessions.timing.open)
-	defer cancel()
+// inBackground does something about a session that this process does not hold,
+// unless too many such things are being done: then it is left.
+func (d *Dispatcher) inBackground(do func(context.Context)) {
+	t := d.sessions
+	select {
+	case t.forgotten <- struct{}{}:
+	default:
+		return
+	}
+	if !t.spawn(func() {
+		defer func() { <-t.forgotten }()
+		ctx, cancel := context.WithTimeout(t.ctx, t.timing.open)
+		defer cancel()
+		do(ctx)
+	}) {
+		<-t.forgotten
+	}
+}
+
+func (d *Dispatcher) forget(ctx context.Context, id sessionID) {
 	if _, err := d.opt.Latest(ctx, id.tenant, id.key, schemas.KindConnected); err != nil {
 		return // the usual case: it has none
 	}

@@ -371,6 +371,13 @@ func detail(e schemas.Event) string {
 		return join("by "+d.Rule, d.Reason)
 	case *schemas.Started:
 		return "claimed by " + visible(d.By)
+	case *schemas.Attached:
+		switch {
+		case d.Over:
+			return "no more"
+		case d.N > 0:
+			return "still"
+		}
 	case *schemas.Routed:
 		if d.Back {
 			return "back to " + visible(d.To)

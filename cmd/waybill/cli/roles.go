@@ -416,7 +416,7 @@ func (g *gateway) addEdge(ctx context.Context, ln net.Listener) error {
 	var routes []edge.Route
 	g.agents = mcp.New(mcp.Options{
 		Ask: g.metrics.observe(asker.Ask), Store: l.Publish, Edge: replica,
-		Follow: asker.Follow, Load: l.Load, Latest: l.Latest,
+		Follow: asker.Follow, Load: l.Load, Latest: l.Latest, Shared: g.c.Bus.URL != "",
 		Asked: func(ctx context.Context, t schemas.Tenant, s schemas.SessionKey, id string) (schemas.Event, error) {
 			for e, err := range l.Read(ctx, bus.Filter{Tenant: t, Session: s, Kinds: []schemas.Kind{schemas.KindAsked}}, 0) {
 				if err != nil && !errors.Is(err, bus.ErrUndecodable) {

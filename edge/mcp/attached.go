@@ -1,0 +1,120 @@
+package mcp
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"sync"
+	"time"
+
+	"waybill.dev/schemas"
+)
+
+// A session has one stream of its own, the newest (2025-11-25, transports,
+// "Multiple Connections": a message goes to one of them). Where several replicas
+// serve it, the log says which that is: who begins one stores attached, by which
+// the others end theirs, and say how far they had got.
+
+// attachment is a stream of a session's own that other replicas know of.
+type attachment struct {
+	by  string
+	seq uint64 // of the event that began it
+
+	mu   sync.Mutex // guards what follows
+	n    int
+	said time.Time
+	over bool
+}
+
+// handOverIn is how long a new stream waits for an older one at another replica
+// to say how far it had got. One that says nothing is at a replica that is gone.
+const handOverIn = 2 * time.Second
+
+// attach says that a stream of the session's own begins here. Unless its client
+// has said where it goes on, after is where the one before it had got.
+func (a *Adapter) attach(ctx context.Context, s *lasting, back bool) (at *attachment, after uint64, err error) {
+	var before schemas.Event
+	if !back {
+		before, err = a.o.Latest(ctx, s.tenant, s.key, schemas.KindAttached)
+		if err != nil && !errors.Is(err, schemas.ErrNotFound) {
+			return nil, 0, err
+		}
+	}
+	now := a.o.Now()
+	at = &attachment{by: rand.Text(), said: now}
+	receipt, err := a.o.Store(ctx, s.event(&schemas.Attached{By: at.by}, nil, now.UTC()))
+	if err != nil {
+		return nil, 0, err
+	}
+	at.seq = receipt.Seq
+	was, ok := before.Data.(*schemas.Attached)
+	if !ok {
+		return at, 0, nil
+	}
+	if was.Over {
+		return at, was.Sent, nil
+	}
+	return at, a.handedOver(ctx, s, was.By, before.Seq), nil
+}
+
+// handedOver waits for the end of an older stream. Where it does not come, what
+// was said since that one began (or was last heard of) is told again, rather than lost.
+func (a *Adapter) handedOver(ctx context.Context, s *lasting, by string, began uint64) uint64 {
+	sent := began
+	ctx, cancel := context.WithTimeout(ctx, handOverIn)
+	defer cancel()
+	_ = a.o.Follow(ctx, s.event(nil, nil, time.Time{}), began, func(_ context.Context, e schemas.Event) (schemas.Receipt, error) {
+		if d, ok := e.Data.(*schemas.Attached); ok && d.By == by && d.Over {
+			sent = d.Sent
+			cancel()
+		}
+		return schemas.Receipt{}, nil
+	})
+	return sent
+}
+
+// say stores that a stream goes on, or has ended.
+func (a *Adapter) say(ctx context.Context, s *lasting, at *attachment, over bool) {
+	at.mu.Lock()
+	defer at.mu.Unlock()
+	if at.over {
+		return
+	}
+	now := a.o.Now()
+	at.n++
+	at.said, at.over = now, over
+	d := &schemas.Attached{By: at.by, N: at.n, Over: over}
+	if over {
+		_, d.Sent = s.from()
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	defer cancel()
+	if _, err := a.o.Store(ctx, s.event(d, nil, now.UTC())); err != nil {
+		a.o.Log.Warn("other replicas do not hear of a session's stream", "session", s.key, "over", over, "error", err)
+	}
+}
+
+// stillAttached says of the streams that last that they do, now and then: what is
+// open is a use, and no other replica sees it.
+func (a *Adapter) stillAttached(ctx context.Context, now time.Time) {
+	if !a.o.Shared {
+		return
+	}
+	for _, s := range a.table.list() {
+		var at *attachment
+		s.mu.Lock()
+		if o := s.streams[""]; o != nil {
+			at = o.at
+		}
+		s.mu.Unlock()
+		if at == nil {
+			continue
+		}
+		at.mu.Lock()
+		due := !at.over && now.Sub(at.said) > a.table.limits.Idle/3
+		at.mu.Unlock()
+		if due && ctx.Err() == nil {
+			a.say(ctx, s, at, false)
+		}
+	}
+}
