@@ -3,7 +3,6 @@ package mcp
 import (
 	"context"
 	"crypto/rand"
-	"errors"
 	"sync"
 	"time"
 
@@ -33,11 +32,21 @@ const handOverIn = 2 * time.Second
 // attach says that a stream of the session's own begins here. Unless its client
 // has said where it goes on, after is where the one before it had got.
 func (a *Adapter) attach(ctx context.Context, s *lasting, back bool) (at *attachment, after uint64, err error) {
-	var before schemas.Event
+	var before schemas.Event // the stream before this one
+	var end *schemas.Attached
 	if !back {
-		before, err = a.o.Latest(ctx, s.tenant, s.key, schemas.KindAttached)
-		if err != nil && !errors.Is(err, schemas.ErrNotFound) {
-			return nil, 0, err
+		opened, _ := s.from()
+		for e, err := range a.o.Scan(ctx, s.tenant, s.key, schemas.KindAttached, opened) {
+			if err != nil {
+				return nil, 0, err
+			}
+			switch d, ok := e.Data.(*schemas.Attached); {
+			case !ok:
+			case d.N == 0:
+				before, end = e, nil
+			case d.Over && before.Data != nil && before.Data.(*schemas.Attached).By == d.By:
+				end = d
+			}
 		}
 	}
 	now := a.o.Now()
@@ -47,14 +56,13 @@ func (a *Adapter) attach(ctx context.Context, s *lasting, back bool) (at *attach
 		return nil, 0, err
 	}
 	at.seq = receipt.Seq
-	was, ok := before.Data.(*schemas.Attached)
-	if !ok {
-		return at, 0, nil
+	switch {
+	case end != nil:
+		return at, end.Sent, nil
+	case before.Data != nil:
+		return at, a.handedOver(ctx, s, before.Data.(*schemas.Attached).By, before.Seq), nil
 	}
-	if was.Over {
-		return at, was.Sent, nil
-	}
-	return at, a.handedOver(ctx, s, was.By, before.Seq), nil
+	return at, 0, nil
 }
 
 // handedOver waits for the end of an older stream. Where it does not come, what
