@@ -219,10 +219,10 @@ func (s *session) bring(e schemas.Event, a *schemas.Answered) {
 // may have died before. A server that has it passes it over.
 const recently = 2 * time.Minute
 
-// learn finds out what the server has asked on the session's stream while
+// openQuestions finds out what the server has asked on the session's stream while
 // another process listened, and has the answers that were given meanwhile
 // brought there.
-func (s *session) learn(ctx context.Context) error {
+func (s *session) openQuestions(ctx context.Context) error {
 	if s.t.opt.Scan == nil {
 		return nil
 	}

@@ -46,7 +46,7 @@ func (p *plainServer) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	version, _ := m.Params().Get("_meta", metaVersion).Text()
 	id, _ := m.ID().Text()
 	p.mu.Lock()
-	if m.IsRequest() && (version != mcpRevision || m.Params().Get("_meta", metaCapabilities).Kind() != jsonrpc.Object || p.ids[id] && id != "waybill-probe") {
+	if m.IsRequest() && (version != mcpRevision || m.Params().Get("_meta", metaCaps).Kind() != jsonrpc.Object || p.ids[id] && id != "waybill-probe") {
 		p.t.Errorf("no request of this revision, or its id was there before: %s", b)
 	}
 	if p.ids == nil {

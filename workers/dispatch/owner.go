@@ -41,8 +41,8 @@ const (
 	ownerGrace = 5 * time.Second        // in which an owner ends a call whose time is over
 )
 
-// errGone: the owner of a call lives no more, or has given the call back.
-var errGone = errors.New("the owner is gone")
+// errOwnerGone: the owner of a call lives no more, or has given the call back.
+var errOwnerGone = errors.New("the owner is gone")
 
 // errStopped: the run's context ended before there was an owner.
 var errStopped = errors.New("stopped before there was an owner")
@@ -76,7 +76,7 @@ func (r *run) handOver(ctx context.Context) error {
 			return r.besideHanded(ctx)
 		}
 		switch err := r.d.route(ctx, r, owner); {
-		case !errors.Is(err, errGone):
+		case !errors.Is(err, errOwnerGone):
 			return err
 		case key == "":
 			return nil
@@ -105,14 +105,14 @@ func (d *Dispatcher) acquire(ctx context.Context, key string) (string, error) {
 }
 
 // route has another process carry out the call of a run, and waits until it has
-// ended, which is errEnded. It is errGone when that process has died, or could
+// ended, which is errEnded. It is errOwnerGone when that process has died, or could
 // not bring the call to an end.
 func (d *Dispatcher) route(ctx context.Context, r *run, owner string) error {
 	o := d.opt.Owners
 	gone := o.Gone(owner)
 	select {
 	case <-gone:
-		return errGone
+		return errOwnerGone
 	default:
 	}
 	back, leave := d.routes.wait(r.by)
@@ -142,7 +142,7 @@ func (d *Dispatcher) route(ctx context.Context, r *run, owner string) error {
 	if ctx.Err() != nil {
 		return errStopped
 	}
-	return errGone
+	return errOwnerGone
 }
 
 // besideHanded waits for a run of the same call that another process has handed
@@ -291,7 +291,7 @@ func (s *session) own(follow func(context.Context) bool) {
 	first := s.openedBy == s.by // nobody else can have listened before
 	learn := func() {
 		if !first {
-			if err := s.learn(s.ctx); err != nil && s.ctx.Err() == nil {
+			if err := s.openQuestions(s.ctx); err != nil && s.ctx.Err() == nil {
 				s.log().Warn("what a server has asked before is not known: answers to it do not reach it", "error", err)
 			}
 		}
