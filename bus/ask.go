@@ -167,8 +167,13 @@ func (a *Asker) Follow(ctx context.Context, of schemas.Event, after uint64, emit
 
 // followCall reads the session with a consumer of its own: it is for a client
 // that comes back, and the call's events may be addressed to another replica.
+// Those of a task (schemas.Event.ToTask) are read by themselves.
 func (a *Asker) followCall(ctx context.Context, of schemas.Event, after uint64, emit schemas.Emit) error {
-	heard, err := a.l.Listen(ctx, Filter{Tenant: of.Tenant, Session: of.Session}, after)
+	filter := Filter{Tenant: of.Tenant, Session: of.Session}
+	if of.ToTask() {
+		filter.To = of.Edge
+	}
+	heard, err := a.l.Listen(ctx, filter, after)
 	if err != nil {
 		return err
 	}

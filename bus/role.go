@@ -35,7 +35,7 @@ var writes = map[Role][]schemas.Kind{
 		schemas.KindAuthorized, schemas.KindDenied, schemas.KindHeld, schemas.KindFailed,
 	},
 	RoleDispatch: {
-		schemas.KindStarted, schemas.KindProgressed, schemas.KindCompleted, schemas.KindFailed,
+		schemas.KindStarted, schemas.KindProgressed, schemas.KindTasked, schemas.KindCompleted, schemas.KindFailed,
 		schemas.KindCancelled, schemas.KindLate, schemas.KindConnected, schemas.KindAsked, schemas.KindNotified,
 		schemas.KindRouted,
 	},

@@ -7,6 +7,7 @@ package schemas
 //	          ↘ held → authorized | denied
 //	          ↘ failed                       (expired before it was decided)
 //
+// A call that goes on after its request was answered has (tasked)+ among these.
 // Every accepted call ends in exactly one of completed, failed, denied,
 // cancelled. Beside the calls stand the events of a session, what an upstream
 // asks of the agent, and what comes after an ending.
@@ -19,6 +20,7 @@ const (
 	KindHeld       Kind = "held"
 	KindStarted    Kind = "started"
 	KindProgressed Kind = "progressed"
+	KindTasked     Kind = "tasked" // how a task stands, as which the call goes on
 	KindCompleted  Kind = "completed"
 	KindFailed     Kind = "failed"
 	KindCancelled  Kind = "cancelled"
@@ -42,6 +44,7 @@ var kinds = map[Kind]func() Payload{
 	KindHeld:       func() Payload { return &Held{} },
 	KindStarted:    func() Payload { return &Started{} },
 	KindProgressed: func() Payload { return &Progressed{} },
+	KindTasked:     func() Payload { return &Tasked{} },
 	KindCompleted:  func() Payload { return &Completed{} },
 	KindFailed:     func() Payload { return &Failed{} },
 	KindCancelled:  func() Payload { return &Cancelled{} },
@@ -78,7 +81,7 @@ func (k Kind) OfCall() bool {
 // ToEdge tells whether the edge that waits for the call wants to see it.
 func (k Kind) ToEdge() bool {
 	switch k {
-	case KindDenied, KindHeld, KindProgressed, KindCompleted, KindFailed, KindCancelled, KindAsked, KindNotified, KindClosed:
+	case KindDenied, KindHeld, KindProgressed, KindTasked, KindCompleted, KindFailed, KindCancelled, KindAsked, KindNotified, KindClosed:
 		return true
 	}
 	return false

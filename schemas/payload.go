@@ -29,6 +29,10 @@ type Requested struct {
 	OneWay   bool              `json:"one_way,omitempty"`  // a notification: no answer is expected
 	Stream   bool              `json:"stream,omitempty"`   // lives until either side closes it, and no longer than the connection it answers
 
+	// TaskUntil is set where the caller takes a task for an answer ([Tasked]): until
+	// then the call may go on as one.
+	TaskUntil time.Time `json:"task_until,omitzero"`
+
 	// Alias is the name as the caller wrote it, where the endpoint has another
 	// than the server ([Front]): the body has this one, Target.Name the server's.
 	Alias string `json:"alias,omitempty"`
@@ -82,6 +86,22 @@ type Started struct {
 type Progressed struct {
 	Index int    `json:"index"` // 0, 1, 2 … within the call
 	By    string `json:"by"`    // the claimant that saw it
+}
+
+// Tasked: the call goes on as a task, which its caller asks about; and, with a
+// higher index, that the task stands otherwise than before. The first, of index
+// 0, is stored before the caller is told, who may name the task by it from then
+// on; what comes later of the call is addressed to the task ([Event.Edge]).
+// Body: what the upstream said that made it so, verbatim; none where it is only
+// that the call takes long.
+type Tasked struct {
+	Target
+	Index       int       `json:"index"`
+	By          string    `json:"by"`              // the claimant
+	Status      string    `json:"status"`          // working or input_required
+	Round       int       `json:"round,omitempty"` // which question of the call to which the upstream awaits the answer in a repeated call; 0: it has a task of its own
+	RequestedAt time.Time `json:"requested_at"`    // when the log had the request
+	Until       time.Time `json:"until,omitzero"`  // when the task ends in any case
 }
 
 // Summary is what every ending repeats of its call, so that one event is
@@ -212,6 +232,7 @@ func (*Denied) Kind() Kind     { return KindDenied }
 func (*Held) Kind() Kind       { return KindHeld }
 func (*Started) Kind() Kind    { return KindStarted }
 func (*Progressed) Kind() Kind { return KindProgressed }
+func (*Tasked) Kind() Kind     { return KindTasked }
 func (*Completed) Kind() Kind  { return KindCompleted }
 func (*Failed) Kind() Kind     { return KindFailed }
 func (*Cancelled) Kind() Kind  { return KindCancelled }
@@ -241,6 +262,7 @@ func (p *Denied) id(e Event) EventID     { return e.Call.event("/decision/", p.N
 func (p *Held) id(e Event) EventID       { return e.Call.event("/decision/", p.N) }
 func (p *Started) id(e Event) EventID    { return e.Call.event("/started/", p.Attempt) }
 func (p *Progressed) id(e Event) EventID { return e.Call.event("/progressed/", p.Index) }
+func (p *Tasked) id(e Event) EventID     { return e.Call.event("/tasked/", p.Index) }
 func (p *Completed) id(e Event) EventID  { return EventID(e.Call) + end }
 func (p *Failed) id(e Event) EventID     { return EventID(e.Call) + end }
 func (p *Cancelled) id(e Event) EventID  { return EventID(e.Call) + end }

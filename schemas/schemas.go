@@ -40,7 +40,7 @@ type Event struct {
 	Parent  CallID // the call that caused this one, or ""
 	Root    CallID // the first call of the tree; Call itself at the top
 	Agent   Agent
-	Edge    Replica   // the edge replica that waits for the answer
+	Edge    Replica   // the edge replica that waits for the answer; of a task, see Task
 	Time    time.Time // UTC, set by whoever emitted it; the log's own time is Stored
 	Trace   string    // W3C traceparent of the call, or ""
 	Data    Payload   // decides Kind and ID; never nil
@@ -66,6 +66,18 @@ func (e Event) Next(data Payload, body []byte) Event {
 	n.Data, n.Body = data, body
 	return n
 }
+
+// Task is e addressed to the task that its call is. No edge waits for it: who
+// asks how the task stands reads what is addressed to it, and need not read the
+// session for that.
+func (e Event) Task() Event {
+	e.Edge = Replica(e.Call)
+	return e
+}
+
+// ToTask tells whether the event is addressed to the task that its call is,
+// which events of all kinds may be.
+func (e Event) ToTask() bool { return e.Call != "" && string(e.Edge) == string(e.Call) }
 
 // Check says what is wrong with an envelope before it is stored or after it
 // was read. It returns an error that wraps [ErrInvalid].

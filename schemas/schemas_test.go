@@ -40,6 +40,7 @@ func TestIDs(t *testing.T) {
 		{&Held{Decision: Decision{N: 1}}, "c1/decision/1"},
 		{&Started{Attempt: 3, By: "me"}, "c1/started/3"},
 		{&Progressed{Index: 0, By: "me"}, "c1/progressed/0"},
+		{&Tasked{Index: 2, By: "me"}, "c1/tasked/2"},
 		{&Completed{}, "c1/end"},
 		{&Failed{Code: FailUnknown}, "c1/end"},
 		{&Cancelled{}, "c1/end"},

@@ -28,12 +28,14 @@ type caller struct {
 	json    bool // the client takes JSON
 	sse     bool // the client takes an event stream
 
-	stream *edge.Stream // nil unless sse
-	late   *time.Timer  // nil without a deadline
-	cancel context.CancelCauseFunc
-	next   int  // index of the next progressed event
-	heard  bool // something was emitted, so the request was stored
-	ended  bool // the answer has been given
+	stream   *edge.Stream // nil unless sse
+	late     *time.Timer  // nil without a deadline
+	cancel   context.CancelCauseFunc
+	watching *watching // the tasks in a subscription; nil: none
+
+	next  int  // index of the next progressed event
+	heard bool // something was emitted, so the request was stored
+	ended bool // the answer has been given
 }
 
 var errOverdue = errors.New("no ending by the deadline")
@@ -60,7 +62,7 @@ func (c *caller) stop() {
 
 // emit writes one event to the client. It returns an error when the client
 // cannot be written to; the call's context ends, too.
-func (c *caller) emit(_ context.Context, e schemas.Event) (schemas.Receipt, error) {
+func (c *caller) emit(ctx context.Context, e schemas.Event) (schemas.Receipt, error) {
 	if c.ended {
 		return schemas.Receipt{}, nil
 	}
@@ -72,7 +74,13 @@ func (c *caller) emit(_ context.Context, e schemas.Event) (schemas.Receipt, erro
 			return schemas.Receipt{}, nil // seen: a worker that died was replaced
 		}
 		c.next = d.Index + 1
-		return schemas.Receipt{}, c.stream.Send(sse.Event{Data: c.a.outward(c.front, c.request.Server, c.renumber(e.Body))})
+		body := c.a.outward(c.front, c.request.Server, c.renumber(e.Body))
+		if c.watching == nil {
+			return schemas.Receipt{}, c.stream.Send(sse.Event{Data: body})
+		}
+		err := c.stream.Send(sse.Event{Data: c.watching.acknowledge(body)})
+		c.watching.begin(ctx)
+		return schemas.Receipt{}, err
 	case *schemas.Notified:
 		// Only a subscription hears of what is outside of its call
 		// (streamable HTTP, "Receiving Messages").
@@ -89,6 +97,8 @@ func (c *caller) emit(_ context.Context, e schemas.Event) (schemas.Receipt, erro
 		// The revision has no requests to the client. Dispatch translates or
 		// refuses them; one that comes here cannot be answered.
 		c.a.o.Log.Warn("an upstream's request cannot be put to this client", "call", c.call, "method", d.Method)
+	case *schemas.Tasked:
+		return schemas.Receipt{}, c.created(e)
 	case *schemas.Completed:
 		return schemas.Receipt{}, c.complete(d, e.Body)
 	case *schemas.Denied:
@@ -296,6 +306,9 @@ func (c *caller) rewrite(body []byte) (out []byte, code int, err error) {
 		}
 		if c.request.Method == "server/discover" {
 			narrowVersions(p, result)
+			if c.a.o.Tasks(c.request.Server) {
+				declareTasks(p, result)
+			}
 		}
 		if c.request.Stream {
 			c.patchSubscription(p, result)

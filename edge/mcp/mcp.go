@@ -111,6 +111,14 @@ type Options struct {
 	// Shared says that other replicas may serve the same sessions, which are told
 	// through the log where a session's client listens.
 	Shared bool
+	// Task reads what is addressed to a task ([schemas.Event.Task]) after its first
+	// event, oldest first.
+	Task func(ctx context.Context, first schemas.Event) iter.Seq2[schemas.Event, error]
+	// TaskTime is how long a call may go on as a task; 0: none becomes one.
+	TaskTime time.Duration
+	// Tasks tells whether tools at the endpoint of this name may become tasks by
+	// the gateway's doing, so that it declares the extension; nil: at none.
+	Tasks func(endpoint string) bool
 
 	Fronts        []*schemas.Front // endpoints that show several servers as one
 	SessionLimits SessionLimits    // of sessions with an ID
@@ -153,6 +161,14 @@ func New(o Options) *Adapter {
 		o.Latest = func(context.Context, schemas.Tenant, schemas.SessionKey, schemas.Kind) (e schemas.Event, err error) {
 			return e, schemas.ErrNotFound
 		}
+	}
+	if o.Task == nil {
+		o.Task = func(context.Context, schemas.Event) iter.Seq2[schemas.Event, error] {
+			return func(func(schemas.Event, error) bool) {}
+		}
+	}
+	if o.Tasks == nil {
+		o.Tasks = func(string) bool { return false }
 	}
 	if o.Asked == nil {
 		o.Asked = func(context.Context, schemas.Tenant, schemas.SessionKey, string) (e schemas.Event, err error) {
@@ -250,6 +266,21 @@ func (a *Adapter) post(w http.ResponseWriter, r *http.Request, p edge.Principal)
 		return
 	}
 
+	taskIDs := m.Params().Get("notifications", "taskIds")
+	if !oneWay && (ofTask(req.Method) || stream && taskIDs.Exists()) && !req.meta.takesTasks() {
+		write(w, id, undeclared)
+		return
+	}
+	if !oneWay && ofTask(req.Method) {
+		c := &caller{a: a, w: w, front: front, id: id, request: &req.Requested, json: json, sse: !json, cancel: func(error) {}}
+		c.begin(time.Time{})
+		defer c.stop()
+		if bad := c.task(r.Context(), p, endpoint, m); bad != nil {
+			_ = c.fail(*bad)
+		}
+		return
+	}
+
 	req.OneWay, req.Stream = oneWay, stream
 	call := schemas.NewCallID(now)
 	e := schemas.Event{
@@ -274,6 +305,22 @@ func (a *Adapter) post(w http.ResponseWriter, r *http.Request, p edge.Principal)
 		a: a, w: w, front: front, call: call, id: id, request: &req.Requested,
 		json: json, sse: sse && !oneWay, cancel: cancel,
 	}
+	if stream && taskIDs.Exists() {
+		watch, bad := c.watch(ctx, p, endpoint, taskIDs)
+		if bad != nil {
+			write(w, id, *bad)
+			return
+		}
+		c.watching = watch
+		if onlyTasks(m.Params().Get("notifications")) {
+			c.begin(time.Time{})
+			defer c.stop()
+			watch.alone(ctx)
+			return
+		}
+		defer watch.wg.Wait()
+		defer cancel(nil)
+	}
 	if err := a.open(ctx, e, session); err != nil {
 		c.notStored(err)
 		return
@@ -287,6 +334,9 @@ func (a *Adapter) post(w http.ResponseWriter, r *http.Request, p edge.Principal)
 	}
 	if limit > 0 {
 		req.Deadline = now.Add(limit)
+	}
+	if req.Method == "tools/call" && !oneWay && a.o.TaskTime > 0 && req.meta.takesTasks() {
+		req.TaskUntil = now.Add(a.o.TaskTime)
 	}
 	c.begin(req.Deadline)
 	defer c.stop()

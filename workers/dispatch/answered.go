@@ -195,7 +195,7 @@ func (s *session) bring(e schemas.Event, a *schemas.Answered) {
 		delete(s.asked, a.ID)
 		s.mu.Unlock()
 		asked.to <- e.Body
-		return nil
+		return
 	}
 	asked.answered = true
 	s.asked[a.ID] = asked

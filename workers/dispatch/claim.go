@@ -54,6 +54,10 @@ func (r *run) recall(ctx context.Context) (past, error) {
 		}
 		return 0
 	})
+	if r.task != nil {
+		r.stood(events)
+		r.attempt0 = r.task.round
+	}
 	var p past
 	seen := make(map[schemas.EventID]bool, len(events))
 	chunks := make(map[int][]byte)
@@ -65,7 +69,7 @@ func (r *run) recall(ctx context.Context) (past, error) {
 		}
 		switch data := e.Data.(type) {
 		case *schemas.Started:
-			p.started = p.started || data.By != r.by
+			p.started = p.started || data.By != r.by && data.Attempt == r.attempt0+1
 		case *schemas.Cancel:
 			p.wish = data
 		case *schemas.Progressed:
@@ -101,7 +105,7 @@ func (r *run) claim(ctx context.Context) (bool, error) {
 	}
 	ctx, cancel := sure(ctx, r.d.endTime())
 	defer cancel()
-	receipt, err := r.emit(ctx, r.e.Next(&schemas.Started{Attempt: 1, By: r.by}, nil))
+	receipt, err := r.emit(ctx, r.next(&schemas.Started{Attempt: r.attempt0 + 1, By: r.by}, nil))
 	if refused(err) {
 		return false, fmt.Errorf("%w: %w", errClaim, err)
 	}
@@ -128,6 +132,9 @@ func (r *run) claimLost(ctx context.Context) (ending, error) {
 	// Rare enough to look whether it has ended, and what it stored.
 	if _, err := r.recall(ctx); err != nil {
 		return ending{}, err
+	}
+	if r.task != nil && r.up != nil && r.task.id != "" {
+		return ending{}, errFollow // begun before, and the server knows how it goes
 	}
 	if r.a.Stream {
 		// In this era a broken stream is never resumed: the client asks again.

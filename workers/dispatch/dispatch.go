@@ -24,6 +24,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 	"unicode/utf8"
@@ -67,6 +68,10 @@ type Server struct {
 	Concurrency int // calls at once; default 64
 	Queue       int // calls that wait for one of these to end; beyond, overloaded; default 256, negative: none
 	Streams     int // streams at once, apart from calls, since they may live for an hour; default 256
+
+	// Tasks are patterns of the tools whose calls become tasks when they take
+	// long, for clients that take a task for an answer.
+	Tasks []string
 
 	// Deadline is what a call may take that a front makes to the server; 0: as
 	// long as the call for which it is made.
@@ -128,6 +133,10 @@ type Options struct {
 
 	Breaker Breaker
 
+	// TaskPatience is how long a tool of Server.Tasks may take before its call
+	// becomes a task; default 5 s.
+	TaskPatience time.Duration
+
 	Now func() time.Time // default time.Now
 	Log *slog.Logger     // default: none
 
@@ -170,6 +179,7 @@ type Dispatcher struct {
 	calls     calls
 	routes    routes
 	sessions  *sessions
+	tasks     tasks
 }
 
 // New makes a Dispatcher. The caller runs Close when no Handle runs any more.
@@ -190,6 +200,7 @@ func New(opt Options) (*Dispatcher, error) {
 	opt.MaxAnswer = positive(opt.MaxAnswer, 4<<20)
 	opt.MaxStream = positive(opt.MaxStream, time.Hour)
 	opt.Attempts = positive(opt.Attempts, 3)
+	opt.TaskPatience = positive(opt.TaskPatience, 5*time.Second)
 	opt.Pause = positive(opt.Pause, 100*time.Millisecond)
 	opt.Breaker = opt.Breaker.withDefaults()
 
@@ -259,11 +270,24 @@ func (d *Dispatcher) handle(ctx context.Context, e schemas.Event, emit schemas.E
 	r.harmless = r.up != nil && r.up.idempotent(&a.Requested)
 	r.repeatable = r.harmless && !a.Stream
 
+	parent := ctx
 	ctx, stop, leave := d.calls.enter(ctx, e)
 	defer leave()
+	defer r.mayTask(parent, ctx)()
+	if r.task != nil && (e.Stored.Before(d.began) || r.old()) {
+		// If it is a task by now, it has another deadline.
+		if _, err := r.recall(ctx); errors.Is(err, errEnded) {
+			return nil
+		} else if err != nil {
+			return fmt.Errorf("call %s: %w", e.Call, err)
+		}
+	}
 	defer r.bound(stop)()
 
 	end, err := r.carry(ctx)
+	for errors.Is(err, errThinking) || errors.Is(err, errFollow) {
+		end, err = r.goesOn(ctx, err)
+	}
 	if end.release != nil {
 		// After the ending is stored, so that nobody waits for it.
 		defer end.release(func() { stop(nil) })
@@ -305,6 +329,7 @@ func (d *Dispatcher) Hear(ctx context.Context, e schemas.Event, emit schemas.Emi
 	case schemas.KindCancel:
 		return d.Cancel(ctx, e, emit)
 	case schemas.KindAnswered:
+		d.tasks.answered(e)
 		return d.Answered(ctx, e, emit)
 	case schemas.KindClosed:
 		return d.Closed(ctx, e, emit)
@@ -358,8 +383,15 @@ type run struct {
 	// what they stored later the log still recognises by its ID. See old.
 	known   time.Time
 	claimed bool
-	lastLog error     // the log refused a progressed event
-	until   time.Time // the call's time is over
+	lastLog error // the log refused a progressed event
+
+	task     *task // that the call is or may become; nil: none
+	again    bool  // another run has claimed it, and it may be repeated
+	attempt0 int   // how often the request was made again, with the client's answers
+
+	timeMu sync.Mutex  // guards the next two: a timer may make the call a task
+	until  time.Time   // the call's time is over
+	timer  *time.Timer // until then; nil if it is
 
 	// For the Summary.
 	upstreamAt time.Time
@@ -405,7 +437,13 @@ func clip(s string, n int) string {
 func (r *run) bound(stop context.CancelCauseFunc) (release func()) {
 	now := r.d.opt.Now()
 	why := errDeadline
-	r.until = r.a.Deadline
+	until := r.a.Deadline
+	if r.task.isTask() {
+		until = r.a.TaskUntil
+	}
+	r.timeMu.Lock()
+	defer r.timeMu.Unlock()
+	r.until = until
 	if longest := now.Add(r.d.opt.MaxStream); r.until.IsZero() || r.a.Stream && longest.Before(r.until) {
 		r.until = longest // also for a call that came without a deadline: nothing is for ever
 		if r.a.Stream {
@@ -417,8 +455,24 @@ func (r *run) bound(stop context.CancelCauseFunc) (release func()) {
 		stop(why)
 		return func() {}
 	}
-	t := time.AfterFunc(left, func() { stop(why) })
-	return func() { t.Stop() }
+	r.timer = time.AfterFunc(left, func() { stop(why) })
+	return func() { r.timer.Stop() }
+}
+
+// extend gives the call the time that a task has.
+func (r *run) extend() {
+	r.timeMu.Lock()
+	defer r.timeMu.Unlock()
+	if r.timer != nil && r.timer.Stop() {
+		r.until = r.a.TaskUntil
+		r.timer.Reset(r.until.Sub(r.d.opt.Now()))
+	}
+}
+
+func (r *run) deadline() time.Time {
+	r.timeMu.Lock()
+	defer r.timeMu.Unlock()
+	return r.until
 }
 
 // carry does the call and says how it ended. It is one straight line, because
@@ -427,22 +481,32 @@ func (r *run) bound(stop context.CancelCauseFunc) (release func()) {
 func (r *run) carry(ctx context.Context) (ending, error) {
 	now := r.d.opt.Now()
 	lost := !r.repeatable && r.d.opt.Lost(r.e)
-	late := !r.a.Deadline.IsZero() && now.After(r.a.Deadline)
+	until := r.a.Deadline
+	if r.task.isTask() {
+		until = r.a.TaskUntil
+	}
+	late := !until.IsZero() && now.After(until)
 	wish, withdrawn := wishOf(ctx)
 
 	// What was stored before this process began may have been carried out by
 	// the one before it, whose acknowledgements a crash can take with it.
 	inherited := r.e.Stored.Before(r.d.began)
-	if lost || late || inherited || r.old() {
+	if lost || late || inherited || r.old() || r.task.isTask() {
 		past, err := r.recall(ctx)
 		if err != nil {
 			return ending{}, err
 		}
-		if past.started && !r.repeatable {
-			return r.claimLost(ctx)
+		if past.started && (!r.repeatable || r.task.isTask()) {
+			if !r.repeatable || r.task.id != "" {
+				return r.claimLost(ctx)
+			}
+			r.again = true
 		}
 		if past.wish != nil && !withdrawn {
 			wish, withdrawn = past.wish.Reason, true
+		}
+		if !lost && !withdrawn && !late && r.up != nil && r.task.isTask() && r.task.asked != nil {
+			return ending{}, errThinking
 		}
 	}
 	switch {
@@ -464,6 +528,11 @@ func (r *run) carry(ctx context.Context) (ending, error) {
 		return ending{}, err
 	}
 
+	return r.inPlace(ctx)
+}
+
+// inPlace makes the call when it has a place at the upstream.
+func (r *run) inPlace(ctx context.Context) (ending, error) {
 	limit := r.up.calls
 	if r.a.Stream {
 		limit = r.up.streams
@@ -487,6 +556,9 @@ func (r *run) carry(ctx context.Context) (ending, error) {
 			return r.stopped(ctx, nil)
 		}
 		return ending{}, err
+	}
+	if r.task != nil && r.task.body != nil {
+		body = r.task.body
 	}
 	return r.call(ctx, body)
 }
@@ -526,8 +598,14 @@ func (r *run) call(ctx context.Context, body []byte) (ending, error) {
 			}
 			return r.never(ctx, schemas.FailUnavailable, detail)
 		}
-		if !r.repeatable {
+		// A call that may become a task is claimed even if it may be repeated:
+		// so another run learns that it is one.
+		if !r.repeatable || r.task != nil && !r.again {
 			mine, err := r.claim(ctx)
+			if err == nil && !mine && r.repeatable {
+				_, err = r.recall(ctx)
+				mine, r.again = r.task.id == "", true
+			}
 			if err != nil || !mine {
 				settle(errNoVerdict)
 				if err != nil {
@@ -544,6 +622,18 @@ func (r *run) call(ctx context.Context, body []byte) (ending, error) {
 		answer, fault := r.attempt(ctx, body, settle)
 		if r.lastLog != nil {
 			return ending{release: answer.Release}, r.lastLog
+		}
+		if fault == nil {
+			if err := r.becomes(ctx, answer); errors.As(err, &fault) {
+				// As if it had not answered.
+			} else if errors.Is(err, errCrowded) {
+				return failed(schemas.FailUnknown, err.Error()), nil
+			} else if err != nil {
+				if answer.Release != nil {
+					answer.Release(func() {})
+				}
+				return ending{}, err
+			}
 		}
 		if fault == nil {
 			return ending{
@@ -578,7 +668,7 @@ func (r *run) call(ctx context.Context, body []byte) (ending, error) {
 			return failed(code, fault.Error()), nil
 		}
 		pause = max(pause, fault.After)
-		if r.until.Sub(r.d.opt.Now()) <= pause || pause > longestPause {
+		if r.deadline().Sub(r.d.opt.Now()) <= pause || pause > longestPause {
 			return failed(code, fault.Error()+"; no time to try again"), nil
 		}
 		t := time.NewTimer(pause)
@@ -703,6 +793,7 @@ func (r *run) finish(ctx context.Context, end ending) error {
 			return err
 		}
 	}
+	r.task.close()
 	receipt, err := r.end(ctx, end)
 	if refused(err) {
 		end = end.instead(err)
@@ -736,7 +827,7 @@ func (r *run) end(ctx context.Context, end ending) (schemas.Receipt, error) {
 	case *schemas.Cancelled:
 		p.Summary = s
 	}
-	return r.emit(ctx, r.e.Next(end.data, end.body))
+	return r.emit(ctx, r.next(end.data, end.body))
 }
 
 // instead is the ending for one that the log has refused. A failure stays what
@@ -755,7 +846,7 @@ func (r *run) keep(ctx context.Context, first schemas.Event, end ending) error {
 	if _, answered := end.data.(*schemas.Completed); !answered || endedBy(first) == r.by {
 		return nil
 	}
-	_, err := r.emit(ctx, r.e.Next(&schemas.Late{Target: r.a.Target, By: r.by}, end.body))
+	_, err := r.emit(ctx, r.next(&schemas.Late{Target: r.a.Target, By: r.by}, end.body))
 	if refused(err) {
 		// The call has its ending. Delivered again it would only be asked again.
 		r.d.opt.Log.Error("a late answer is lost", "session", r.e.Session, "call", r.e.Call, "kind", schemas.KindLate, "error", err)
@@ -788,7 +879,7 @@ func (r *run) progress(ctx context.Context, msg []byte) error {
 				return err
 			}
 		}
-		receipt, err := r.emit(ctx, r.e.Next(&schemas.Progressed{Index: r.chunks, By: r.by}, msg))
+		receipt, err := r.emit(ctx, r.next(&schemas.Progressed{Index: r.chunks, By: r.by}, msg))
 		if refused(err) {
 			return faultf(refusedAs(err), "message %d of the upstream: %w", r.chunks, err)
 		}

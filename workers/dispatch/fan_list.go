@@ -131,12 +131,18 @@ func (q *question) request(method string, params []byte) ([]byte, error) {
 	b.Write(params)
 	if meta := q.m.Params().Get("_meta"); meta.Kind() == jsonrpc.Object {
 		raw := meta.Raw()
-		if meta.Get("progressToken").Exists() {
+		extensions := meta.Get("io.modelcontextprotocol/clientCapabilities", "extensions")
+		if meta.Get("progressToken").Exists() || extensions.Get("io.modelcontextprotocol/tasks").Exists() {
 			own, err := jsonrpc.Parse(raw, jsonrpc.Limits{Bytes: len(raw)})
 			if err != nil {
 				return nil, err
 			}
-			if raw = own.Patch().Remove(own, "progressToken").Bytes(); raw == nil {
+			p := own.Patch().Remove(own, "progressToken")
+			// Nobody takes a task for the answer to what a front asks.
+			if extensions := own.Get("io.modelcontextprotocol/clientCapabilities", "extensions"); extensions.Kind() == jsonrpc.Object {
+				p.Remove(extensions, "io.modelcontextprotocol/tasks")
+			}
+			if raw = p.Bytes(); raw == nil {
 				return nil, errors.New("no _meta")
 			}
 		}

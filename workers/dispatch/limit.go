@@ -22,6 +22,7 @@ type upstream struct {
 	mcp        *mcpServer // nil: of another kind
 	owner      func(Call) (key, owner string)
 	idempotent func(*schemas.Requested) bool
+	tasks      func(tool string) bool
 	calls      *limit
 	streams    *limit
 	breaker    *gobreaker.TwoStepCircuitBreaker[struct{}]
@@ -53,6 +54,9 @@ func newUpstream(s Server, opt Options) (*upstream, error) {
 			return r.Method == k.named && slices.ContainsFunc(s.Idempotent, func(pattern string) bool {
 				return schemas.Match(pattern, r.Name)
 			})
+		},
+		tasks: func(tool string) bool {
+			return slices.ContainsFunc(s.Tasks, func(pattern string) bool { return schemas.Match(pattern, tool) })
 		},
 		calls:   &limit{slots: make(chan struct{}, s.Concurrency), queue: int64(max(s.Queue, 0))},
 		streams: &limit{slots: make(chan struct{}, s.Streams)},

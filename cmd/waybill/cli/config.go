@@ -105,6 +105,7 @@ type ServerConfig struct {
 	OpenAPI    *OpenAPIConfig `yaml:"openapi" json:"openapi,omitempty"`                     // a REST API, instead of mcp
 	Approve    string         `yaml:"approve" json:"approve,omitempty"`                     // first-use or manual; takes effect with the registry
 	Idempotent []string       `yaml:"idempotent" json:"idempotent,omitempty"`               // tools (* stands for any run) that may be called again when the outcome is unknown
+	Tasks      []string       `yaml:"tasks" json:"tasks,omitempty"`                         // tools whose calls become tasks when they take long, for clients that take a task for an answer
 	Trust      bool           `yaml:"trust_annotations" json:"trust_annotations,omitempty"` // not built yet
 	Deadline   Duration       `yaml:"deadline" json:"deadline,omitzero"`                    // of one call; default limits.deadline
 	Concurrent int            `yaml:"concurrency" json:"concurrency,omitempty"`             // calls at once; default 64
@@ -152,6 +153,8 @@ type LimitsConfig struct {
 	InFlightTenant int      `yaml:"in_flight_per_tenant" json:"in_flight_per_tenant"` // default 512
 	Deadline       Duration `yaml:"deadline" json:"deadline"`                         // of one call; default 60s
 	Drain          Duration `yaml:"drain" json:"drain"`                               // how long calls may finish at shutdown; default 10s
+	Task           Duration `yaml:"task" json:"task"`                                 // how long a call may go on as a task; default 1h; at most bus.max_age
+	TaskPatience   Duration `yaml:"task_patience" json:"task_patience"`               // after it a call of servers.tasks becomes a task; default 5s
 
 	// Of sessions with an ID, of MCP revisions before 2026-07-28, and the streams
 	// that their clients hold open.
@@ -186,6 +189,7 @@ func defaults() Config {
 		Bus: BusConfig{MaxBytes: 4 << 30, MaxAge: Duration{Duration: 24 * time.Hour}},
 		Limits: LimitsConfig{
 			Body: 4 << 20, InFlight: 1024, InFlightTenant: 512, Deadline: Duration{Duration: time.Minute}, Drain: Duration{Duration: 10 * time.Second},
+			Task: Duration{Duration: time.Hour}, TaskPatience: Duration{Duration: 5 * time.Second},
 			Streams: 4096, StreamsTenant: 2048, SessionIdle: Duration{Duration: time.Hour},
 			SessionsPerAgent: 1000, SessionsPerTenant: 10000,
 		},
@@ -489,6 +493,7 @@ func (c *Config) check() error {
 		d   Duration
 	}{
 		{"limits.deadline", c.Limits.Deadline}, {"limits.drain", c.Limits.Drain},
+		{"limits.task", c.Limits.Task}, {"limits.task_patience", c.Limits.TaskPatience},
 		{"limits.session_idle", c.Limits.SessionIdle}, {"limits.session_max", c.Limits.SessionMax},
 	} {
 		if badly(d.key, d.d) {
@@ -500,6 +505,11 @@ func (c *Config) check() error {
 	}
 	if l := c.Limits; c.Bus.MaxAge.bad == nil && l.SessionMax.Duration > c.Bus.MaxAge.Duration {
 		bad("limits.session_max: %s is longer than the log keeps what a session needs, bus.max_age of %s", l.SessionMax, c.Bus.MaxAge)
+	}
+	if l := c.Limits; l.Task.Duration < time.Second || l.TaskPatience.Duration <= 0 {
+		bad("limits: task must be at least 1s, and task_patience positive")
+	} else if c.Bus.MaxAge.bad == nil && l.Task.Duration > c.Bus.MaxAge.Duration {
+		bad("limits.task: %s is longer than the log keeps what a task is made of, bus.max_age of %s", l.Task, c.Bus.MaxAge)
 	}
 	if l := c.Limits; l.Body <= 0 || l.Body > 4<<20 || l.InFlight <= 0 || l.InFlightTenant <= 0 || l.Deadline.Duration <= 0 || l.Drain.Duration < 0 {
 		bad("limits: body must be 1 to 4194304, in_flight, in_flight_per_tenant and deadline positive, drain not negative")
@@ -601,7 +611,7 @@ func (c *Config) principals() (tokens map[[32]byte]edge.Principal, anonymous *ed
 func (c *Config) upstreams(secret func(Secret) (string, error)) ([]dispatch.Server, error) {
 	var servers []dispatch.Server
 	for _, s := range c.Servers {
-		up := dispatch.Server{Name: s.Name, Idempotent: s.Idempotent, Concurrency: s.Concurrent, Queue: s.Queue, Deadline: s.Deadline.Duration}
+		up := dispatch.Server{Name: s.Name, Idempotent: s.Idempotent, Tasks: s.Tasks, Concurrency: s.Concurrent, Queue: s.Queue, Deadline: s.Deadline.Duration}
 		var err error
 		switch {
 		case s.OpenAPI != nil:
@@ -626,6 +636,19 @@ func (c *Config) upstreams(secret func(Secret) (string, error)) ([]dispatch.Serv
 		servers = append(servers, up)
 	}
 	return servers, nil
+}
+
+// tasksAt tells of an endpoint whether tools there become tasks by the gateway's
+// doing: of a server that has some, or of a front that shows such a server.
+func (c *Config) tasksAt() func(string) bool {
+	at := map[string]bool{}
+	for _, s := range c.Servers {
+		at[s.Name] = len(s.Tasks) > 0
+	}
+	for _, f := range c.fronts() {
+		at[f.Name] = slices.ContainsFunc(f.Servers, func(name string) bool { return at[name] })
+	}
+	return func(name string) bool { return at[name] }
 }
 
 // header are the operator's headers for an upstream, with their secrets.

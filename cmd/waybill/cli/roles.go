@@ -315,9 +315,10 @@ func (g *gateway) addDispatch(ctx context.Context, _ net.Listener) error {
 		},
 		Ask: ask, Fronts: g.c.fronts(), Fanout: g.c.fanout(), Version: programVersion(),
 		// A tenant has half of them: with one server, one for each session it may have.
-		MaxSessions: max(10_000, 2*g.c.Limits.SessionsPerTenant),
-		Lost:        func(e schemas.Event) bool { return e.Seq <= g.lost },
-		Instance:    g.instance, Duplicates: bus.Duplicates, Now: time.Now, Log: g.log,
+		TaskPatience: g.c.Limits.TaskPatience.Duration,
+		MaxSessions:  max(10_000, 2*g.c.Limits.SessionsPerTenant),
+		Lost:         func(e schemas.Event) bool { return e.Seq <= g.lost },
+		Instance:     g.instance, Duplicates: bus.Duplicates, Now: time.Now, Log: g.log,
 	})
 	if err != nil {
 		return err
@@ -435,6 +436,10 @@ func (g *gateway) addEdge(ctx context.Context, ln net.Listener) error {
 			return l.Follow(ctx, bus.Filter{Kinds: []schemas.Kind{schemas.KindOpened, schemas.KindClosed}}, 0, nil,
 				func(ctx context.Context, e schemas.Event) error { _, err := emit(ctx, e); return err })
 		},
+		Task: func(ctx context.Context, first schemas.Event) iter.Seq2[schemas.Event, error] {
+			return l.Read(ctx, bus.Filter{Tenant: first.Tenant, Session: first.Session, To: first.Edge}, first.Seq+1)
+		},
+		TaskTime: g.c.Limits.Task.Duration, Tasks: g.c.tasksAt(),
 		Fronts: g.c.fronts(),
 		SessionLimits: mcp.SessionLimits{
 			Idle: g.c.Limits.SessionIdle.Duration, Max: g.c.Limits.SessionMax.Duration,

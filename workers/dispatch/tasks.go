@@ -1,0 +1,679 @@
+package dispatch
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/cenkalti/backoff/v4"
+
+	"waybill.dev/schemas"
+	"waybill.dev/schemas/jsonrpc"
+)
+
+// A call may go on after its request was answered: as a task (the extension
+// io.modelcontextprotocol/tasks of 2026-07-28), if the client takes one for an
+// answer, which is what schemas.Requested.TaskUntil says. It becomes one
+//
+//   - when the server answers with a task of its own (resultType "task"), which
+//     is then followed: asked how it stands (tasks/get), handed the client's
+//     answers (tasks/update), told to stop (tasks/cancel). That task's id is the
+//     gateway's alone;
+//   - when a tool of Server.Tasks has not answered after Options.TaskPatience: then
+//     the request at the server simply goes on for longer.
+//
+// The event tasked, of index 0, makes it so, and is stored before anybody is
+// told. From then on the call's events are addressed to the task. All that a run
+// has to know of it is in the log: after a crash the next one follows the
+// server's task further, since to ask is a read, or goes on waiting for the
+// client; only a request that was under way at the server is lost, as always.
+//
+// # What is changed on the way
+//
+// The result or error in which the server's task ends becomes that of the call,
+// byte for byte; the members of the task around it are left out. Where the server
+// asks (resultType "input_required") within the task, its keys get the number of
+// the round in front, "1.name", since the same must not come twice in a task's
+// life; and its requestState stays here: the answers go back with it in the same
+// request as the first time, but for these two members. A task of the server's own
+// has such keys already. Filters of subscriptions/listen lose taskIds, which are
+// names of the gateway's.
+
+const (
+	// maxTasks is how many calls are tasks at once, so that other calls have
+	// room among what dispatch may have in hand.
+	maxTasks = 1024
+
+	maxTaskID = 1 << 10 // of a server's
+
+	// How often a server is asked how its task stands: as it says, within these.
+	pollLeast = 100 * time.Millisecond
+	pollMost  = time.Minute
+	poll      = time.Second
+
+	taskTime  = 30 * time.Second // of one request about a server's task
+	taskFails = 5                // answers in a row that cannot be used, before it is given up
+
+	resultTask  = "task"
+	resultInput = "input_required"
+	working     = "working"
+)
+
+// errThinking: the server has asked, within a task, and its place is given to
+// others while the client thinks.
+var errThinking = errors.New("the call waits for the client's answers")
+
+// errFollow: the server has a task of its own, which is to be followed.
+var errFollow = errors.New("the call is a task of the server")
+
+// errCrowded: there are too many tasks for another.
+var errCrowded = errors.New("the server has answered with a task, and too many calls are tasks already")
+
+// task is what a run knows of the task that its call is or may become.
+type task struct {
+	mu     sync.Mutex // guards what follows: a timer may make the call a task
+	told   bool       // it is one
+	closed bool       // it is none, and will not be: the call is about to end
+	index  int        // of the next tasked event
+	err    error      // the log did not take the first of them
+
+	// answers are the client's, by the key that it knows; the first counts.
+	answers map[string][]byte
+
+	news chan struct{} // of one place: an answer has come
+
+	// Belong to the run's goroutine.
+	id     string        // of the server's own task
+	every  time.Duration // it is asked
+	asked  *asks         // what the client is asked in a repeated call; nil: nothing
+	round  int           // how often it has been asked
+	last   string        // what the last tasked event said
+	body   []byte        // of the request, as it is repeated
+	parent context.Context
+}
+
+// asks is what a server wants to know before it goes on.
+type asks struct {
+	keys  []string // as the server wrote them
+	front string   // what the client's have in front
+	state []byte   // requestState, as JSON; nil: none
+}
+
+// isTask tells whether the call is a task by now.
+func (t *task) isTask() bool {
+	if t == nil {
+		return false
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.told
+}
+
+// next is an event of the call, addressed to its task if it is one.
+func (r *run) next(data schemas.Payload, body []byte) schemas.Event {
+	e := r.e.Next(data, body)
+	if r.task.isTask() {
+		e = e.Task()
+	}
+	return e
+}
+
+// mayTask prepares for a call that may become a task; done must be called when
+// the run is over.
+func (r *run) mayTask(parent context.Context, ctx context.Context) (done func()) {
+	if r.a.TaskUntil.IsZero() || r.a.Method != "tools/call" {
+		return func() {}
+	}
+	r.task = &task{answers: map[string][]byte{}, news: make(chan struct{}, 1), every: poll, parent: parent}
+	leave := r.d.tasks.enter(r.e, r.task)
+	stop := func() bool { return false }
+	if r.up != nil && r.up.tasks(r.a.Name) {
+		stop = time.AfterFunc(r.d.opt.TaskPatience, func() {
+			if ctx.Err() == nil {
+				_, _ = r.tell(ctx, working, nil)
+			}
+		}).Stop
+	}
+	return func() {
+		stop()
+		r.task.close() // waits for the timer's function
+		leave()
+		if r.task.told {
+			r.d.tasks.open.Add(-1)
+		}
+	}
+}
+
+// close says that the call becomes no task any more; it tells whether it is one.
+func (t *task) close() bool {
+	if t == nil {
+		return false
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.closed = true
+	return t.told
+}
+
+// tell makes the call a task, if it is none yet and may become one: from then on
+// its client has the task, and the call has the time of one.
+func (r *run) tell(ctx context.Context, status string, body []byte) (bool, error) {
+	t := r.task
+	if t == nil {
+		return false, nil
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	switch {
+	case t.told:
+		return true, nil
+	case t.closed, t.err != nil:
+		return false, t.err
+	case r.d.tasks.open.Add(1) > maxTasks:
+		r.d.tasks.open.Add(-1)
+		return false, nil
+	}
+	ctx, cancel := sure(ctx, r.d.endTime())
+	defer cancel()
+	if _, err := r.emit(ctx, r.e.Next(r.tasked(status, 0), body)); err != nil {
+		r.d.tasks.open.Add(-1)
+		t.err = fmt.Errorf("making the call a task: %w", err)
+		return false, t.err
+	}
+	t.told, t.index = true, 1
+	r.extend()
+	return true, nil
+}
+
+// tasked is the next event of how the task stands. mu is held.
+func (r *run) tasked(status string, round int) *schemas.Tasked {
+	return &schemas.Tasked{
+		Target: r.a.Target, Index: r.task.index, By: r.by, Status: status, Round: round,
+		RequestedAt: r.a.RequestedAt, Until: r.a.TaskUntil,
+	}
+}
+
+// stands stores that the task stands otherwise than before.
+func (r *run) stands(ctx context.Context, status string, round int, body []byte) error {
+	if r.said += len(body); r.task.index >= maxChunks || r.said > maxSaid {
+		return &Fault{Kind: TooLarge, Err: fmt.Errorf("more than %d messages or %d MiB of a task", maxChunks, maxSaid>>20)}
+	}
+	ctx, cancel := sure(ctx, r.d.endTime())
+	defer cancel()
+	t := r.task
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	// Another run may have stored some since this one looked: its word stands.
+	_, err := r.emit(ctx, r.e.Next(r.tasked(status, round), body).Task())
+	if refused(err) {
+		return faultf(refusedAs(err), "how the task stands: %w", err)
+	}
+	if err != nil {
+		return fmt.Errorf("storing how the task stands: %w", err)
+	}
+	t.index++
+	return nil
+}
+
+// tasks knows the tasks that run here, for the answers of their clients.
+type tasks struct {
+	open atomic.Int64 // how many calls are tasks
+
+	mu   sync.Mutex
+	runs map[callKey][]*task
+}
+
+func (s *tasks) enter(e schemas.Event, t *task) (leave func()) {
+	key := callKey{e.Tenant, e.Call}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.runs == nil {
+		s.runs = map[callKey][]*task{}
+	}
+	s.runs[key] = append(s.runs[key], t)
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.runs[key] = slices.DeleteFunc(s.runs[key], func(other *task) bool { return other == t })
+		if len(s.runs[key]) == 0 {
+			delete(s.runs, key)
+		}
+	}
+}
+
+// answered hands the client's answers (tasks/update) to the runs of their task,
+// if there is one here.
+func (s *tasks) answered(e schemas.Event) {
+	s.mu.Lock()
+	runs := slices.Clone(s.runs[callKey{e.Tenant, e.Call}])
+	s.mu.Unlock()
+	for _, t := range runs {
+		t.take(e.Body)
+	}
+}
+
+// take keeps the answers of a tasks/update.
+func (t *task) take(body []byte) {
+	msg, err := jsonrpc.Decode(body, jsonrpc.Limits{Bytes: max(len(body), 1), Depth: answerDepth, AllowCaseVariants: true})
+	if err != nil {
+		return // the edge has looked
+	}
+	t.mu.Lock()
+	for key, v := range msg.Params().Get("inputResponses").Members() {
+		if t.answers[key] == nil {
+			t.answers[key] = bytes.Clone(v.Raw())
+		}
+	}
+	t.mu.Unlock()
+	select {
+	case t.news <- struct{}{}:
+	default:
+	}
+}
+
+// given are the answers that there are to these keys of the server.
+func (t *task) given(front string, keys []string) map[string][]byte {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	all := map[string][]byte{}
+	for _, k := range keys {
+		if a := t.answers[front+k]; a != nil {
+			all[k] = a
+		}
+	}
+	return all
+}
+
+// stood takes over what other runs have stored of the task, in order.
+func (r *run) stood(events []schemas.Event) {
+	t := r.task
+	if t == nil {
+		return
+	}
+	for _, e := range events {
+		switch d := e.Data.(type) {
+		case *schemas.Tasked:
+			t.mu.Lock()
+			if !t.told {
+				t.told = true
+				r.d.tasks.open.Add(1) // more than maxTasks, if it must be
+			}
+			fresh := d.Index >= t.index
+			t.index = max(t.index, d.Index+1)
+			t.mu.Unlock()
+			if !fresh {
+				continue
+			}
+			msg, err := jsonrpc.Decode(e.Body, jsonrpc.Limits{Bytes: max(len(e.Body), 1), Depth: answerDepth, AllowCaseVariants: true})
+			if err != nil {
+				continue // it has no body
+			}
+			result := msg.Result()
+			if d.Round > 0 {
+				t.asked, t.round = asksOf(result, d.Round), d.Round
+			} else if id, _ := result.Get("taskId").Text(); id != "" {
+				t.id, t.every = id, pollOf(result)
+			}
+		case *schemas.Answered:
+			t.take(e.Body)
+		}
+	}
+	if t.isTask() {
+		r.extend()
+	}
+}
+
+// asksOf reads what a server asks for, the round-th time in this call.
+func asksOf(result jsonrpc.Value, round int) *asks {
+	a := &asks{front: strconv.Itoa(round) + "."}
+	for k := range result.Get("inputRequests").Members() {
+		a.keys = append(a.keys, k)
+	}
+	if v := result.Get("requestState"); v.Exists() {
+		a.state = bytes.Clone(v.Raw())
+	}
+	return a
+}
+
+func pollOf(result jsonrpc.Value) time.Duration {
+	ms, ok := result.Get("pollIntervalMs").Int()
+	if !ok || ms <= 0 {
+		return poll
+	}
+	return min(max(time.Duration(min(ms, pollMost.Milliseconds()))*time.Millisecond, pollLeast), pollMost)
+}
+
+// becomes decides what an answer makes of a call: nil if it is the call's answer,
+// errFollow or errThinking if the call goes on as a task, and a [*Fault] if the
+// server answers with a task to who cannot take one.
+func (r *run) becomes(ctx context.Context, a Answer) error {
+	switch {
+	case a.Result == resultTask:
+		msg, err := jsonrpc.Decode(a.Body, jsonrpc.Limits{Bytes: len(a.Body), Depth: answerDepth, AllowCaseVariants: true})
+		if err != nil {
+			return faultf(Garbled, "its task: %w", err)
+		}
+		id, _ := msg.Result().Get("taskId").Text()
+		if id == "" || len(id) > maxTaskID {
+			return faultf(Garbled, "it answers with a task without an id, or with a very long one")
+		}
+		if r.task == nil {
+			return faultf(Garbled, "it answers with a task to a client that does not take one")
+		}
+		t := r.task
+		already := t.isTask()
+		is, err := r.tell(ctx, working, a.Body)
+		switch {
+		case err != nil:
+			r.lastLog = err
+			return err
+		case !is:
+			// The task is there, and nobody can be told of it.
+			r.about(ctx, "tasks/cancel", id, nil)
+			return errCrowded
+		case already:
+			if err := r.stands(ctx, working, 0, a.Body); err != nil {
+				r.lastLog = err
+				return err
+			}
+		}
+		t.id, t.every = id, pollOf(msg.Result())
+		return errFollow
+	case a.Result == resultInput && r.task != nil && r.task.close():
+		msg, err := jsonrpc.Decode(a.Body, jsonrpc.Limits{Bytes: len(a.Body), Depth: answerDepth, AllowCaseVariants: true})
+		if err != nil {
+			return faultf(Garbled, "what it asks: %w", err)
+		}
+		r.task.round++
+		if err := r.stands(ctx, resultInput, r.task.round, a.Body); err != nil {
+			if f := new(Fault); !errors.As(err, &f) {
+				r.lastLog = err
+			}
+			return err
+		}
+		r.task.asked = asksOf(msg.Result(), r.task.round)
+		return errThinking
+	}
+	return nil
+}
+
+// goesOn carries a call on that is a task, until it ends or stands otherwise.
+func (r *run) goesOn(ctx context.Context, why error) (ending, error) {
+	if errors.Is(why, errFollow) {
+		return r.follow(ctx)
+	}
+	if end, err := r.awaitInput(ctx); err != nil || end.data != nil {
+		return end, err
+	}
+	return r.inPlace(ctx)
+}
+
+// awaitInput waits until the client has answered all that the server asks, and
+// makes the next request of it.
+func (r *run) awaitInput(ctx context.Context) (ending, error) {
+	t := r.task
+	var rest <-chan time.Time
+	if len(t.asked.keys) == 0 {
+		// It asks for nothing but to be called again, which is not to be at once.
+		rest = time.After(poll)
+	}
+	for {
+		given := t.given(t.asked.front, t.asked.keys)
+		if len(given) == len(t.asked.keys) && rest == nil {
+			err := r.repeat(ctx, given)
+			if errors.Is(err, errBody) {
+				return failed(schemas.FailInternal, err.Error()), nil
+			}
+			return ending{}, err
+		}
+		select {
+		case <-t.news:
+		case <-rest:
+			rest = nil
+		case <-ctx.Done():
+			why := context.Cause(ctx)
+			if wish, ok := wishOf(ctx); ok {
+				return cancelled(wish), nil
+			}
+			if errors.Is(why, errDeadline) {
+				return failed(schemas.FailUnknown, "the client has not answered what the server asks, and the task's time is over"), nil
+			}
+			// Nothing is under way at the server: whoever comes next waits on.
+			return ending{}, fmt.Errorf("stopped: %w", why)
+		}
+	}
+}
+
+// repeat makes the request again, with the client's answers. It is another
+// request: its claim is one of its own.
+func (r *run) repeat(ctx context.Context, given map[string][]byte) error {
+	t := r.task
+	body, err := r.body(ctx)
+	if err != nil {
+		return err
+	}
+	msg, err := jsonrpc.Decode(body, jsonrpc.Limits{Bytes: len(body), Depth: answerDepth})
+	if err != nil {
+		return fmt.Errorf("%w: %w", errBody, err)
+	}
+	p := msg.Patch().Set(msg.Params(), "inputResponses", objectOf(given))
+	if t.asked.state != nil {
+		p.Set(msg.Params(), "requestState", t.asked.state)
+	} else {
+		p.Remove(msg.Params(), "requestState")
+	}
+	if t.body = p.Bytes(); t.body == nil {
+		return fmt.Errorf("%w: %w", errBody, p.Err())
+	}
+	t.asked = nil
+	r.claimed, r.attempt0 = false, t.round
+	return nil
+}
+
+// objectOf is an object of these, in the order of their names.
+func objectOf(of map[string][]byte) []byte {
+	b := []byte("{")
+	for i, k := range slices.Sorted(maps.Keys(of)) {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		b = append(append(append(b, jsonrpc.Quote(k)...), ':'), of[k]...)
+	}
+	return append(b, '}')
+}
+
+// about makes a request about the server's task. It is answered within taskTime.
+func (r *run) about(ctx context.Context, method, id string, more []byte) (*jsonrpc.Message, error) {
+	ctx, cancel := context.WithTimeout(ctx, taskTime)
+	defer cancel()
+	request, err := r.body(ctx)
+	if err != nil {
+		return nil, err
+	}
+	msg, err := jsonrpc.Decode(request, jsonrpc.Limits{Bytes: len(request), Depth: answerDepth})
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", errBody, err)
+	}
+	// What the client said of itself, as the server has heard it already.
+	meta := []byte("{}")
+	if v := msg.Params().Get("_meta"); v.Kind() == jsonrpc.Object {
+		if own, err := jsonrpc.Parse(v.Raw(), jsonrpc.Limits{Bytes: len(request), Depth: answerDepth}); err == nil {
+			meta = own.Patch().Remove(own, "progressToken").Bytes()
+		}
+	}
+	body := []byte(`{"jsonrpc":"2.0","id":1,"method":"` + method + `","params":{"_meta":`)
+	body = append(append(append(body, meta...), `,"taskId":`...), jsonrpc.Quote(id)...)
+	body = append(append(body, more...), "}}"...)
+	answer, err := r.up.call(ctx, Call{
+		ID: r.e.Call, Event: r.e, Trace: r.e.Trace, Body: body, Connected: func() {}, Heard: func() {},
+		Requested: &schemas.Requested{
+			Target:   schemas.Target{Protocol: r.a.Protocol, Server: r.a.Server, Method: method, Name: id},
+			Revision: r.a.Revision,
+		},
+	}, func([]byte) error { return nil })
+	if err != nil {
+		return nil, err
+	}
+	if answer.Release != nil {
+		answer.Release(cancel)
+	}
+	return jsonrpc.Decode(answer.Body, jsonrpc.Limits{Bytes: max(len(answer.Body), 1), Depth: answerDepth, AllowCaseVariants: true})
+}
+
+// follow asks how the server's task stands until it has ended, which ends the
+// call. The wish to cancel is passed on, and what comes of it is the server's
+// word: it may still complete.
+func (r *run) follow(ctx context.Context) (ending, error) {
+	t := r.task
+	// A cancel must not end this, only the process or the deadline.
+	life, stop := context.WithDeadlineCause(t.parent, time.Now().Add(r.deadline().Sub(r.d.opt.Now())), errDeadline)
+	defer stop()
+	wished, told := ctx.Done(), false
+	var fails int
+	pauses := backoff.NewExponentialBackOff(backoff.WithInitialInterval(pollLeast), backoff.WithMaxInterval(pollMost/2), backoff.WithMaxElapsedTime(0))
+	for {
+		if _, wish := wishOf(ctx); wish && !told { // a restarted process hears it again
+			msg, err := r.about(life, "tasks/cancel", t.id, nil)
+			told = err == nil && !msg.Error().Exists()
+			wished = nil
+		}
+		end, wait, err := r.standing(life)
+		switch f := new(Fault); {
+		case err == nil && end.data != nil:
+			return end, nil
+		case err == nil:
+			fails = 0
+			pauses.Reset()
+		case r.lastLog != nil:
+			return ending{}, r.lastLog
+		case life.Err() != nil:
+		case errors.Is(err, errForgotten):
+			return failed(schemas.FailUnknown, err.Error()), nil
+		case errors.As(err, &f) && (f.Kind == TooLarge || f.Kind == Invalid):
+			return failed(verdicts[f.Kind].code, f.Error()), nil
+		default:
+			// It may be there again before the task's time is over; one that
+			// says nothing that can be used will not.
+			if !errors.As(err, &f) || f.Kind == Garbled {
+				if fails++; fails >= taskFails {
+					return failed(schemas.FailBadAnswer, "asked how its task stands: "+err.Error()), nil
+				}
+			}
+			r.d.opt.Log.Debug("a server does not say how its task stands", "server", r.a.Server, "call", r.e.Call, "error", err)
+			wait = max(wait, pauses.NextBackOff())
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-timer.C:
+		case <-t.news:
+		case <-wished:
+			wished = nil
+		case <-life.Done():
+		}
+		timer.Stop()
+		if life.Err() == nil {
+			continue
+		}
+		if !errors.Is(context.Cause(life), errDeadline) {
+			// Another takes over: to ask is a read.
+			return ending{}, fmt.Errorf("stopped: %w", context.Cause(life))
+		}
+		ctx, cancel := sure(ctx, r.d.endTime())
+		defer cancel()
+		_, _ = r.about(ctx, "tasks/cancel", t.id, nil)
+		if r.harmless {
+			return failed(schemas.FailTimeout, "the server's task did not end by the deadline"), nil
+		}
+		return failed(schemas.FailUnknown, "the server's task did not end by the deadline"), nil
+	}
+}
+
+// errForgotten: the server does not know the task that it has begun.
+var errForgotten = errors.New("the server does not know its task any more")
+
+// standing asks the server how its task stands and hands it the client's
+// answers. Without an ending or an error, it is asked again after wait.
+func (r *run) standing(ctx context.Context) (end ending, wait time.Duration, err error) {
+	t := r.task
+	wait = t.every
+	msg, err := r.about(ctx, "tasks/get", t.id, nil)
+	if err != nil {
+		return end, wait, err
+	}
+	if msg.Error().Exists() {
+		if code, _ := msg.ErrorCode(); code == jsonrpc.CodeInvalidParams {
+			return end, wait, errForgotten
+		}
+		return end, wait, errors.New("it answers with an error")
+	}
+	result := msg.Result()
+	if result.Get("pollIntervalMs").Exists() {
+		t.every = pollOf(result)
+	}
+	id := []byte(`"` + string(r.e.Call) + `"`)
+	status, _ := result.Get("status").Text()
+	switch status {
+	case "completed":
+		of := result.Get("result")
+		if of.Kind() != jsonrpc.Object {
+			return end, wait, faultf(Garbled, "a task that is completed without a result")
+		}
+		done := &schemas.Completed{Status: 200}
+		if kind, _ := of.Get("resultType").Text(); kind != "" && kind != "complete" {
+			done.Result = clip(kind, maxResultType)
+		}
+		return ending{data: done, body: jsonrpc.ResultResponse(id, of.Raw())}, 0, nil
+	case "failed":
+		of := result.Get("error")
+		code, _ := of.Get("code").Int()
+		if of.Kind() != jsonrpc.Object {
+			return end, wait, faultf(Garbled, "a task that has failed without an error")
+		}
+		if code == 0 {
+			code = jsonrpc.CodeInternalError
+		}
+		body := append(append([]byte(`{"jsonrpc":"2.0","id":`), id...), `,"error":`...)
+		return ending{data: &schemas.Completed{Status: 200, ErrorCode: int(code)}, body: append(append(body, of.Raw()...), '}')}, 0, nil
+	case "cancelled":
+		return cancelled("the server has cancelled its task"), 0, nil
+	case working, resultInput:
+	default:
+		return end, wait, faultf(Garbled, "a task that is %q", clip(status, maxResultType))
+	}
+
+	var keys []string
+	for k := range result.Get("inputRequests").Members() {
+		keys = append(keys, k)
+	}
+	given := t.given("", keys)
+	message, _ := result.Get("statusMessage").Text()
+	open := slices.DeleteFunc(slices.Clone(keys), func(k string) bool { return given[k] != nil })
+	now := working
+	if len(open) > 0 {
+		now = resultInput
+	}
+	slices.Sort(open)
+	if this := fmt.Sprintf("%s %q %q", now, message, open); this != t.last {
+		if t.last != "" || now != working { // it is known to work from the first
+			if err := r.stands(ctx, now, 0, msg.Raw()); err != nil {
+				if f := new(Fault); !errors.As(err, &f) {
+					r.lastLog = err
+				}
+				return end, wait, err
+			}
+		}
+		t.last = this
+	}
+	if len(given) > 0 {
+		_, err = r.about(ctx, "tasks/update", t.id, append([]byte(`,"inputResponses":`), objectOf(given)...))
+		wait = min(wait, poll) // it goes on now
+	}
+	return end, wait, err
+}
