@@ -189,7 +189,7 @@ func defaults() Config {
 		Bus: BusConfig{MaxBytes: 4 << 30, MaxAge: Duration{Duration: 24 * time.Hour}},
 		Limits: LimitsConfig{
 			Body: 4 << 20, InFlight: 1024, InFlightTenant: 512, Deadline: Duration{Duration: time.Minute}, Drain: Duration{Duration: 10 * time.Second},
-			Task: Duration{Duration: time.Hour}, TaskPatience: Duration{Duration: 5 * time.Second},
+			TaskPatience: Duration{Duration: 5 * time.Second},
 			Streams: 4096, StreamsTenant: 2048, SessionIdle: Duration{Duration: time.Hour},
 			SessionsPerAgent: 1000, SessionsPerTenant: 10000,
 		},
@@ -263,6 +263,9 @@ func parseConfig(b []byte, dir string) (*Config, error) {
 	}
 	if c.Limits.SessionMax == (Duration{}) && c.Bus.MaxAge.bad == nil {
 		c.Limits.SessionMax.Duration = min(12*time.Hour, c.Bus.MaxAge.Duration)
+	}
+	if c.Limits.Task == (Duration{}) && c.Bus.MaxAge.bad == nil {
+		c.Limits.Task.Duration = min(time.Hour, c.Bus.MaxAge.Duration)
 	}
 	for _, p := range []*string{&c.Data, &c.Bus.Creds} {
 		*p = c.path(*p)

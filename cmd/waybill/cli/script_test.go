@@ -349,6 +349,10 @@ func upstream(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.Header().Set("Content-Type", "application/json")
+	if m.Method == "server/discover" {
+		_, _ = fmt.Fprintf(w, `{"jsonrpc":"2.0","id":%s,"result":{"resultType":"complete","supportedVersions":["2026-07-28"],"capabilities":{"tools":{}}}}`, m.ID)
+		return
+	}
 	switch m.Params.Name {
 	case "broken":
 		w.WriteHeader(http.StatusInternalServerError)
