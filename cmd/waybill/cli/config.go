@@ -190,7 +190,7 @@ func defaults() Config {
 		Limits: LimitsConfig{
 			Body: 4 << 20, InFlight: 1024, InFlightTenant: 512, Deadline: Duration{Duration: time.Minute}, Drain: Duration{Duration: 10 * time.Second},
 			TaskPatience: Duration{Duration: 5 * time.Second},
-			Streams: 4096, StreamsTenant: 2048, SessionIdle: Duration{Duration: time.Hour},
+			Streams:      4096, StreamsTenant: 2048, SessionIdle: Duration{Duration: time.Hour},
 			SessionsPerAgent: 1000, SessionsPerTenant: 10000,
 		},
 	}
