@@ -154,6 +154,13 @@ func (c *carried) carryModern() ([]byte, error) {
 				continue
 			}
 			return answer, nil
+		case err == nil && c.endless() && x.wrote && !x.again && r.now().Sub(x.since) >= r.t.steady:
+			// A gateway that shuts down ends subscriptions as a server does that
+			// wants no more of one. What the next says tells them apart.
+			x.again, x.ended = true, answer
+			c.until = r.now().Add(r.t.patience)
+		case err == nil && x.again && x.ended != nil:
+			return x.ended, nil
 		case err == nil:
 			return answer, nil
 		case c.ctx.Err() != nil:
@@ -191,7 +198,11 @@ type strand struct {
 	moved bool     // since the stream was asked for
 	retry time.Duration
 	wrote bool // something was passed on
-	again bool // it is a subscription that was made anew
+
+	// Of a subscription.
+	again bool      // it is about to be made anew
+	since time.Time // when it was
+	ended []byte    // how it ended before
 }
 
 // read reads an answer.
@@ -299,10 +310,13 @@ func (r *relay) message(raw []byte, x *strand) ([]byte, error) {
 		}
 		return x.c.ours(m)
 	}
-	if x.again && m.Method() == "notifications/subscriptions/acknowledged" {
-		r.missed(m)
-		x.again = false
-		return nil, nil
+	if x.c != nil && x.c.endless() && m.Method() == "notifications/subscriptions/acknowledged" {
+		x.since = r.now()
+		if x.again {
+			r.missed(m)
+			x.again = false
+			return nil, nil
+		}
 	}
 	x.wrote = true
 	return nil, r.out.write(m.Raw())

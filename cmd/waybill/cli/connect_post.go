@@ -42,6 +42,7 @@ type relayTimes struct {
 	pause    time.Duration // before the second try, then twice as long each time; default 100 ms
 	pauses   time.Duration // at most; default 2 s, and of streams five times that
 	silence  time.Duration // of a stream, after which it counts as broken: three comments of the gateway have not come; default 50 s
+	steady   time.Duration // a subscription that lasted so long and was ended is made anew; default 10 s
 	order    time.Duration // a request waits for the notifications before it; default 5 s
 	finish   time.Duration // what is under way may end when stdin has; default 5 s
 	stop     time.Duration // the same when the process is told to end; default 500 ms
@@ -54,7 +55,8 @@ func (t relayTimes) withDefaults() relayTimes {
 		value time.Duration
 	}{
 		{&t.patience, 45 * time.Second}, {&t.resume, 5 * time.Minute}, {&t.pause, 100 * time.Millisecond}, {&t.pauses, 2 * time.Second},
-		{&t.silence, 50 * time.Second}, {&t.order, 5 * time.Second}, {&t.finish, 5 * time.Second}, {&t.stop, 500 * time.Millisecond}, {&t.farewell, time.Second},
+		{&t.silence, 50 * time.Second}, {&t.steady, 10 * time.Second},
+		{&t.order, 5 * time.Second}, {&t.finish, 5 * time.Second}, {&t.stop, 500 * time.Millisecond}, {&t.farewell, time.Second},
 	} {
 		if *d.of <= 0 {
 			*d.of = d.value

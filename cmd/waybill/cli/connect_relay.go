@@ -46,7 +46,7 @@ type relay struct {
 	lane    chan *telling // notifications, in order
 	answers chan struct{} // a place for each answer of the client's that is under way
 	work    sync.WaitGroup
-	calls   sync.WaitGroup // requests; part of work
+	calls   sync.WaitGroup // requests, and answers of the client's; added to only under mu, while not leaving
 
 	// ctx is that of all that is under way, and life of what goes on until the
 	// session has been ended.
@@ -58,6 +58,7 @@ type relay struct {
 	mu       sync.Mutex // guards what follows
 	session  *connectSession
 	opening  chan struct{} // closed when the initialize under way has ended; nil: there is none
+	leaving  bool          // nothing more is begun
 	requests map[string]*carried
 	held     int      // bytes of requests
 	last     *telling // the latest notification
@@ -84,21 +85,17 @@ func newRelay(endpoint *url.URL, token string, transport http.RoundTripper, out 
 }
 
 // run carries messages until stdin ends, ctx does or stdout breaks; then it
-// gives what is under way a moment, ends the session, and returns. Only a
-// stdin that is blocked may still be read when it does, for nobody can wake it.
+// gives what is under way a moment, ends the session, and returns. Only who
+// reads a stdin on which nothing comes, or writes to a stdout that nobody reads,
+// may be left when it does, for nobody can wake them.
 func (r *relay) run(ctx context.Context, in io.Reader) error {
 	r.ctx, r.stop = context.WithCancelCause(context.WithoutCancel(ctx))
 	defer r.stop(errLeaving)
-	lines := make(chan stdinLine)
 	ended := make(chan error, 1)
 	go func() {
 		ended <- readLines(in, connectLine, func(l stdinLine) bool {
-			select {
-			case lines <- l:
-				return true
-			case <-r.ctx.Done():
-				return false
-			}
+			r.take(l)
+			return r.ctx.Err() == nil
 		})
 	}()
 	if r.at != nil {
@@ -107,21 +104,16 @@ func (r *relay) run(ctx context.Context, in io.Reader) error {
 	r.work.Go(r.tell)
 	var err error
 	grace := r.t.finish
-	for going := true; going; {
-		select {
-		case l := <-lines:
-			r.take(l)
-		case err = <-ended:
-			if err != nil {
-				err = fmt.Errorf("reading stdin: %w", err)
-			}
-			going = false
-		case <-ctx.Done():
-			going, grace = false, r.t.stop
-		case <-r.out.broken:
-			going, grace = false, 0
-			err = fmt.Errorf("the client does not read any more: %w", r.out.err)
+	select {
+	case err = <-ended:
+		if err != nil {
+			err = fmt.Errorf("reading stdin: %w", err)
 		}
+	case <-ctx.Done():
+		grace = r.t.stop
+	case <-r.out.broken:
+		grace = 0
+		err = fmt.Errorf("the client does not read any more: %w", r.out.err)
 	}
 	r.finish(ctx, grace)
 	return err
@@ -164,7 +156,7 @@ func (r *relay) finish(ctx context.Context, grace time.Duration) {
 	}
 	r.stop(errLeaving)
 	gone := make(chan struct{})
-	go func() { defer close(gone); r.work.Wait() }()
+	go func() { defer close(gone); r.calls.Wait(); r.work.Wait() }()
 	r.farewell(context.WithoutCancel(ctx))
 	select {
 	case <-gone:
@@ -172,10 +164,11 @@ func (r *relay) finish(ctx context.Context, grace time.Duration) {
 	}
 }
 
-// hangUp ends streams that have no end of their own.
+// hangUp takes nothing more, and ends streams that have no end of their own.
 func (r *relay) hangUp() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.leaving = true
 	for _, c := range r.requests {
 		if c.endless() {
 			c.cancel(errLeaving)
@@ -183,8 +176,8 @@ func (r *relay) hangUp() {
 	}
 }
 
-// take takes a line of the client's. It does not block for longer than the
-// bounded queues may take to move on.
+// take takes a line of the client's. It belongs to the goroutine that reads
+// them, which waits while a queue is full.
 func (r *relay) take(l stdinLine) {
 	if l.tooLong {
 		r.write(jsonrpc.ErrorResponse(nil, jsonrpc.CodeInvalidRequest, fmt.Sprintf("The message is longer than %d bytes and was skipped.", connectLine), nil))
@@ -241,6 +234,8 @@ func (r *relay) begin(m *jsonrpc.Message) {
 	c.after = r.last
 	var refused string
 	switch {
+	case r.leaving:
+		refused = "The program is about to end. The request was not carried out."
 	case r.requests[string(c.id)] != nil:
 		refused = "A request with this id has not been answered yet: an id must not be used twice."
 	case len(r.requests) >= connectCalls || r.held+len(m.Raw()) > connectBytes && r.held > 0:
@@ -251,6 +246,7 @@ func (r *relay) begin(m *jsonrpc.Message) {
 		if c.opens = !c.modern && c.method == "initialize" && r.session == nil && r.opening == nil; c.opens {
 			r.opening = make(chan struct{})
 		}
+		r.calls.Add(1)
 	}
 	r.mu.Unlock()
 	if refused != "" {
@@ -258,16 +254,15 @@ func (r *relay) begin(m *jsonrpc.Message) {
 		r.write(ownError(c.id, jsonrpc.CodeInvalidRequest, "refused", refused))
 		return
 	}
-	r.work.Add(1)
-	r.calls.Go(func() {
-		defer r.work.Done()
+	go func() {
+		defer r.calls.Done()
 		defer c.cancel(nil)
 		answer := c.carry()
 		r.over(c)
 		if answer != nil && context.Cause(c.ctx) != errTakenBack {
 			r.write(answer)
 		}
-	})
+	}()
 }
 
 // over forgets a request. It is before its answer is written: from then on the
@@ -416,14 +411,22 @@ func (r *relay) answer(m *jsonrpc.Message) {
 		return
 	}
 	until := r.now().Add(r.t.patience)
-	r.work.Add(1)
-	r.calls.Go(func() {
-		defer r.work.Done()
+	r.mu.Lock()
+	leaving := r.leaving
+	if !leaving {
+		r.calls.Add(1)
+	}
+	r.mu.Unlock()
+	if leaving {
+		return
+	}
+	go func() {
+		defer r.calls.Done()
 		defer func() { <-r.answers }()
 		if err := r.inSession(m, until); err != nil && r.ctx.Err() == nil {
 			r.say("an answer of the client's did not get through: %v", err)
 		}
-	})
+	}()
 }
 
 // ownError is an error that does not come from the gateway.

@@ -38,7 +38,7 @@ type connected struct {
 // quick are times that a test can wait for.
 var quick = relayTimes{
 	patience: 5 * time.Second, resume: 5 * time.Second, pause: time.Millisecond, pauses: 20 * time.Millisecond,
-	silence: 5 * time.Second, order: time.Second, finish: time.Second, stop: 300 * time.Millisecond, farewell: time.Second,
+	silence: 5 * time.Second, steady: 50 * time.Millisecond, order: time.Second, finish: time.Second, stop: 300 * time.Millisecond, farewell: time.Second,
 }
 
 // connectTo runs one with a gateway.
@@ -456,18 +456,32 @@ func TestConnectListens(t *testing.T) {
 			answer(w, m, "{}")
 			return
 		}
-		event(w, ack)
-		if c.count("POST subscriptions/listen") == 1 {
+		switch c.count("POST subscriptions/listen") {
+		case 1:
+			event(w, ack)
 			broken()
+		case 2: // the gateway shuts down
+			event(w, ack)
+			<-time.After(100 * time.Millisecond)
+			event(w, `data: {"jsonrpc":"2.0","id":"l","result":{"resultType":"complete"}}`)
+			return
+		case 3:
+			w.Header().Set("Retry-After", "0")
+			w.WriteHeader(http.StatusServiceUnavailable)
+			_, _ = io.WriteString(w, `{"jsonrpc":"2.0","error":{"code":-32603,"message":"the gateway is shutting down: try again"}}`)
+			return
 		}
+		event(w, ack)
 		event(w, `data: {"jsonrpc":"2.0","method":"notifications/tools/list_changed","params":{"n":2}}`)
 		<-r.Context().Done()
 		close(left)
 	})
 	c.say(modernLine(`"l"`, "subscriptions/listen", `"notifications":{"toolsListChanged":true},`))
 	c.hear("acknowledged")
-	c.hear(`"method":"notifications/tools/list_changed"`, `"_meta":{"io.modelcontextprotocol/subscriptionId":"l"}`)
-	c.hear(`"method":"notifications/resources/updated","params":{"uri":"x:1",`)
+	for range 2 {
+		c.hear(`"method":"notifications/tools/list_changed"`, `"_meta":{"io.modelcontextprotocol/subscriptionId":"l"}`)
+		c.hear(`"method":"notifications/resources/updated","params":{"uri":"x:1",`)
+	}
 	c.hear(`"n":2`)
 	c.say(`{"jsonrpc":"2.0","method":"notifications/cancelled","params":{"requestId":"l"}}`)
 	<-left
