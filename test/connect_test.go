@@ -80,6 +80,9 @@ func TestConnectPeers(t *testing.T) {
 	t.Run("legacy", func(t *testing.T) {
 		peers.ExerciseLegacy(t, peers.Endpoint{URL: g.URL + "/mcp/everything", Command: command})
 	})
+	t.Run("all servers", func(t *testing.T) {
+		peers.ExerciseLegacyGoSDK(t, peers.Endpoint{URL: g.URL + "/mcp", Prefix: "everything__", Command: command}, "2025-11-25")
+	})
 	if err := g.Stop(); err != nil {
 		t.Errorf("stopping: %v", err)
 	}
@@ -238,10 +241,10 @@ func TestConnectBytes(t *testing.T) {
 		}
 		_, _ = fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\n%sContent-Length: %d\r\n\r\n%s", head, len(body), body)
 	})
-	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("raw", up.url(), "")))
+	g := gateway.Start(t, gateway.Config(fmt.Sprintf("servers:\n  - {name: legacy, mcp: {url: %q, era: legacy}}\n  - {name: modern, mcp: {url: %q, era: modern}}\n", up.url(), up.url())))
 	for _, era := range []struct{ name, meta string }{{"legacy", `"_meta":{"k":1.10}`}, {"modern", gateway.Meta}} {
 		t.Run(era.name, func(t *testing.T) {
-			p := pipe(t, g.URL+"/mcp/raw")
+			p := pipe(t, g.URL+"/mcp/"+era.name)
 			if era.name == "legacy" {
 				p.open()
 			}
