@@ -238,7 +238,9 @@ func (e *errand) goOn(ctx context.Context, c Call, level int, token []byte, prog
 	})
 	if status := unanswered(0); errors.As(err, &status) && status == http.StatusBadRequest && !shared(c.Requested.Method) {
 		// There are servers that say only so much of a method that they do not have.
-		return notFound(c), nil
+		own := notFound(c)
+		own.Local = false
+		return own, nil
 	}
 	if err != nil || parked {
 		return answer, err
