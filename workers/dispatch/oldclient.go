@@ -1,3 +1,5 @@
+// Package dispatch brings clients of one era to servers of the other.
+//
 // # A client with a session at a server that has none
 //
 // An agent of 2025-11-25, 2025-06-18 or 2025-03-26 may call a server of
