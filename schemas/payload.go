@@ -213,7 +213,9 @@ type Asked struct {
 }
 
 // Answered is the agent's answer to Asked of the same ID; the first counts.
-// Body: the answer, verbatim.
+// Body: the answer, verbatim. Of a task it answers what the task says that it
+// asks ([Tasked]), under an ID of its own; the first answer to each key counts.
+// Body: the request that brought it, verbatim.
 type Answered struct {
 	Target
 	ID string `json:"id"`
@@ -281,5 +283,13 @@ func (p *Attached) id(e Event) EventID {
 }
 func (p *Connected) id(e Event) EventID { return EventID(e.Session) + EventID("/connected/"+p.By) }
 func (p *Asked) id(e Event) EventID     { return EventID(e.Session) + EventID("/asked/"+p.ID) }
-func (p *Answered) id(e Event) EventID  { return EventID(e.Session) + EventID("/answered/"+p.ID) }
-func (p *Notified) id(e Event) EventID  { return EventID(e.Session) + EventID("/notified/"+p.ID) }
+
+// Answers to what a task asks are of its call: who reads its past finds them.
+func (p *Answered) id(e Event) EventID {
+	if e.ToTask() {
+		return EventID(e.Call) + EventID("/answered/"+p.ID)
+	}
+	return EventID(e.Session) + EventID("/answered/"+p.ID)
+}
+
+func (p *Notified) id(e Event) EventID { return EventID(e.Session) + EventID("/notified/"+p.ID) }

@@ -138,6 +138,16 @@ func (s *taskServer) serve(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusAccepted)
 		return
 	}
+	name := m.Params.TaskID
+	if m.Method == "tools/call" {
+		name = m.Params.Name
+	}
+	if r.Header.Get("Mcp-Method") != m.Method || name != "" && r.Header.Get("Mcp-Name") != name {
+		w.Header().Set("Content-Type", "application/json")
+		w.WriteHeader(http.StatusBadRequest)
+		_, _ = fmt.Fprintf(w, `{"jsonrpc":"2.0","id":%s,"error":{"code":-32020,"message":"Header mismatch"}}`, m.ID)
+		return
+	}
 	if m.Method == "tools/call" || strings.HasPrefix(m.Method, "tasks/") {
 		_, _ = fmt.Println(m.Method, m.Params.Name+m.Params.TaskID, m.Params.Arguments.Label)
 	}

@@ -130,11 +130,17 @@ func (r *run) claim(ctx context.Context) (bool, error) {
 // one still be at work after all, its answer is kept as late.
 func (r *run) claimLost(ctx context.Context) (ending, error) {
 	// Rare enough to look whether it has ended, and what it stored.
-	if _, err := r.recall(ctx); err != nil {
+	past, err := r.recall(ctx)
+	if err != nil {
 		return ending{}, err
 	}
-	if r.task != nil && r.up != nil && r.task.id != "" {
-		return ending{}, errFollow // begun before, and the server knows how it goes
+	if r.task != nil && r.up != nil {
+		switch {
+		case r.task.id != "":
+			return ending{}, errFollow // begun before, and the server knows how it goes
+		case r.task.asked != nil && !past.started:
+			return ending{}, errParked // nothing is under way there
+		}
 	}
 	if r.a.Stream {
 		// In this era a broken stream is never resumed: the client asks again.

@@ -274,8 +274,9 @@ func (d *Dispatcher) handle(ctx context.Context, e schemas.Event, emit schemas.E
 	ctx, stop, leave := d.calls.enter(ctx, e)
 	defer leave()
 	defer r.mayTask(parent, ctx)()
-	if r.task != nil && (e.Stored.Before(d.began) || r.old()) {
-		// If it is a task by now, it has another deadline.
+	if r.task != nil && (e.Stored.Before(d.began) || r.old() || d.opt.Now().Sub(e.Stored) > d.opt.TaskPatience/2) {
+		// If another run has made it a task by now, it has another deadline, and
+		// its ending is for the task.
 		if _, err := r.recall(ctx); errors.Is(err, errEnded) {
 			return nil
 		} else if err != nil {

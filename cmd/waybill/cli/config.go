@@ -153,7 +153,7 @@ type LimitsConfig struct {
 	InFlightTenant int      `yaml:"in_flight_per_tenant" json:"in_flight_per_tenant"` // default 512
 	Deadline       Duration `yaml:"deadline" json:"deadline"`                         // of one call; default 60s
 	Drain          Duration `yaml:"drain" json:"drain"`                               // how long calls may finish at shutdown; default 10s
-	Task           Duration `yaml:"task" json:"task"`                                 // how long a call may go on as a task; default 1h; at most bus.max_age
+	Task           Duration `yaml:"task" json:"task"`                                 // how long a call may go on as a task; default 1h, or bus.max_age if that is less, which is also the most
 	TaskPatience   Duration `yaml:"task_patience" json:"task_patience"`               // after it a call of servers.tasks becomes a task; default 5s
 
 	// Of sessions with an ID, of MCP revisions before 2026-07-28, and the streams
