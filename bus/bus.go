@@ -149,7 +149,7 @@ func Setup(ctx context.Context, o Options) error {
 	}
 	streams := []jetstream.StreamConfig{o.events(), o.system(), o.dead()}
 	if o.Leases {
-		streams = append(streams, o.owners())
+		streams = append(streams, o.owners(), o.keys())
 	}
 	for _, c := range streams {
 		for {

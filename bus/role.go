@@ -78,6 +78,13 @@ func (r Role) Permissions() Subjects {
 			"$JS.API.CONSUMER.CREATE.*."+name, "$JS.API.CONSUMER.CREATE.*."+name+".>",
 			"$JS.API.CONSUMER.DELETE.*."+name, "$JS.API.CONSUMER.MSG.NEXT.*."+name)
 	}
+	if r == RoleDispatch {
+		p.Publish = append(p.Publish, "key.*")
+	} else {
+		p.Never = append(p.Never,
+			"$JS.API.STREAM.MSG.GET."+keys, "$JS.API.DIRECT.GET."+keys, "$JS.API.DIRECT.GET."+keys+".>",
+			"$JS.API.CONSUMER.CREATE."+keys+".>", "$JS.API.CONSUMER.MSG.NEXT."+keys+".>")
+	}
 	for _, k := range writes[r] {
 		p.Publish = append(p.Publish, "ev.*.*."+string(k)+".*")
 	}

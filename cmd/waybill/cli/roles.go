@@ -299,7 +299,7 @@ func (g *gateway) addDispatch(ctx context.Context, _ net.Listener) error {
 	if err != nil {
 		return err
 	}
-	stateKey, err := g.stateKey()
+	stateKey, err := g.stateKey(ctx, l)
 	if err != nil {
 		return err
 	}
@@ -478,8 +478,11 @@ func (g *gateway) addEdge(ctx context.Context, ln net.Listener) error {
 // stateKey is the key that seals what clients bring back to calls that asked for
 // input. It is kept, so that a client that comes back after a restart is told
 // what became of its call, and not that it made something up.
-func (g *gateway) stateKey() ([]byte, error) {
+func (g *gateway) stateKey(ctx context.Context, l *bus.Log) ([]byte, error) {
 	const size = 32
+	if g.c.Bus.URL != "" {
+		return l.Key(ctx, "state", size) // the same for all replicas
+	}
 	file := filepath.Join(g.c.Data, "state.key")
 	b, err := os.ReadFile(file)
 	switch {
