@@ -212,11 +212,7 @@ func New(opt Options) (*Dispatcher, error) {
 	d.sessions = newSessions(opt, d.name)
 	opt.sessions, d.opt.sessions = d.sessions, d.sessions
 	var err error
-	owner := d.name
-	if opt.Owners != nil {
-		owner = opt.Owners.Name() // to which a retry is handed that another gets
-	}
-	if opt.parking, err = newParking(opt, owner); err != nil {
+	if opt.parking, err = newParking(opt, d.name); err != nil {
 		return nil, fmt.Errorf("dispatch: %w", err)
 	}
 	for _, s := range opt.Servers {

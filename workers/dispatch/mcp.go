@@ -166,12 +166,8 @@ func openMCP(s Server, opt Options) (Connection, error) {
 	}
 	var end context.CancelFunc
 	m.life, end = context.WithCancel(context.Background())
-	return Connection{Call: m.call, Close: func() { end(); m.transport.CloseIdleConnections() }, Owner: m.owner, mcp: m}, nil
+	return Connection{Call: m.call, Close: func() { end(); m.transport.CloseIdleConnections() }, mcp: m}, nil
 }
-
-// owner is [Connection.Owner]: a retry goes on with an exchange that one process
-// holds.
-func (m *mcpServer) owner(c Call) (key, owner string) { return "", m.parking.ownerOf(c) }
 
 // ours tells whether the gateway itself decides on a header.
 func ours(name string) bool {

@@ -97,28 +97,6 @@ func (p *parking) get(id string) *errand {
 	return p.of[id]
 }
 
-// ownerOf is the process that holds the exchange which a call goes on with, "" for
-// any other call.
-func (p *parking) ownerOf(c Call) string {
-	if !mayAsk[c.Requested.Method] || !bytes.Contains(c.Body, []byte(statePrefix)) {
-		return ""
-	}
-	body, _, err := mcpBody(c)
-	if err != nil {
-		return "" // who carries it out says so
-	}
-	msg, err := jsonrpc.Decode(body, jsonrpc.Limits{Bytes: len(body)})
-	if err != nil {
-		return ""
-	}
-	text, _ := msg.Params().Get("requestState").Text()
-	st, err := p.open(text, bind(c, msg), p.now())
-	if err != nil || st.Again {
-		return ""
-	}
-	return st.Owner
-}
-
 // query is something that a server asks of the client.
 type query struct {
 	key    string
