@@ -212,7 +212,11 @@ func New(opt Options) (*Dispatcher, error) {
 	d.sessions = newSessions(opt, d.name)
 	opt.sessions, d.opt.sessions = d.sessions, d.sessions
 	var err error
-	if opt.parking, err = newParking(opt, d.name); err != nil {
+	parker := d.name
+	if opt.Owners != nil {
+		parker = opt.Owners.Name() // others find it by that
+	}
+	if opt.parking, err = newParking(opt, parker); err != nil {
 		return nil, fmt.Errorf("dispatch: %w", err)
 	}
 	for _, s := range opt.Servers {

@@ -93,6 +93,7 @@ type mcpServer struct {
 	header    http.Header // the same for every request; never modified
 	transport *http.Transport
 	maxAnswer int64
+	held      bool // its sessions are in this process of the gateway, and end with it
 	eras      eras
 	life      context.Context // ends with the connection
 	log       *slog.Logger
@@ -166,7 +167,7 @@ func openMCP(s Server, opt Options) (Connection, error) {
 	}
 	var end context.CancelFunc
 	m.life, end = context.WithCancel(context.Background())
-	return Connection{Call: m.call, Close: func() { end(); m.transport.CloseIdleConnections() }, mcp: m}, nil
+	return Connection{Call: m.call, Close: func() { end(); m.transport.CloseIdleConnections() }, Owner: m.ownerOf, mcp: m}, nil
 }
 
 // ours tells whether the gateway itself decides on a header.

@@ -1,6 +1,7 @@
 package dispatch
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"time"
 
 	"waybill.dev/schemas"
+	"waybill.dev/schemas/jsonrpc"
 )
 
 // Owners says which process holds what only one can: the stream of a session at
@@ -57,9 +59,12 @@ func (r *run) handOver(ctx context.Context) error {
 	if o == nil || r.up.owner == nil || r.handed {
 		return nil
 	}
-	body, err := r.body(ctx)
-	if err != nil {
-		return nil // who carries it out will find that too
+	body := r.e.Body
+	if !legacy(r.a.Revision) { // whose body says nothing of an owner
+		var err error
+		if body, err = r.body(ctx); err != nil {
+			return nil // who carries it out will find that too
+		}
 	}
 	nobody := func() {}
 	key, owner := r.up.owner(Call{
@@ -68,6 +73,7 @@ func (r *run) handOver(ctx context.Context) error {
 	})
 	for {
 		if key != "" {
+			var err error
 			if owner, err = r.d.acquire(ctx, key); err != nil {
 				return err
 			}
@@ -274,6 +280,39 @@ func (t *routes) running(key callKey) <-chan struct{} {
 	return nil
 }
 
+// processKeys begin the keys of sessions at servers that are held by a process of
+// the gateway, and end with it.
+const processKeys = "process."
+
+// ownerOf is [Connection.Owner] of an MCP server: a session that a process of the
+// gateway holds is that one's, and so is an exchange that waits for its client's
+// input.
+func (m *mcpServer) ownerOf(c Call) (key, owner string) {
+	if legacy(c.Requested.Revision) {
+		if m.held {
+			key = processKeys + strings.Join([]string{string(c.Event.Tenant), string(c.Event.Session), m.name}, ".")
+		}
+		return key, ""
+	}
+	if m.parking == nil || !mayAsk[c.Requested.Method] || !bytes.Contains(c.Body, []byte(statePrefix)) {
+		return "", ""
+	}
+	body, _, err := mcpBody(c)
+	if err != nil {
+		return "", ""
+	}
+	msg, err := jsonrpc.Decode(body, jsonrpc.Limits{Bytes: len(body)})
+	if err != nil {
+		return "", ""
+	}
+	text, ok := msg.Params().Get("requestState").Text()
+	st, err := m.parking.open(text, bind(c, msg), m.parking.now())
+	if !ok || err != nil || st.Again {
+		return "", "" // for who carries it out to say
+	}
+	return "", st.Owner
+}
+
 // streamKey is what the owner of a session's stream at a server holds: by is who
 // had the server open that session (Connected.By).
 func streamKey(id sessionID, server, by string) string {
@@ -400,6 +439,9 @@ func (d *Dispatcher) takeOver(ctx context.Context, id sessionID, server, by stri
 	u := d.upstreams[server]
 	if u == nil || u.mcp == nil {
 		return fmt.Errorf("no server %s is configured", server)
+	}
+	if u.mcp.held {
+		return nil // it is gone with the process that held it
 	}
 	last, found, err := d.sessions.connected(ctx, id, server)
 	if err != nil || !found || last.By != by {

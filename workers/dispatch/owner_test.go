@@ -1,6 +1,7 @@
 package dispatch
 
 import (
+	"bytes"
 	"context"
 	"net/http"
 	"slices"
@@ -11,6 +12,7 @@ import (
 	"time"
 
 	"waybill.dev/schemas"
+	"waybill.dev/schemas/jsonrpc"
 )
 
 // ledger is who owns what among the processes of a test; what the log's leases
@@ -114,8 +116,8 @@ type replicas struct {
 	a, b   *Dispatcher
 }
 
-func newReplicas(t *testing.T, h http.HandlerFunc) *replicas {
-	r := &replicas{rig: newRig(t, h), ledger: &ledger{}}
+func newReplicas(t *testing.T, h http.HandlerFunc, change ...func(*Options)) *replicas {
+	r := &replicas{rig: newRig(t, h, change...), ledger: &ledger{}}
 	r.opt.Store = r.emit
 	for name, d := range map[string]**Dispatcher{"a": &r.a, "b": &r.b} {
 		r.opt.Owners = holder{r.ledger, name}
@@ -295,6 +297,54 @@ func TestRoutedDeadline(t *testing.T) {
 	r.want("unknown")
 	if atA.n.Load() != 0 {
 		t.Error("a has called too")
+	}
+}
+
+// A client without sessions answers what a server with sessions has asked it, and
+// comes to another dispatcher with that than the one that keeps the exchange.
+func TestParkedElsewhere(t *testing.T) {
+	l := &legacyServer{}
+	l.call = func(w http.ResponseWriter, req *http.Request, m *jsonrpc.Message) {
+		sseHead(w)
+		say(w, `data: {"jsonrpc":"2.0","id":"q1","method":"elicitation/create","params":{"message":"who?","requestedSchema":{"type":"object","properties":{}}}}`)
+		l.await(t, "response", 1)
+		say(w, `data: {"jsonrpc":"2.0","id":%s,"result":{"content":[{"type":"text","text":"done"}]}}`, m.ID().Raw())
+	}
+	r := newReplicas(t, l.ServeHTTP, func(o *Options) { o.Servers[0].Era, o.StateKey = EraLegacy, bytes.Repeat([]byte("k"), stateKeySize) })
+	t.Cleanup(r.http.CloseClientConnections)
+	body := func(more string) string {
+		return `{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"write","arguments":{}` + more + `,"_meta":{"` + metaVersion + `":"2026-07-28","io.modelcontextprotocol/clientCapabilities":{"elicitation":{"form":{}}}}}}`
+	}
+	e := r.method("tools/call", "write", body(""))
+	r.handled(r.give(r.a, e))
+	end := r.ends(e, "completed")
+	m, err := jsonrpc.Decode(end.Body, jsonrpc.Limits{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	state, ok := m.Result().Get("requestState").Text()
+	if !ok {
+		t.Fatalf("%s", end.Body)
+	}
+	asked := ""
+	for name := range m.Result().Get("inputRequests").Members() {
+		asked = name
+	}
+	retry := body(`,"requestState":` + string(jsonrpc.Quote(state)) + `,"inputResponses":{` + string(jsonrpc.Quote(asked)) + `:{"action":"accept","content":{}}}`)
+	e = r.method("tools/call", "write", retry)
+	r.handled(r.give(r.b, e))
+	if end := r.ends(e, "completed"); !strings.Contains(string(end.Body), "done") {
+		t.Errorf("%s", end.Body)
+	}
+	if n := len(r.log.of(schemas.KindRouted)); n != 2 || l.opened != 1 {
+		t.Errorf("%d routed events, %d sessions at the server", n, l.opened)
+	}
+	// After a's death nobody has the exchange, and that is said.
+	r.ledger.die("a")
+	e = r.method("tools/call", "write", retry)
+	r.handled(r.give(r.b, e))
+	if end := r.ends(e, "completed"); end.Data.(*schemas.Completed).ErrorCode == 0 {
+		t.Errorf("%s", end.Body)
 	}
 }
 

@@ -808,6 +808,9 @@ func (s *session) end() {
 	case <-s.ready:
 		if s.fault == nil {
 			s.t.disown(streamKey(s.id, s.m.name, s.openedBy))
+			if s.m.held {
+				s.t.disown(processKeys + strings.Join([]string{string(s.id.tenant), string(s.id.key), s.m.name}, "."))
+			}
 			s.t.delete(s.m, s.upstream, s.revision)
 		}
 	default: // see done
