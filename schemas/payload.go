@@ -209,7 +209,8 @@ type Connected struct {
 // any. Body: its request, verbatim.
 type Asked struct {
 	Target        // Method: what it asks, sampling/createMessage
-	ID     string `json:"id"` // unique within the session, by whoever heard it
+	ID     string `json:"id"`              // unique within the session, by whoever heard it
+	Event  string `json:"event,omitempty"` // its id in the server's stream, outside of calls: what comes after it can be asked for
 }
 
 // Answered is the agent's answer to Asked of the same ID; the first counts.
@@ -224,7 +225,8 @@ type Answered struct {
 // Notified is a message outside any call. Body: the message.
 type Notified struct {
 	Target
-	ID       string `json:"id"` // unique within the session, by whoever saw it
+	ID       string `json:"id"`              // unique within the session, by whoever saw it
+	Event    string `json:"event,omitempty"` // its id in the server's stream: what comes after it can be asked for
 	ToServer bool   `json:"to_server,omitempty"`
 }
 

@@ -559,6 +559,43 @@ func TestReplicas(t *testing.T) {
 	oneEnding(t, gates[0])
 }
 
+// Each role in processes of its own, of which any may be killed and come back.
+func TestRolesApart(t *testing.T) {
+	addr := gateway.FreeAddr(t)
+	server := gateway.Child(t, "nats", envNATS+"="+addr, envNATSDir+"="+t.TempDir())
+	if _, err := server.Await(t.Context(), "nats listens"); err != nil {
+		t.Fatal(err)
+	}
+	counting := upstream.Start(t)
+	config := gateway.Config(fmt.Sprintf("bus: {url: \"nats://%s\", replicas: 1}\nservers:\n", addr) +
+		gateway.Server("counting", counting.URL, "") +
+		gateway.Server("everything", peers.ServerEverything(t), "") +
+		gateway.Server("conformance", peers.EverythingServer(t, "-stateless=false"), ""))
+	edges := []*gateway.Gateway{gateway.Start(t, config, gateway.Roles("edge")), gateway.Start(t, config, gateway.Roles("edge"))}
+	workers := []*gateway.Gateway{
+		gateway.Start(t, config, gateway.Roles("policy")),
+		gateway.Start(t, config, gateway.Roles("dispatch")), gateway.Start(t, config, gateway.Roles("dispatch")),
+	}
+	tr := &traveller{t: t, gates: edges}
+	tr.all("calm", 3, nil)
+	if t.Failed() {
+		return
+	}
+	tr.rough = true
+	tr.all("killed", 5, func(ctx context.Context, trips func() int64) {
+		for _, g := range append(workers, edges...) {
+			if ctx.Err() != nil {
+				return
+			}
+			g.Kill()
+			g.Restart()
+			at := trips()
+			becomes(within, func() bool { return ctx.Err() != nil || trips() > at })
+		}
+	})
+	oneEnding(t, edges[0])
+}
+
 // oneEnding checks that each call in the log has one ending.
 func oneEnding(t *testing.T, g *gateway.Gateway) {
 	t.Helper()

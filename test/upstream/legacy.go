@@ -18,8 +18,9 @@ import (
 //	notify  sends Args.Progress numbered log messages to the session's GET stream
 //	ask     asks the client by elicitation/create, and answers what it was told
 //
-// It gives no event ids, so that a stream of its own that breaks is lost, and
-// whatever a client can resume is the gateway's doing.
+// The answers' streams have no event ids: one that breaks is lost, and whatever a
+// client can resume is the gateway's doing. The GET stream has some, and begins
+// after the one that is asked for.
 type legacy struct {
 	mu       sync.Mutex
 	sessions map[string]*session
@@ -27,7 +28,8 @@ type legacy struct {
 }
 
 type session struct {
-	out     chan string              // for the GET stream; as long as what a test sends
+	said    []string                 // to the GET stream, all of it; event n is said[n-1]
+	more    chan struct{}            // closed when there is more
 	answers map[string]chan<- string // what the client was asked, by id
 	asked   int
 }
@@ -82,7 +84,7 @@ func (l *legacy) open(w http.ResponseWriter, id json.RawMessage, revision string
 	if l.sessions == nil {
 		l.sessions = map[string]*session{}
 	}
-	l.sessions[name] = &session{out: make(chan string, 1<<12), answers: map[string]chan<- string{}}
+	l.sessions[name] = &session{more: make(chan struct{}), answers: map[string]chan<- string{}}
 	l.opened++
 	l.mu.Unlock()
 	w.Header().Set(headerSession, name)
@@ -100,14 +102,19 @@ func (l *legacy) follow(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusOK)
 	rc := http.NewResponseController(w)
 	_ = rc.Flush()
+	next, _ := strconv.Atoi(r.Header.Get("Last-Event-Id"))
 	for {
-		select {
-		case m := <-s.out:
-			_, err := fmt.Fprintf(w, "data: %s\n\n", m)
-			if err != nil || rc.Flush() != nil {
-				s.out <- m // for the stream after this one
+		l.mu.Lock()
+		said, more := s.said[min(next, len(s.said)):], s.more
+		l.mu.Unlock()
+		for _, m := range said {
+			next++
+			if _, err := fmt.Fprintf(w, "id: %d\ndata: %s\n\n", next, m); err != nil || rc.Flush() != nil {
 				return
 			}
+		}
+		select {
+		case <-more:
 		case <-r.Context().Done():
 			return
 		}
@@ -153,11 +160,19 @@ func (s *session) ask(ctx context.Context, l *legacy, say func(string) error) (s
 }
 
 // notify puts n numbered messages into the GET stream.
-func (s *session) notify(key string, n int, wait time.Duration) {
+func (s *session) notify(l *legacy, key string, n int, wait time.Duration) {
 	for i := range n {
 		<-time.After(wait)
-		s.out <- fmt.Sprintf(`{"jsonrpc":"2.0","method":"notifications/message","params":{"level":"info","data":{"key":%q,"n":%d}}}`, key, i+1)
+		s.say(l, fmt.Sprintf(`{"jsonrpc":"2.0","method":"notifications/message","params":{"level":"info","data":{"key":%q,"n":%d}}}`, key, i+1))
 	}
+}
+
+func (s *session) say(l *legacy, m string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	s.said = append(s.said, m)
+	close(s.more)
+	s.more = make(chan struct{})
 }
 
 // revisions are those of this era, all of which it takes.

@@ -271,7 +271,7 @@ func (s *server) mcp(w http.ResponseWriter, r *http.Request) {
 	wait := time.Duration(args.Wait) * time.Millisecond / time.Duration(args.Progress+1)
 	rc := http.NewResponseController(w)
 	if tool == "notify" {
-		in.notify(args.Key, args.Progress, wait)
+		in.notify(&s.legacy, args.Key, args.Progress, wait)
 		args.Progress = 0
 	}
 	told := ""

@@ -3,9 +3,12 @@ package dispatch
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/cenkalti/backoff/v4"
@@ -40,15 +43,26 @@ func (s *session) number() string {
 	return s.by + "." + strconv.FormatUint(s.numbered, 10)
 }
 
+// numberOf is number for a message of the session's own stream. What has an event
+// ID there is the same whoever hears it, so that the log has it once.
+func (s *session) numberOf(event string, raw []byte) string {
+	if event == "" || s.openedBy == "" {
+		return s.number()
+	}
+	sum := sha256.Sum256(append([]byte(event+"\x00"), raw...))
+	return s.openedBy + "." + hex.EncodeToString(sum[:12])
+}
+
 // ask stores what the server asks of the client: as said within the call of e,
-// or outside of any if e has none. msg must be a request. The error is that of
-// the log, other than that it refuses the event.
-func (s *session) ask(ctx context.Context, e schemas.Event, msg *jsonrpc.Message) error {
+// or outside of any if e has none; then event is its ID in the session's stream,
+// or "". msg must be a request. The error is that of the log, other than that it
+// refuses the event.
+func (s *session) ask(ctx context.Context, e schemas.Event, msg *jsonrpc.Message, event string) error {
 	if s.guest != nil {
 		s.guest.asked(ctx, s, e.Call, msg)
 		return nil
 	}
-	id := s.number()
+	id := s.numberOf(event, msg.Raw())
 	s.mu.Lock()
 	full := len(s.asked) >= maxAsked && !s.giveUp()
 	if !full {
@@ -64,7 +78,7 @@ func (s *session) ask(ctx context.Context, e schemas.Event, msg *jsonrpc.Message
 		return nil
 	}
 	target := schemas.Target{Protocol: "mcp", Server: s.m.name, Method: msg.Method()}
-	err := s.store(ctx, e.Next(&schemas.Asked{Target: target, ID: id}, msg.Raw()))
+	err := s.store(ctx, e.Next(&schemas.Asked{Target: target, ID: id, Event: event}, msg.Raw()))
 	if err == nil {
 		return nil
 	}
@@ -119,16 +133,17 @@ func (s *session) say(raw []byte) error {
 	if err != nil {
 		return err
 	}
-	return s.notify(msg)
+	return s.notify(msg, "")
 }
 
-func (s *session) notify(msg *jsonrpc.Message) error {
+// notify is say; event is the message's ID in the session's stream, or "".
+func (s *session) notify(msg *jsonrpc.Message, event string) error {
 	if s.guest != nil {
 		s.guest.notified(s, msg)
 		return nil
 	}
 	target := schemas.Target{Protocol: "mcp", Server: s.m.name, Method: msg.Method()}
-	err := s.store(s.ctx, s.base.Next(&schemas.Notified{Target: target, ID: s.number()}, msg.Raw()))
+	err := s.store(s.ctx, s.base.Next(&schemas.Notified{Target: target, ID: s.numberOf(event, msg.Raw()), Event: event}, msg.Raw()))
 	if refused(err) {
 		s.log().Error("a message of the server is lost", "method", clip(msg.Method(), maxWords), "error", err)
 		return nil
@@ -212,6 +227,33 @@ func (s *session) bring(e schemas.Event, a *schemas.Answered) {
 			s.log().Error("an answer of the client did not reach the server", "id", a.ID, "seq", e.Seq, "error", err)
 		}
 	})
+}
+
+// lastEvent is the ID of the newest event of the session's stream that the log
+// has, whoever listened then; "" if that is not known.
+func (s *session) lastEvent(ctx context.Context) (string, error) {
+	var last string
+	var seq uint64
+	for _, k := range []schemas.Kind{schemas.KindNotified, schemas.KindAsked} {
+		e, err := s.t.opt.Latest(ctx, s.id.tenant, s.id.key, k)
+		if errors.Is(err, schemas.ErrNotFound) {
+			continue
+		}
+		if err != nil {
+			return "", err
+		}
+		var server, id, event string
+		switch d := e.Data.(type) {
+		case *schemas.Notified:
+			server, id, event = d.Server, d.ID, d.Event
+		case *schemas.Asked:
+			server, id, event = d.Server, d.ID, d.Event
+		}
+		if server == s.m.name && strings.HasPrefix(id, s.openedBy+".") && e.Seq > seq {
+			last, seq = event, e.Seq
+		}
+	}
+	return last, nil
 }
 
 // recently is how long ago an answer may have been given that is brought to the

@@ -365,7 +365,7 @@ func (x *exchange) message(raw []byte) (answer Answer, done bool, err error) {
 		x.s.log().Warn("a request of the server is ignored: it came before the session was open", "method", clip(msg.Method(), maxWords))
 		return Answer{}, false, nil
 	case msg.IsRequest():
-		if err := x.s.ask(x.ctx, x.c.Event, msg); err != nil {
+		if err := x.s.ask(x.ctx, x.c.Event, msg, ""); err != nil {
 			return Answer{}, false, faultf(Broken, "storing what the server asks: %w", err)
 		}
 		return Answer{}, false, nil

@@ -66,6 +66,12 @@ func (l *listener) run(ctx context.Context) bool {
 	t := l.s.t.timing
 	pauses := backoff.NewExponentialBackOff(
 		backoff.WithInitialInterval(t.pause), backoff.WithMultiplier(2), backoff.WithMaxInterval(t.rest), backoff.WithMaxElapsedTime(0))
+	if l.s.openedBy != l.s.by || l.was {
+		// Another may have listened before.
+		if last, err := l.s.lastEvent(ctx); err == nil && last != "" {
+			l.last = last
+		}
+	}
 	for {
 		l.moved = false
 		err := l.once()
@@ -143,6 +149,10 @@ func (l *listener) once() error {
 		id := event.ID != "" && len(event.ID) <= maxEventID && headerValue(event.ID)
 		known := id && s.saw(event.ID) && resumed
 		if len(event.Data) > 0 && (event.Name == "" || event.Name == "message") && !known {
+			eventID := ""
+			if id {
+				eventID = event.ID
+			}
 			msg, err := jsonrpc.Decode(event.Data, jsonrpc.Limits{Bytes: int(s.m.maxAnswer), Depth: answerDepth, AllowCaseVariants: true})
 			switch {
 			case err != nil:
@@ -154,9 +164,9 @@ func (l *listener) once() error {
 					err = errors.New("too many messages cannot be read")
 				}
 			case msg.IsRequest():
-				err = s.ask(s.ctx, s.base, msg)
+				err = s.ask(s.ctx, s.base, msg, eventID)
 			case msg.IsNotification():
-				err = s.notify(msg)
+				err = s.notify(msg, eventID)
 			}
 			if err == nil {
 				err = l.pace.WaitN(l.ctx, min(len(event.Data)+paceMessage, paceBurst))

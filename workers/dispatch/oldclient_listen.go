@@ -306,7 +306,7 @@ func (s *session) overheard(ctx context.Context, h *hearing, raw []byte) error {
 			return err
 		}
 	}
-	if err := s.notify(msg); err != nil {
+	if err := s.notify(msg, ""); err != nil {
 		return err
 	}
 	return s.solo.pace.WaitN(ctx, min(len(raw)+paceMessage, paceBurst))

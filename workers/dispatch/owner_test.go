@@ -411,3 +411,70 @@ func TestOneListener(t *testing.T) {
 	}
 	l.await(t, "DELETE", 1)
 }
+
+// A server asks on its stream, and who listened dies before the client answers,
+// or before it has brought the answer there: who comes after it does, also where
+// it is the same process, started again. And it listens where the other stopped.
+func TestAnswerAfterDeath(t *testing.T) {
+	for _, c := range []string{"answered after the take-over", "answered before", "restarted"} {
+		t.Run(c, func(t *testing.T) {
+			l := &legacyServer{}
+			after := make(chan string, 8)
+			l.get = func(w http.ResponseWriter, req *http.Request) {
+				sseHead(w)
+				last := req.Header.Get("Last-Event-Id")
+				if last == "" {
+					say(w, "id: e1\ndata: "+`{"jsonrpc":"2.0","id":"r1","method":"roots/list"}`)
+				}
+				after <- last
+				<-req.Context().Done()
+			}
+			r := newReplicas(t, l.ServeHTTP)
+			if c == "restarted" {
+				r.opt.Owners = nil
+				r.a = r.fresh()
+			}
+			t.Cleanup(r.http.CloseClientConnections)
+			r.open("s1")
+			e := r.legacy("write")
+			r.handled(r.give(r.a, e))
+			r.ends(e, "completed")
+			asked := r.log.await(t, schemas.KindAsked, 1)[0]
+			<-after
+			p := asked.Data.(*schemas.Asked)
+			if p.Event != "e1" {
+				t.Errorf("%+v", p)
+			}
+			answer := func(hear ...*Dispatcher) {
+				e := r.log.add(asked.Next(&schemas.Answered{Target: p.Target, ID: p.ID}, []byte(`{"jsonrpc":"2.0","id":"`+p.ID+`","result":{"roots":[]}}`)))
+				for _, d := range hear {
+					if err := d.Hear(t.Context(), e, r.emit); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			r.a.Close()
+			r.ledger.die("a")
+			switch c {
+			case "answered before":
+				answer(r.b)
+				r.b.Died(t.Context(), "a")
+			case "answered after the take-over":
+				r.b.Died(t.Context(), "a")
+				if last := <-after; last != "e1" {
+					t.Errorf("listens after %q", last)
+				}
+				answer(r.b)
+			case "restarted":
+				answer(r.fresh())
+			}
+			l.await(t, "response", 1)
+			if got := l.body("response"); got != `{"jsonrpc":"2.0","id":"r1","result":{"roots":[]}}` {
+				t.Error(got)
+			}
+			if n := len(r.log.of(schemas.KindAsked)); n != 1 {
+				t.Errorf("asked %d times", n)
+			}
+		})
+	}
+}
