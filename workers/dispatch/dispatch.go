@@ -55,6 +55,16 @@ type Server struct {
 	URL      string           // MCP: the streamable HTTP endpoint
 	Era      Era              // MCP: of the server; default: found out
 
+	// Command is an MCP server over stdio, instead of a URL: the program, which
+	// is looked for in PATH unless it has a slash, and its arguments. It is
+	// started when it is first needed.
+	Command   []string
+	Env       map[string]string // all that the process sees
+	Dir       string            // where it runs; default where this process does
+	Process   string            // one for each "session" of revisions that have some, the default, or one for the "server"
+	Processes int               // at once, half of them for one tenant; beyond, overloaded; default 64
+	Secrets   []string          // are not logged, whoever says them
+
 	// Header is sent with every request: the operator's own credentials for
 	// this upstream. Headers that the gateway makes itself are refused.
 	Header http.Header
@@ -239,13 +249,15 @@ func New(opt Options) (*Dispatcher, error) {
 	return d, nil
 }
 
-// Close stops listening to sessions and lets go of the pooled connections. It
-// does not wait for calls.
+// Close stops listening to sessions, lets go of the pooled connections, and ends
+// the servers that are processes of this one. It does not wait for calls.
 func (d *Dispatcher) Close() {
 	d.sessions.close()
+	var wg sync.WaitGroup
 	for _, u := range d.order {
-		u.close()
+		wg.Go(u.close)
 	}
+	wg.Wait()
 }
 
 // Handle is the [schemas.Handler] for authorized. It returns nil when the call

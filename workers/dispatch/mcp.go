@@ -78,7 +78,8 @@ const maxResultType = 64
 const linger = 20 * time.Millisecond
 
 // mcpServer calls one MCP server over streamable HTTP, revision 2026-07-28 or,
-// in legacy.go, one with sessions.
+// in legacy.go, one with sessions. What is said in terms of HTTP holds for a
+// server over stdio too: see [stdio].
 //
 // Of the request only the JSON-RPC id is replaced, by the call id as a string,
 // and the name by the server's where a front has given it another;
@@ -90,8 +91,8 @@ type mcpServer struct {
 	sessions  *sessions
 	parking   *parking
 	url       *url.URL
-	header    http.Header // the same for every request; never modified
-	transport *http.Transport
+	header    http.Header       // the same for every request; never modified
+	transport http.RoundTripper // an error of it may be a [*Fault]
 	maxAnswer int64
 	held      bool // its sessions are in this process of the gateway, and end with it
 	eras      eras
@@ -101,6 +102,23 @@ type mcpServer struct {
 
 // openMCP is the kind mcp.
 func openMCP(s Server, opt Options) (Connection, error) {
+	if len(s.Command) > 0 {
+		if s.URL != "" || len(s.Header) > 0 {
+			return Connection{}, errors.New("a command has neither url nor headers")
+		}
+		t, err := openStdio(s, opt)
+		if err != nil {
+			return Connection{}, err
+		}
+		m := &mcpServer{
+			name: s.Name, sessions: opt.sessions, parking: opt.parking, url: &url.URL{Scheme: "stdio", Host: s.Name}, header: http.Header{},
+			transport: t, held: true, maxAnswer: opt.MaxAnswer, log: opt.Log,
+		}
+		m.eras.fixed = s.Era
+		var end context.CancelFunc
+		m.life, end = context.WithCancel(context.Background())
+		return Connection{Call: m.call, Close: func() { end(); t.close() }, Owner: m.ownerOf, mcp: m}, nil
+	}
 	u, err := url.Parse(s.URL)
 	if err != nil {
 		return Connection{}, err
@@ -144,7 +162,7 @@ func openMCP(s Server, opt Options) (Connection, error) {
 	// left out.
 	var http1 http.Protocols
 	http1.SetHTTP1(true)
-	m.transport = &http.Transport{
+	t := &http.Transport{
 		Protocols: &http1,
 		Proxy:     nil, // not from the environment: the operator names the endpoint
 		DialContext: (&net.Dialer{
@@ -165,9 +183,10 @@ func openMCP(s Server, opt Options) (Connection, error) {
 		// No ResponseHeaderTimeout: a call may take long, its deadline is the
 		// bound.
 	}
+	m.transport = t
 	var end context.CancelFunc
 	m.life, end = context.WithCancel(context.Background())
-	return Connection{Call: m.call, Close: func() { end(); m.transport.CloseIdleConnections() }, Owner: m.ownerOf, mcp: m}, nil
+	return Connection{Call: m.call, Close: func() { end(); t.CloseIdleConnections() }, Owner: m.ownerOf, mcp: m}, nil
 }
 
 // ours tells whether the gateway itself decides on a header.
@@ -231,6 +250,9 @@ func (m *mcpServer) send(ctx context.Context, method string, header http.Header,
 		// goroutine of RoundTrip.
 		GotConn: func(httptrace.GotConnInfo) { reached = true; connected() },
 	})))
+	if f := new(Fault); errors.As(err, &f) {
+		return nil, f
+	}
 	if err != nil {
 		// A connection is dialled again after one was had only when nothing
 		// had been written to that.

@@ -689,6 +689,10 @@ func (s *session) header(trace string) http.Header {
 	if trace != "" && headerValue(trace) {
 		h.Set("Traceparent", trace)
 	}
+	if s.m.held {
+		h.Set(headerTenant, string(s.id.tenant))
+		h.Set(headerSession, string(s.id.key))
+	}
 	return h
 }
 

@@ -112,14 +112,53 @@ type ServerConfig struct {
 	Queue      int            `yaml:"queue" json:"queue,omitempty"`                         // calls waiting for their turn; default 256; more are refused
 }
 
-// MCPConfig says how to reach an MCP server.
+// MCPConfig says how to reach an MCP server: at a url, or as a process that is
+// started by command and speaks over its standard input and output.
 type MCPConfig struct {
-	URL     string            `yaml:"url" json:"url"`                   // streamable HTTP endpoint
-	Headers map[string]Secret `yaml:"headers" json:"headers,omitempty"` // sent with every request
+	URL     string            `yaml:"url" json:"url,omitempty"`         // streamable HTTP endpoint; excludes command
+	Headers map[string]Secret `yaml:"headers" json:"headers,omitempty"` // sent with every request; with url
 	Era     string            `yaml:"era" json:"era,omitempty"`         // auto, modern, legacy, client; default auto
-	Command any               `yaml:"command" json:"-"`                 // not built yet
-	Env     any               `yaml:"env" json:"-"`                     // not built yet
+
+	Command   []string            `yaml:"command" json:"command,omitempty"`     // program, looked for in PATH unless it has a slash, and arguments; started when first needed
+	Env       map[string]EnvValue `yaml:"env" json:"env,omitempty"`             // what the process sees beside PATH, HOME, TMPDIR and LANG of the gateway
+	Cwd       string              `yaml:"cwd" json:"cwd,omitempty"`             // where it runs; default the directory of the configuration file
+	Process   string              `yaml:"process" json:"process,omitempty"`     // session, the default: one for each session of revisions that have some; server: one for all
+	Processes int                 `yaml:"processes" json:"processes,omitempty"` // at once, half of them for one tenant; default 64; more are refused
 }
+
+// EnvValue is a value of an environment: a text, or a secret that does not stand
+// in the file.
+type EnvValue struct {
+	Text   string
+	Secret Secret
+	kind   ast.NodeType
+}
+
+// UnmarshalYAML reads either.
+func (v *EnvValue) UnmarshalYAML(n ast.Node) error {
+	switch v.kind = n.Type(); v.kind {
+	case ast.MappingType:
+		return yaml.NodeToValue(n, &v.Secret, yaml.Strict())
+	case ast.IntegerType, ast.FloatType, ast.BoolType:
+		v.Text = n.GetToken().Value // 1.50 is not 1.5
+		return nil
+	}
+	return yaml.NodeToValue(n, &v.Text, yaml.Strict())
+}
+
+func (v EnvValue) secret() bool { return v.kind == ast.MappingType }
+
+// MarshalJSON writes it as the file has it.
+func (v EnvValue) MarshalJSON() ([]byte, error) {
+	if !v.secret() {
+		return json.Marshal(v.Text)
+	}
+	return json.Marshal(v.Secret)
+}
+
+// stdioEnv are the variables of the gateway's own environment that the processes
+// it starts see. Nothing else of it may get there: it holds secrets.
+var stdioEnv = []string{"PATH", "HOME", "TMPDIR", "LANG"}
 
 // OpenAPIConfig says how to reach a REST API, whose operations are the server's
 // tools.
@@ -276,6 +315,12 @@ func parseConfig(b []byte, dir string) (*Config, error) {
 	for _, s := range c.Servers {
 		if s.OpenAPI != nil {
 			s.OpenAPI.Document = c.path(s.OpenAPI.Document)
+		}
+		if m := s.MCP; m != nil && len(m.Command) > 0 {
+			if strings.Contains(m.Command[0], "/") {
+				m.Command[0] = c.path(m.Command[0])
+			}
+			m.Cwd = cmp.Or(c.path(m.Cwd), c.dir)
 		}
 	}
 	return &c, c.check()
@@ -464,9 +509,8 @@ func (c *Config) check() error {
 			bad("%s: mcp and openapi exclude each other", key)
 		}
 		if m := s.MCP; m != nil {
-			notBuilt(key+".mcp.command", m.Command != nil)
-			notBuilt(key+".mcp.env", m.Env != nil)
-			if m.Command == nil {
+			c.checkMCP(key+".mcp", m, bad)
+			if m.Command == nil && m.URL != "" {
 				address(key+".mcp.url", m.URL, "mcp.headers")
 			}
 			headers(key+".mcp.headers", m.Headers)
@@ -523,6 +567,69 @@ func (c *Config) check() error {
 	return together(errs)
 }
 
+// checkMCP finds what is wrong with how an MCP server is to be reached, other than
+// its url and headers themselves.
+func (c *Config) checkMCP(key string, m *MCPConfig, bad func(string, ...any)) {
+	switch {
+	case m.Command == nil && m.URL == "":
+		bad("%s: needs url or command, which say how to reach the server", key)
+	case m.Command != nil && m.URL != "":
+		bad("%s: url and command exclude each other", key)
+	case m.Command == nil:
+		if len(m.Env) > 0 || m.Cwd != "" || m.Process != "" || m.Processes != 0 {
+			bad("%s: env, cwd, process and processes are for a command", key)
+		}
+		return
+	case len(m.Command) == 0 || m.Command[0] == "":
+		bad("%s.command: is empty; it is a list of the program and its arguments", key)
+	}
+	if len(m.Headers) > 0 {
+		bad("%s.headers: are for a url; a command has env", key)
+	}
+	if m.Process != "" && m.Process != "session" && m.Process != "server" {
+		bad("%s.process: %q is neither session nor server", key, m.Process)
+	}
+	if m.Processes < 0 {
+		bad("%s.processes: cannot be negative", key)
+	}
+	for _, name := range slices.Sorted(maps.Keys(m.Env)) {
+		if name == "" || strings.ContainsAny(name, "=\x00") {
+			bad("%s.env: %q is no name of a variable", key, name)
+		}
+		v := m.Env[name]
+		switch {
+		case v.secret() && (v.Secret.Env == "") == (v.Secret.File == ""):
+			bad("%s.env.%s: needs env or file, one of them", key, name)
+		case v.kind == ast.UnknownNodeType, v.kind == ast.NullType:
+			bad("%s.env.%s: has no value; an empty one is \"\"", key, name)
+		case strings.Contains(v.Text, "\x00"):
+			bad("%s.env.%s: a NUL character cannot be passed on", key, name)
+		}
+	}
+}
+
+// environment is what a process of an MCP server sees, and what of it is secret.
+func (m *MCPConfig) environment(getenv func(string) string, secret func(Secret) (string, error)) (env map[string]string, secrets []string, err error) {
+	env = map[string]string{}
+	for _, name := range stdioEnv {
+		if v := getenv(name); v != "" {
+			env[name] = v
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(m.Env)) {
+		v := m.Env[name]
+		env[name] = v.Text
+		if !v.secret() {
+			continue
+		}
+		if env[name], err = secret(v.Secret); err != nil {
+			return nil, nil, fmt.Errorf("env %s: %w", name, err)
+		}
+		secrets = append(secrets, env[name])
+	}
+	return env, secrets, nil
+}
+
 // together is one error of many, each on a line of its own.
 func together(errs []error) error {
 	if len(errs) < 2 {
@@ -541,7 +648,7 @@ func (c *Config) build() error {
 	if _, err := edge.New(edge.Options{Hosts: c.Hosts, Origins: c.Origins}); err != nil {
 		return err
 	}
-	servers, err := c.upstreams(anySecret)
+	servers, err := c.upstreams(noEnv, anySecret)
 	if err != nil {
 		return err
 	}
@@ -611,7 +718,7 @@ func (c *Config) principals() (tokens map[[32]byte]edge.Principal, anonymous *ed
 
 // upstreams are the servers as dispatch takes them. Every kind of upstream
 // stands here.
-func (c *Config) upstreams(secret func(Secret) (string, error)) ([]dispatch.Server, error) {
+func (c *Config) upstreams(getenv func(string) string, secret func(Secret) (string, error)) ([]dispatch.Server, error) {
 	var servers []dispatch.Server
 	for _, s := range c.Servers {
 		up := dispatch.Server{Name: s.Name, Idempotent: s.Idempotent, Tasks: s.Tasks, Concurrency: s.Concurrent, Queue: s.Queue, Deadline: s.Deadline.Duration}
@@ -626,12 +733,17 @@ func (c *Config) upstreams(secret func(Secret) (string, error)) ([]dispatch.Serv
 				}
 			}
 			up.Header, err = header(s.OpenAPI.Headers, secret)
+		case len(s.MCP.Command) > 0:
+			up.Command, up.Dir, up.Process, up.Processes = s.MCP.Command, s.MCP.Cwd, s.MCP.Process, s.MCP.Processes
+			up.Env, up.Secrets, err = s.MCP.environment(getenv, secret)
 		default:
 			up.URL = s.MCP.URL
-			if up.Era, err = dispatch.ParseEra(s.MCP.Era); err != nil {
-				return nil, fmt.Errorf("server %s: era: %w", s.Name, err)
-			}
 			up.Header, err = header(s.MCP.Headers, secret)
+		}
+		if err == nil && s.MCP != nil {
+			if up.Era, err = dispatch.ParseEra(s.MCP.Era); err != nil {
+				err = fmt.Errorf("era: %w", err)
+			}
 		}
 		if err != nil {
 			return nil, fmt.Errorf("server %s: %w", s.Name, err)
@@ -684,6 +796,9 @@ func (c *Config) secret(getenv func(string) string) func(Secret) (string, error)
 		return value, nil
 	}
 }
+
+// noEnv is an environment of nothing.
+func noEnv(string) string { return "" }
 
 // anySecret stands for every secret, user and password included, where they
 // are not read.
@@ -738,7 +853,7 @@ func (c *Config) notes() []string {
 // is the same for many operations is one note.
 func (c *Config) untranslated() []string {
 	const mostNotes, mostNames = 30, 3
-	servers, err := c.upstreams(anySecret)
+	servers, err := c.upstreams(noEnv, anySecret)
 	if err != nil {
 		return []string{err.Error()}
 	}

@@ -87,7 +87,7 @@ func build(c *Config) error {
 	if _, err := edge.New(edge.Options{Hosts: c.Hosts, Origins: c.Origins, Tokens: tokens, Anonymous: anonymous}); err != nil {
 		return err
 	}
-	servers, err := c.upstreams(anySecret)
+	servers, err := c.upstreams(noEnv, anySecret)
 	if err != nil {
 		return err
 	}

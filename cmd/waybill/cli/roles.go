@@ -291,7 +291,7 @@ func (g *gateway) addDispatch(ctx context.Context, _ net.Listener) error {
 	if err != nil {
 		return err
 	}
-	servers, err := g.c.upstreams(g.c.secret(g.env.Getenv))
+	servers, err := g.c.upstreams(g.env.Getenv, g.c.secret(g.env.Getenv))
 	if err != nil {
 		return err
 	}
