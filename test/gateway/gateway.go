@@ -146,6 +146,19 @@ func Server(name, url, more string) string {
 	return fmt.Sprintf("  - {name: %s, mcp: {url: %q}%s}\n", name, url, more)
 }
 
+// Command is a line of `servers:` for a server over stdio. mcp is what else is
+// said of it there.
+func Command(name string, command []string, mcp string) string {
+	b, err := json.Marshal(command) // which is YAML
+	if err != nil {
+		return err.Error() // which is no configuration
+	}
+	if mcp != "" {
+		mcp = ", " + mcp
+	}
+	return fmt.Sprintf("  - {name: %s, mcp: {command: %s%s}}\n", name, b, mcp)
+}
+
 // Start runs a gateway with a configuration (see [Config]) and returns when it
 // is ready.
 func Start(t testing.TB, config string, env ...string) *Gateway {

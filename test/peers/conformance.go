@@ -104,6 +104,13 @@ func ConformanceModern(t *testing.T, url string) {
 	conforms(t, url, modern, requiredModern, modernHeaders...)
 }
 
+// ConformanceModernScored is ConformanceModern without the scenarios for the headers, which a server over stdio does not
+// see: the protocol has them over HTTP only.
+func ConformanceModernScored(t *testing.T, url string) {
+	t.Helper()
+	conforms(t, url, modern, requiredModern)
+}
+
 // ConformanceLegacy demands of an endpoint with the contents of everything-server's sessions ("-stateless=false") that it
 // passes every scenario that revision 2025-11-25 requires. Each is a subtest.
 func ConformanceLegacy(t *testing.T, url string) {

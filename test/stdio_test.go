@@ -1,0 +1,220 @@
+package test
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"waybill.dev/test/gateway"
+	"waybill.dev/test/peers"
+)
+
+// The official peers of the revisions with sessions work with servers over stdio
+// as with those over HTTP: requests of the server, progress, subscriptions,
+// cancellation, streams that are cut.
+func TestLegacyPeersOverStdio(t *testing.T) {
+	g := gateway.Start(t, gateway.Config("servers:\n"+
+		gateway.Command("everything", peers.ServerEverythingCommand(t), "")+
+		gateway.Command("conformance", peers.EverythingCommand(t), "")))
+	if n := len(started(t, g)); n != 0 {
+		t.Errorf("%d processes before anything was called", n)
+	}
+	t.Run("conformance", func(t *testing.T) { peers.ConformanceLegacy(t, g.URL+"/mcp/conformance") })
+	t.Run("server-everything", func(t *testing.T) {
+		peers.ExerciseLegacy(t, peers.Endpoint{URL: g.URL + "/mcp/everything"})
+	})
+	for _, e := range g.Events() {
+		if err := e.Check(); err != nil {
+			t.Error(err)
+		}
+	}
+	// Sessions that were ended have no process; the suite leaves its sessions open.
+	left := func() (n int) {
+		for _, pid := range started(t, g) {
+			if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err == nil && strings.Contains(string(b), "server-everything") {
+				n++
+			}
+		}
+		return n
+	}
+	if !becomes(within, func() bool { return left() == 0 }) {
+		t.Errorf("%d processes are left", left())
+	}
+	if err := g.Stop(); err != nil {
+		t.Errorf("stopping: %v", err)
+	}
+}
+
+// The same for the revision without sessions.
+func TestModernPeersOverStdio(t *testing.T) {
+	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Command("everything", peers.EverythingCommand(t), "")))
+	url := g.URL + "/mcp/everything"
+	t.Run("conformance", func(t *testing.T) { peers.ConformanceModernScored(t, url) })
+	t.Run("inspector", func(t *testing.T) { peers.ExerciseInspector(t, url) })
+	t.Run("typescript", func(t *testing.T) { peers.ExerciseTypeScript(t, url) })
+	t.Run("go", func(t *testing.T) { peers.ExerciseGoSDK(t, url) })
+	if n := len(started(t, g)); n != 1 {
+		t.Errorf("%d processes, want 1", n)
+	}
+	if err := g.Stop(); err != nil {
+		t.Errorf("stopping: %v", err)
+	}
+}
+
+// Servers that people run this way do their work: one for each session, and one
+// for all.
+func TestStdioServers(t *testing.T) {
+	for _, process := range []string{"session", "server"} {
+		t.Run(process, func(t *testing.T) {
+			dir, err := filepath.EvalSymlinks(t.TempDir())
+			if err != nil {
+				t.Fatal(err)
+			}
+			g := gateway.Start(t, gateway.Config("servers:\n"+
+				gateway.Command("files", peers.FilesystemCommand(t, dir), "process: "+process)+
+				gateway.Command("memory", peers.MemoryCommand(t), fmt.Sprintf("process: %s, env: {MEMORY_FILE_PATH: %q}", process, filepath.Join(dir, "memory.jsonl")))))
+			var sessions [2]*peers.LegacySession
+			for i := range sessions {
+				if sessions[i], _, err = peers.OpenLegacy(t.Context(), peers.Endpoint{URL: g.URL + "/mcp"}, "2025-11-25", struct{}{}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			call := func(i int, tool string, args any) string {
+				t.Helper()
+				result, err := sessions[i].Call(t.Context(), "tools/call", map[string]any{"name": tool, "arguments": args})
+				if err != nil {
+					t.Fatal(err)
+				}
+				return string(result)
+			}
+			list, err := sessions[0].Call(t.Context(), "tools/list", nil)
+			if err != nil || !strings.Contains(string(list), `"files__write_file"`) || !strings.Contains(string(list), `"memory__create_entities"`) {
+				t.Errorf("%s %v", list, err)
+			}
+			file := filepath.Join(dir, "a.txt")
+			call(0, "files__write_file", map[string]any{"path": file, "content": "grüße"})
+			if got := call(1, "files__read_text_file", map[string]any{"path": file}); !strings.Contains(got, "grüße") {
+				t.Error(got)
+			}
+			call(0, "memory__create_entities", map[string]any{"entities": []any{map[string]any{"name": "Ada", "entityType": "person", "observations": []string{"counts"}}}})
+			if got := call(1, "memory__search_nodes", map[string]any{"query": "counts"}); !strings.Contains(got, "Ada") {
+				t.Error(got)
+			}
+			if got := call(1, "files__read_text_file", map[string]any{"path": "/etc/passwd"}); !strings.Contains(got, `"isError":true`) {
+				t.Error(got)
+			}
+			if n, want := len(started(t, g)), map[string]int{"session": 4, "server": 2}[process]; n != want {
+				t.Errorf("%d processes, want %d", n, want)
+			}
+			for _, s := range sessions {
+				if _, err := s.Delete(t.Context()); err != nil {
+					t.Error(err)
+				}
+			}
+			if process == "session" && !becomes(within, func() bool { return len(started(t, g)) == 0 }) {
+				t.Errorf("processes are left: %v", started(t, g))
+			}
+		})
+	}
+}
+
+// However the gateway ends, no server outlives it; and its sessions go on with
+// the next one, which starts them again.
+func TestStdioGatewayEnds(t *testing.T) {
+	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Command("everything", peers.ServerEverythingCommand(t), "")))
+	s, _, err := peers.OpenLegacy(t.Context(), peers.Endpoint{URL: g.URL + "/mcp/everything"}, "2025-11-25", struct{}{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, end := range []string{"killed", "stopped", "at last"} {
+		result, err := s.Call(t.Context(), "tools/call", map[string]any{"name": "echo", "arguments": map[string]any{"message": end}})
+		if err != nil || !strings.Contains(string(result), "Echo: "+end) {
+			t.Fatalf("%s: %s %v", end, result, err)
+		}
+		pids := started(t, g)
+		if len(pids) != 1 {
+			t.Fatalf("processes %v, want 1", pids)
+		}
+		switch end {
+		case "killed":
+			g.Kill()
+		default:
+			if err := g.Stop(); err != nil {
+				t.Errorf("stopping: %v", err)
+			}
+		}
+		if !becomes(within, func() bool { return !runs(pids[0]) }) {
+			t.Errorf("a server outlives the gateway that was %s", end)
+		}
+		if end != "at last" {
+			g.Restart()
+		}
+	}
+}
+
+// A server that fails says so where operators look, and to nobody else.
+func TestStdioServerFails(t *testing.T) {
+	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Command("broken", []string{"/bin/sh", "-c", "echo the disk is on fire: $TOKEN >&2; exit 5"}, "env: {TOKEN: {env: STDIO_TOKEN}}")), "STDIO_TOKEN=hunter22")
+	for range 2 {
+		a, err := g.Post(t.Context(), "broken", "tools/list", "", `{"jsonrpc":"2.0","id":1,"method":"tools/list","params":{`+gateway.Meta+`}}`)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if a.Status != 503 || strings.Contains(string(a.Body), "fire") {
+			t.Errorf("%d %s", a.Status, a.Body)
+		}
+	}
+	var details []string
+	for _, e := range g.Events() {
+		b, err := json.Marshal(e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(string(b), "hunter22") {
+			t.Errorf("a secret is in the log: %s", b)
+		}
+		if strings.Contains(string(b), "it exited with code 5; its last words: the disk is on fire: [secret]") {
+			details = append(details, string(b))
+		}
+	}
+	if len(details) != 2 {
+		t.Errorf("%d events say how it ended, want 2", len(details))
+	}
+	if out := g.Output(); strings.Contains(out, "hunter22") || !strings.Contains(out, "the disk is on fire: [secret]") {
+		t.Error(out)
+	}
+}
+
+// started are the processes that the gateway has started.
+func started(t *testing.T, g *gateway.Gateway) (pids []int) {
+	t.Helper()
+	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", g.Pid()))
+	if err != nil || len(threads) == 0 {
+		t.Fatalf("the system does not say what the gateway has started: %v", err)
+	}
+	for _, file := range threads {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			continue // the thread has ended
+		}
+		for _, field := range strings.Fields(string(b)) {
+			pid, err := strconv.Atoi(field)
+			if err != nil {
+				t.Fatal(err)
+			}
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
+// runs tells whether a process runs, and is no zombie.
+func runs(pid int) bool {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	_, state, ok := strings.Cut(string(b), ") ")
+	return err == nil && ok && !strings.HasPrefix(state, "Z")
+}
