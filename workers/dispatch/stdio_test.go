@@ -858,39 +858,40 @@ func TestReadLine(t *testing.T) {
 	}
 }
 
+// stdioStarts is how many processes are started by TestStdioStarts. The variable
+// WAYBILL_TEST_STARTS raises it.
+const stdioStarts = 200
+
 // Many starts leave nothing behind.
 func TestStdioStarts(t *testing.T) {
 	nothingLeft(t)
-	many := 200
+	many := stdioStarts
 	if n, err := strconv.Atoi(os.Getenv("WAYBILL_TEST_STARTS")); err == nil {
 		many = n
 	}
-	r, _, _ := stdioRig(t, "")
-	fds, began := descriptors(t), time.Now()
-	var workers sync.WaitGroup
-	for w := range 4 {
-		workers.Go(func() {
-			for i := range many / 4 {
-				key := fmt.Sprintf("w%d-%d", w, i)
-				r.open(key)
-				e := r.legacy("read", inSession(key))
-				r.handle(e)
-				closed := r.log.add(schemas.Event{Tenant: "acme", Session: schemas.SessionKey(key), Agent: "a1", Data: &schemas.Closed{}})
-				if err := r.d.Closed(t.Context(), closed, r.log.emit); err != nil {
-					t.Error(err)
-				}
-			}
-		})
+	_, s, _ := stdioRig(t, "")
+	s.log = slog.New(slog.DiscardHandler)
+	s.timing.stop, s.timing.term = 10*time.Second, 10*time.Second
+	send := func(method, id, body string) (*http.Response, string) {
+		t.Helper()
+		req, err := http.NewRequestWithContext(t.Context(), method, "stdio://s", strings.NewReader(body))
+		if err != nil {
+			t.Error(err)
+			return nil, ""
+		}
+		req.Header.Set("Mcp-Session-Id", id)
+		resp, err := s.RoundTrip(req)
+		if err != nil {
+			t.Error(err)
+			return nil, ""
+		}
+		defer resp.Body.Close()
+		b, err := io.ReadAll(resp.Body)
+		if err != nil || resp.StatusCode > 299 {
+			t.Errorf("%s: HTTP %d %v", method, resp.StatusCode, err)
+		}
+		return resp, string(b)
 	}
-	workers.Wait()
-	r.d.Close()
-	if n := len(r.log.of(schemas.KindCompleted)); n != many {
-		t.Errorf("%d of %d calls completed", n, many)
-	}
-	if now := descriptors(t); now > fds {
-		t.Errorf("%d descriptors, before there were %d", now, fds)
-	}
-	took := time.Since(began)
 	cpu := func(who int) time.Duration {
 		var u syscall.Rusage
 		if err := syscall.Getrusage(who, &u); err != nil {
@@ -898,5 +899,37 @@ func TestStdioStarts(t *testing.T) {
 		}
 		return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 	}
-	t.Logf("%d starts in %v, %v each; CPU so far: ours %v, of the processes %v", many, took, took/time.Duration(many), cpu(syscall.RUSAGE_SELF), cpu(syscall.RUSAGE_CHILDREN))
+	fds, began := descriptors(t), time.Now()
+	ours, theirs := cpu(syscall.RUSAGE_SELF), cpu(syscall.RUSAGE_CHILDREN)
+	var workers sync.WaitGroup
+	for range 4 {
+		workers.Go(func() {
+			for range many / 4 {
+				resp, _ := send(http.MethodPost, "", initialize)
+				if resp == nil {
+					return
+				}
+				id := resp.Header.Get("Mcp-Session-Id")
+				send(http.MethodPost, id, `{"jsonrpc":"2.0","method":"notifications/initialized"}`)
+				if _, body := send(http.MethodPost, id, `{"jsonrpc":"2.0","id":"c","method":"tools/call","params":{"name":"read"}}`); !strings.Contains(body, `"pid"`) {
+					t.Error(body)
+				}
+				send(http.MethodDelete, id, "")
+			}
+		})
+	}
+	workers.Wait()
+	s.close()
+	took := time.Since(began)
+	if now := descriptors(t); now > fds {
+		t.Errorf("%d descriptors, before there were %d", now, fds)
+	}
+	s.mu.Lock()
+	if len(s.sessions)+len(s.children)+len(s.ill) > 0 {
+		t.Errorf("%d sessions, %d processes, %d illnesses are remembered", len(s.sessions), len(s.children), len(s.ill))
+	}
+	s.mu.Unlock()
+	n := time.Duration(many)
+	t.Logf("%d starts, a call each: %v each; CPU each: ours %v, of the server's process %v", many,
+		took/n, (cpu(syscall.RUSAGE_SELF)-ours)/n, (cpu(syscall.RUSAGE_CHILDREN)-theirs)/n)
 }
