@@ -300,7 +300,11 @@ func (w *watched) Read(b []byte) (int, error) {
 // message takes one message of a stream, and returns it if it is the answer.
 func (r *relay) message(raw []byte, x *strand) ([]byte, error) {
 	m, err := jsonrpc.Decode(raw, connectAnswerLimits)
-	if err != nil {
+	switch {
+	case err != nil && x.c == nil:
+		r.say("a message of the session's stream is not passed on: %v", err)
+		return nil, nil
+	case err != nil:
 		return nil, fmt.Errorf("%w: %w", errBadAnswer, err)
 	}
 	if m.IsResponse() {

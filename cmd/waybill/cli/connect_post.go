@@ -32,8 +32,9 @@ const (
 // its servers.
 const connectAnswer = 64 << 20
 
-// answerLimits are those of messages that the gateway has decided to pass on.
-var connectAnswerLimits = jsonrpc.Limits{Bytes: connectAnswer, Depth: 1 << 10, AllowCaseVariants: true}
+// connectAnswerLimits are those of messages that the gateway has decided to pass
+// on.
+var connectAnswerLimits = jsonrpc.Limits{Bytes: connectAnswer, Depth: 1 << 20, AllowCaseVariants: true}
 
 // relayTimes are how long a relay waits for what; zero is the default.
 type relayTimes struct {
@@ -160,7 +161,7 @@ func (r *relay) reach(ctx context.Context, until time.Time, h http.Header, body 
 		if resp != nil {
 			_ = resp.Body.Close()
 		}
-		if !r.pause(ctx, wait) {
+		if !r.pauseUntilUp(ctx, wait) {
 			return nil, context.Cause(ctx)
 		}
 	}
@@ -226,6 +227,26 @@ func (r *relay) pause(ctx context.Context, d time.Duration) bool {
 	}
 }
 
+// pauseUntilUp waits too, but no longer than until somebody has reached the
+// gateway again.
+func (r *relay) pauseUntilUp(ctx context.Context, d time.Duration) bool {
+	r.mu.Lock()
+	up := r.up // nil while the gateway answers
+	r.mu.Unlock()
+	if up == nil {
+		return r.pause(ctx, d)
+	}
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-up:
+	case <-t.C:
+	case <-ctx.Done():
+		return false
+	}
+	return true
+}
+
 func (r *relay) now() time.Time { return time.Now() }
 
 // base is the gateway's address as it is shown.
@@ -234,8 +255,10 @@ func (r *relay) base() string { return r.url }
 // unreachable says, once, that the gateway is not there.
 func (r *relay) unreachable(err error) {
 	r.mu.Lock()
-	was := r.down
-	r.down = true
+	was := r.up != nil
+	if !was {
+		r.up = make(chan struct{})
+	}
 	r.mu.Unlock()
 	if !was {
 		r.say("%v; is `waybill up` running? Trying on", err)
@@ -245,10 +268,11 @@ func (r *relay) unreachable(err error) {
 // reached says that it is there again.
 func (r *relay) reached() {
 	r.mu.Lock()
-	was := r.down
-	r.down = false
+	was := r.up
+	r.up = nil
 	r.mu.Unlock()
-	if was {
+	if was != nil {
+		close(was)
 		r.say("the gateway at %s answers", r.base())
 	}
 }

@@ -64,8 +64,8 @@ type relay struct {
 	last     *telling // the latest notification
 	modern   string   // revision of the latest message that named one
 	mirrors  map[string]dispatch.Mirrors
-	used     time.Time // when the gateway was last talked to
-	down     bool      // and it did not answer
+	used     time.Time     // when the gateway was last talked to
+	up       chan struct{} // closed when it answers again; nil: it did
 }
 
 // Causes with which what is under way ends.
@@ -128,7 +128,11 @@ func (r *relay) finish(ctx context.Context, grace time.Duration) {
 		defer close(done)
 		select {
 		case r.lane <- last:
-			<-last.done
+		case <-r.ctx.Done():
+			return
+		}
+		select {
+		case <-last.done:
 		case <-r.ctx.Done():
 			return
 		}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
+	"strings"
 	"time"
 
 	"waybill.dev/schemas/jsonrpc"
@@ -124,7 +125,7 @@ func (c *carried) resume(s *connectSession, x *strand, cut error) ([]byte, error
 		if c.takenBack.Load() {
 			return nil, cut // the gateway ends the stream without an answer
 		}
-		if !r.pause(c.ctx, max(pauses.NextBackOff(), min(x.retry, r.t.resume))) {
+		if !r.pauseUntilUp(c.ctx, max(pauses.NextBackOff(), min(x.retry, r.t.resume))) {
 			return nil, context.Cause(c.ctx)
 		}
 		x.moved = false
@@ -212,7 +213,7 @@ func (r *relay) initialize(ctx context.Context, c *carried, m *jsonrpc.Message, 
 		}
 		if !a.Result().Exists() {
 			text, _ := a.Error().Get("message").Text()
-			r.say("%s has no session for this client: %s", r.url, text)
+			r.say("there is no session to be had at %s: %s. Is that a server or view, and may this agent use it?", r.url, strings.TrimSuffix(text, "."))
 			return nil, answer, nil
 		}
 		s := &connectSession{id: resp.Header.Get("Mcp-Session-Id"), begin: m, kept: map[string]*jsonrpc.Message{}}
@@ -296,7 +297,8 @@ func (r *relay) listen(s *connectSession) {
 				return
 			}
 			if errors.Is(err, errBadAnswer) {
-				r.say("the session's stream: %v", err)
+				r.say("the session's stream: %v", err) // a message that is too large; there is no way past it
+				return
 			}
 			said = ""
 		default:
@@ -322,7 +324,7 @@ func (r *relay) listen(s *connectSession) {
 		if x.moved {
 			pauses.Reset()
 		}
-		if !r.pause(s.ctx, max(pauses.NextBackOff(), min(x.retry, r.t.patience))) {
+		if !r.pauseUntilUp(s.ctx, max(pauses.NextBackOff(), min(x.retry, r.t.patience))) {
 			return
 		}
 	}
