@@ -9,12 +9,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/url"
 	"os"
 	"os/exec"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -363,6 +365,176 @@ func TestConnectKilled(t *testing.T) {
 			t.Errorf("it did not say %q once:\n%s", said, p.errs)
 		}
 	}
+}
+
+// A network that cuts connections at any byte, in the middle of answers, of
+// streams and between them: what a server says is told once and in order, every
+// request has one answer, and nothing is carried out twice. An answer that broke
+// off before there was anything to come back for is unknown, and said to be.
+func TestConnectCuts(t *testing.T) {
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	u := upstream.Start(t)
+	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("counting", u.URL, "")))
+	between := newCutter(t, strings.TrimPrefix(g.URL, "http://"), seed)
+	const clients, calls, messages = 4, 50, 10
+	var all sync.WaitGroup
+	var unknown atomic.Int64
+	for n := range clients {
+		p := pipe(t, between.url+"/mcp/counting")
+		all.Go(func() {
+			key := func(i int) string { return fmt.Sprintf("%d-%d", n, i) }
+			heard, ended := map[string]int{}, map[string]string{}
+			step := func() bool {
+				var m struct {
+					ID     json.RawMessage
+					Method string
+					Params struct {
+						ProgressToken string
+						Progress      int
+						Data          struct {
+							Key string
+							N   int
+						}
+					}
+				}
+				line, ok := "", false
+				select {
+				case line, ok = <-p.lines:
+				case <-time.After(time.Minute):
+				}
+				if !ok || json.Unmarshal([]byte(line), &m) != nil {
+					t.Errorf("client %d: %q", n, line)
+					return false
+				}
+				if m.Method == "" {
+					if ended[string(m.ID)] != "" {
+						t.Errorf("client %d: a second answer: %s", n, line)
+					}
+					ended[string(m.ID)] = line
+					return true
+				}
+				of := m.Params.ProgressToken + m.Params.Data.Key
+				if heard[of]++; heard[of] != m.Params.Progress+m.Params.Data.N {
+					t.Errorf("client %d: message %d is %s", n, heard[of], line)
+					return false
+				}
+				return true
+			}
+			p.say(`{"jsonrpc":"2.0","id":"open","method":"initialize","params":{"protocolVersion":"2025-11-25","capabilities":{},"clientInfo":{"name":"cut","version":"1"}}}`)
+			if !step() || !strings.Contains(ended[`"open"`], `"result"`) {
+				t.Errorf("client %d: %v", n, ended)
+				return
+			}
+			p.say(`{"jsonrpc":"2.0","method":"notifications/initialized"}`)
+			for i := range calls {
+				tool := []string{"count", "notify"}[i%2]
+				p.call(fmt.Sprint(i), tool, upstream.Args{Key: key(i), Progress: messages, Wait: 100}, "")
+				for ended[fmt.Sprint(i)] == "" {
+					if !step() {
+						return
+					}
+				}
+			}
+			done := map[string]bool{}
+			for _, e := range u.Effects() {
+				done[e.Key] = true
+			}
+			for i := range calls {
+				end, known := ended[fmt.Sprint(i)], true
+				if known = strings.Contains(end, "for the 1. time"); !known {
+					unknown.Add(1)
+					if !strings.Contains(end, `"code":"unknown"`) {
+						t.Errorf("client %d: the answer is %s", n, end)
+					}
+				}
+				// What is said on the session's own stream comes whatever became of
+				// the call.
+				for i%2 == 1 && done[key(i)] && heard[key(i)] < messages {
+					if !step() {
+						return
+					}
+				}
+				if known && heard[key(i)] != messages {
+					t.Errorf("client %d: call %d: %d messages", n, i, heard[key(i)])
+				}
+			}
+			if err := p.in.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	counts := map[string]int{}
+	for _, e := range u.Effects() {
+		if counts[e.Key]++; counts[e.Key] > 1 {
+			t.Errorf("%s was carried out %d times", e.Key, counts[e.Key])
+		}
+	}
+	t.Logf("%d cuts, %d of %d calls unknown", between.cuts.Load(), unknown.Load(), clients*calls)
+	if between.cuts.Load() < 100 || unknown.Load() > clients*calls/2 {
+		t.Error("too few cuts, or too many calls unknown")
+	}
+}
+
+// cutNet carries connections to an address and cuts each after some bytes that
+// came back.
+type cutNet struct {
+	url  string
+	cuts atomic.Int64
+}
+
+func newCutter(t *testing.T, to string, seed uint64) *cutNet {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := &cutNet{url: "http://" + ln.Addr().String()}
+	var all sync.WaitGroup
+	var mu sync.Mutex
+	chance, open := rand.New(rand.NewPCG(seed, 7)), map[net.Conn]bool{}
+	all.Go(func() {
+		for {
+			here, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			there, err := net.Dial("tcp", to)
+			if err != nil {
+				_ = here.Close()
+				continue
+			}
+			mu.Lock()
+			most := 100 + chance.Int64N(3000)
+			open[here], open[there] = true, true
+			mu.Unlock()
+			all.Go(func() {
+				_, _ = io.Copy(there, here) // until one of them is closed
+				_ = there.Close()
+			})
+			all.Go(func() {
+				if k, _ := io.CopyN(here, there, most); k == most {
+					n.cuts.Add(1)
+				}
+				_, _ = here.Close(), there.Close()
+				mu.Lock()
+				defer mu.Unlock()
+				delete(open, here)
+				delete(open, there)
+			})
+		}
+	})
+	t.Cleanup(func() {
+		_ = ln.Close()
+		mu.Lock()
+		for c := range open {
+			_ = c.Close()
+		}
+		mu.Unlock()
+		all.Wait()
+	})
+	return n
 }
 
 // Two of them at once, each with a token of its own: neither sees anything of

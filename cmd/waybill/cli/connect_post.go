@@ -265,6 +265,14 @@ func (r *relay) unreachable(err error) {
 	}
 }
 
+// missing says so if that is what an error means. A stream that merely broke is
+// asked for again without a word.
+func (r *relay) missing(err error) {
+	if errors.Is(err, errUnsent) {
+		r.unreachable(err)
+	}
+}
+
 // reached says that it is there again.
 func (r *relay) reached() {
 	r.mu.Lock()

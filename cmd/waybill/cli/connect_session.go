@@ -134,7 +134,7 @@ func (c *carried) resume(s *connectSession, x *strand, cut error) ([]byte, error
 		case err != nil && c.ctx.Err() != nil:
 			return nil, err
 		case err != nil:
-			r.unreachable(err)
+			r.missing(err)
 			err = fmt.Errorf("%w; the rest cannot be asked for: %w", errCut, err)
 		case isStream(resp):
 			var answer []byte
@@ -290,7 +290,7 @@ func (r *relay) listen(s *connectSession) {
 			}
 			return
 		case err != nil:
-			r.unreachable(err)
+			r.missing(err)
 		case isStream(resp):
 			_, err = r.readStream(resp, &x)
 			if s.ctx.Err() != nil {
