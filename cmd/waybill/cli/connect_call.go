@@ -32,8 +32,8 @@ type carried struct {
 
 	gotten    bool          // owned by the relay's mu: from here the gateway may have it
 	sent      chan struct{} // closed when it is written, or has come to an end
-	written   bool
-	takenBack atomic.Bool // the gateway was told so, and need not answer
+	written   bool          // owned by the relay's mu: sent is closed
+	takenBack atomic.Bool   // the gateway was told so, and need not answer
 }
 
 // endless tells whether the request only listens.
@@ -221,7 +221,7 @@ func (c *carried) read(resp *http.Response, x *strand) ([]byte, error) {
 	case err != nil && resp.StatusCode/100 == 2:
 		return nil, fmt.Errorf("%w: %w", errBadAnswer, err)
 	case err != nil || !m.IsResponse():
-		if resp.StatusCode >= 500 {
+		if resp.StatusCode >= 500 || resp.StatusCode == http.StatusRequestTimeout { // of something in between, which may have passed it on
 			return nil, fmt.Errorf("%w: %s", errBadAnswer, reason(resp, body))
 		}
 		return nil, &refusedError{resp.StatusCode, reason(resp, body), nil}
