@@ -25,3 +25,23 @@ func TestNewClientConformance(t *testing.T) {
 		t.Errorf("stopping: %v", err)
 	}
 }
+
+// Clients without sessions before server-everything, by itself and behind the
+// front of all servers.
+func TestNewClientPeers(t *testing.T) {
+	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("everything", peers.ServerEverything(t), "")))
+	t.Run("peers", func(t *testing.T) { // for these run beside each other
+		t.Run("server", func(t *testing.T) { peers.ExerciseModern(t, peers.Endpoint{URL: g.URL + "/mcp/everything"}) })
+		t.Run("all servers", func(t *testing.T) {
+			peers.ExerciseModern(t, peers.Endpoint{URL: g.URL + "/mcp", Prefix: "everything__"})
+		})
+	})
+	for _, e := range g.Events() {
+		if err := e.Check(); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := g.Stop(); err != nil {
+		t.Errorf("stopping: %v", err)
+	}
+}

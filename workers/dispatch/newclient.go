@@ -64,7 +64,8 @@ import (
 // the call, and for one that has not asked for any; list_changed and
 // resources/updated go to subscriptions/listen; notifications/cancelled and
 // notifications/elicitation/complete are left out, since nothing is asked on a
-// stream. What the server asks becomes an answer that asks (parked.go).
+// stream. What the server asks becomes an answer that asks (parked.go), its params as
+// they came, or {} where it gave none.
 //
 // Everything else keeps its bytes.
 

@@ -322,7 +322,7 @@ func TestParked(t *testing.T) {
 	state, keys := r.stateOf(v)
 	if len(keys) != 2 || done.Result != inputRequired || done.Chunks != 1 ||
 		string(v.Get("result", "inputRequests", "elicitation/create-1").Raw()) != `{"method":"elicitation/create","params":{"message":"Who?","requestedSchema":{"type":"object","x":1E400}}}` ||
-		string(v.Get("result", "inputRequests", "roots/list-2").Raw()) != `{"method":"roots/list"}` {
+		string(v.Get("result", "inputRequests", "roots/list-2").Raw()) != `{"method":"roots/list","params":{}}` {
 		t.Fatalf("%+v %s", done, v.Raw())
 	}
 	// The arguments are the same, however they are written.

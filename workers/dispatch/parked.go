@@ -435,10 +435,12 @@ func (e *errand) ask(c Call) (Answer, error) {
 		}
 		b = append(append(b, jsonrpc.Quote(q.key)...), `:{"method":`...)
 		b = append(b, jsonrpc.Quote(q.method)...)
-		if q.params != nil {
-			b = append(append(b, `,"params":`...), q.params...)
+		// There are clients that cannot do without.
+		params := q.params
+		if params == nil {
+			params = []byte("{}")
 		}
-		b = append(b, '}')
+		b = append(append(append(b, `,"params":`...), params...), '}')
 	}
 	b = append(append(b, `},"requestState":`...), jsonrpc.Quote(text)...)
 	b = append(b, e.g.tail()...)
