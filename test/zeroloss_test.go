@@ -2,6 +2,7 @@ package test
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -35,7 +36,8 @@ var update = flag.Bool("update", false, "rewrite the golden sections of testdata
 // bytes that the file marks. rewrites.txt says how the files are read.
 func TestZeroLoss(t *testing.T) {
 	up := newRawServer(t)
-	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Native("raw", up.url(), "")))
+	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Native("raw", up.url(), "")+
+		`  - {name: modern, mcp: {url: "`+up.url()+`", era: modern}}`+"\n"))
 	files, err := filepath.Glob("testdata/zeroloss/*.txt")
 	if err != nil || len(files) == 0 {
 		t.Fatal("no files", err)
@@ -119,8 +121,20 @@ func exchange(t *testing.T, g *gateway.Gateway, up *rawServer, name, request, an
 	answered, wantDown := unmark(answerBody)
 
 	legacy := strings.Contains(head, "$SESSION")
+	stays := answered // what the log is to hold of it
 	if legacy {
-		head = strings.ReplaceAll(head, "$SESSION", openRaw(t, g, up))
+		server := "raw"
+		if strings.Contains(head, "/mcp/modern ") {
+			// What is translated is stored in the client's revision, with the call's id.
+			server = "modern"
+			stays, _ = unmark(mark.ReplaceAllStringFunc(answerBody, func(s string) string {
+				if strings.HasPrefix(s, `⟦"$CALL"→`) {
+					return s
+				}
+				return mark.ReplaceAllString(s, "$2")
+			}))
+		}
+		head = strings.ReplaceAll(head, "$SESSION", openRaw(t, g, up, server))
 	}
 
 	// The upstream keeps what it got and says what the file says.
@@ -161,7 +175,7 @@ func exchange(t *testing.T, g *gateway.Gateway, up *rawServer, name, request, an
 
 	// A stream is compared message by message: its frames are not the messages'.
 	want := strings.ReplaceAll(wantDown, "$CALL", id)
-	said := []string{strings.ReplaceAll(answered, "$CALL", id)} // by the upstream; the last is the answer
+	said := []string{strings.ReplaceAll(stays, "$CALL", id)} // by the upstream; the last is the answer
 	if streamed {
 		said = messages(said[0])
 	}
@@ -218,8 +232,9 @@ const (
 	accepted   = "HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n"
 )
 
-// openRaw opens a session of the revision 2025-11-25 and returns its ID.
-func openRaw(t *testing.T, g *gateway.Gateway, up *rawServer) string {
+// openRaw opens a session of the revision 2025-11-25 at an endpoint and returns
+// its ID. The upstream answers in either era.
+func openRaw(t *testing.T, g *gateway.Gateway, up *rawServer, server string) string {
 	t.Helper()
 	up.serve(func(c net.Conn, r *received) {
 		answer := accepted
@@ -228,11 +243,14 @@ func openRaw(t *testing.T, g *gateway.Gateway, up *rawServer) string {
 			answer = notAllowed
 		case id != nil:
 			result := `{"jsonrpc":"2.0","id":` + string(id[0]) + `,"result":{"protocolVersion":"2025-11-25","capabilities":{},"serverInfo":{"name":"raw","version":"1"}}}`
+			if bytes.Contains(r.body, []byte("server/discover")) {
+				result = `{"jsonrpc":"2.0","id":` + string(id[0]) + `,"result":{"resultType":"complete","supportedVersions":["2026-07-28"],"capabilities":{}}}`
+			}
 			answer = fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nMcp-Session-Id: upstream-session\r\nContent-Length: %d\r\n\r\n%s", len(result), result)
 		}
 		_, _ = io.WriteString(c, answer) // the other end will show
 	})
-	s, _, err := peers.OpenLegacy(t.Context(), peers.Endpoint{URL: g.URL + "/mcp/raw"}, "2025-11-25", struct{}{})
+	s, _, err := peers.OpenLegacy(t.Context(), peers.Endpoint{URL: g.URL + "/mcp/" + server}, "2025-11-25", struct{}{})
 	if err != nil {
 		t.Fatal(err)
 	}
