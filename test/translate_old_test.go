@@ -24,13 +24,14 @@ import (
 
 // Clients with sessions work through the gateway with a server that has none.
 func TestOldClients(t *testing.T) {
-	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("everything", peers.EverythingServer(t), "")+
+	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("everything", peers.EverythingServer(t), "")+gateway.Server("odd", peers.OddServer(t), "")+
 		"views: [{name: few, from: {everything: [test_input_required_result_multi_round, test_x_mcp_header]}}]\n"))
 	t.Run("conformance", func(t *testing.T) { peers.ConformanceLegacyTranslated(t, g.URL+"/mcp/everything") })
 	for _, revision := range []string{"2025-11-25", "2025-06-18", "2025-03-26"} {
 		t.Run(revision, func(t *testing.T) { exerciseOld(t, g.URL+"/mcp/everything", "", revision) })
 	}
 	t.Run("all servers", func(t *testing.T) { exerciseOld(t, g.URL+"/mcp", "everything__", "2025-11-25") })
+	t.Run("by others", func(t *testing.T) { peers.ExerciseTranslated(t, g.URL+"/mcp/everything", g.URL+"/mcp/odd") })
 	t.Run("view", func(t *testing.T) {
 		c := openOld(t, g.URL+"/mcp/few", "2025-11-25")
 		c.text(t, "test_input_required_result_multi_round", nil, "Multi-round complete: Ada likes green")
