@@ -89,6 +89,9 @@ type solo struct {
 	offers  []string // of listenable
 	stream  *hearing // that is open; nil: none
 	mirrors map[string][]mirror
+
+	overlaps int             // streams that were replaced and are heard still
+	fresh    map[string]bool // what was told since the first of them was
 }
 
 // member is a member of an object.

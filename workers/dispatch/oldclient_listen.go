@@ -1,6 +1,7 @@
 package dispatch
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -19,12 +20,17 @@ import (
 // whose answer is a stream. So for each session there is one such stream, of
 // what the server offers and the resources that the client has subscribed to.
 // When these change another takes its place, once the server has acknowledged
-// that; for a moment both are heard. Something may then be told twice, "this
-// list has changed" for one, and nothing is missed.
+// that. For a moment both are heard, so that nothing is missed, and what comes
+// on both is told once: such messages say that something is not any more what
+// it was, and the later of two that are alike says all.
 
-// overlap is how long the stream that was replaced is heard after the server
-// has acknowledged the other: what it said before is on its way.
-const overlap = 100 * time.Millisecond
+const (
+	// overlap is how long the stream that was replaced is heard after the server
+	// has acknowledged the other: what it said before is on its way.
+	overlap = 100 * time.Millisecond
+
+	maxLater = 256 // messages of a stream that was replaced, held until the overlap is over
+)
 
 // hearing is one stream of a session.
 type hearing struct {
@@ -32,6 +38,10 @@ type hearing struct {
 	stop context.CancelFunc
 	ack  chan struct{} // closed when it is acknowledged
 	done chan struct{} // closed when it has ended
+
+	// Guarded by the session's mu.
+	replaced bool     // another has taken its place
+	later    [][]byte // what has come since
 
 	granted map[string]bool // of uris; fixed once ack is closed
 	nothing bool            // nothing at all was granted; likewise
@@ -166,12 +176,52 @@ func (s *session) tune(ctx context.Context) (*hearing, error) {
 // switchTo puts a stream into the place of the one before, which is heard a
 // moment longer.
 func (s *session) switchTo(h *hearing) {
+	g := s.solo
 	s.mu.Lock()
-	was := s.solo.stream
-	s.solo.stream = h
-	s.mu.Unlock()
+	was := g.stream
+	g.stream = h
 	if was != nil {
-		time.AfterFunc(overlap, was.stop)
+		was.replaced = true
+		g.overlaps++
+	}
+	s.mu.Unlock()
+	if was != nil && !s.t.spawn(func() { pause(s.ctx, s.t.timing.overlap); s.replace(was) }) {
+		was.stop()
+	}
+}
+
+// replace ends a stream that was replaced, and tells what came on it alone.
+func (s *session) replace(was *hearing) {
+	was.stop()
+	<-was.done
+	g := s.solo
+	s.mu.Lock()
+	var left [][]byte
+	for _, raw := range was.later {
+		if !g.fresh[string(raw)] {
+			left = append(left, raw)
+			s.freshen(raw) // it may come on the next as well
+		}
+	}
+	was.later = nil
+	if g.overlaps--; g.overlaps == 0 {
+		g.fresh = nil
+	}
+	s.mu.Unlock()
+	for _, raw := range left {
+		if err := s.say(raw); err != nil {
+			s.log().Error("a message of the server is lost", "error", err)
+		}
+	}
+}
+
+// freshen notes a message that has been told while streams overlap. mu is held.
+func (s *session) freshen(raw []byte) {
+	if g := s.solo; g.overlaps > 0 && len(g.fresh) < maxLater {
+		if g.fresh == nil {
+			g.fresh = map[string]bool{}
+		}
+		g.fresh[string(raw)] = true
 	}
 }
 
@@ -306,6 +356,14 @@ func (s *session) overheard(ctx context.Context, h *hearing, raw []byte) error {
 			return err
 		}
 	}
+	s.mu.Lock()
+	if h.replaced && len(h.later) < maxLater {
+		h.later = append(h.later, bytes.Clone(raw))
+		s.mu.Unlock()
+		return nil
+	}
+	s.freshen(raw)
+	s.mu.Unlock()
 	if err := s.notify(msg, ""); err != nil {
 		return err
 	}

@@ -692,6 +692,47 @@ func TestOldClientSubscribes(t *testing.T) {
 	last(`{"toolsListChanged":true}`)
 }
 
+// What is said while one stream takes the place of another is told, be it on
+// the one, the other, or both; what comes on both after the change, once.
+func TestOldClientOverlap(t *testing.T) {
+	p := &plainServer{}
+	r := oldRig(t, p)
+	r.d.sessions.timing.overlap = 2 * time.Second
+	r.ends(r.old("tools/list", "", ""), "completed")
+	p.until("no stream", func() bool { return len(p.streams) == 1 })
+	update := func(uri string) string {
+		return `{"jsonrpc":"2.0","method":"notifications/resources/updated","params":{"uri":"` + uri + `","_meta":{"` + metaSubscription + `":"$ID"}}}`
+	}
+	p.mu.Lock()
+	p.listen = func(w http.ResponseWriter, req *http.Request, m *jsonrpc.Message) {
+		p.say(update("before:1"))
+		p.acknowledge(w, req, m, string(m.Params().Get("notifications").Raw()))
+	}
+	p.mu.Unlock()
+	r.ends(r.old("resources/subscribe", "a:1", `{"uri":"a:1"}`), "completed")
+	s := r.d.sessions.of[sessionID{"acme", "s1"}]["s"]
+	p.until("the other is not there", func() bool { return len(p.streams) == 2 })
+	p.say(update("both:1")) // the streams have changed: the answer says so
+	p.until("the first stays", func() bool { return len(p.streams) == 1 })
+	p.say(update("after:1"))
+	told := map[string]int{}
+	for n := 3; !strings.Contains(fmt.Sprint(told), "after:1"); n++ {
+		clear(told)
+		for _, e := range r.log.await(t, schemas.KindNotified, n) {
+			told[string(e.Body)]++
+		}
+	}
+	for _, uri := range []string{"before:1", "both:1", "after:1"} {
+		if n := told[`{"jsonrpc":"2.0","method":"notifications/resources/updated","params":{"uri":"`+uri+`"}}`]; n != 1 {
+			t.Errorf("%s was told %d times: %v", uri, n, told)
+		}
+	}
+	r.d.Close()
+	if s.solo.overlaps != 0 || s.solo.fresh != nil {
+		t.Errorf("left: %+v", s.solo)
+	}
+}
+
 // A server that offers nothing is not listened to until something is wanted, and
 // one that cannot be is left in peace.
 func TestOldClientDeaf(t *testing.T) {

@@ -69,6 +69,7 @@ type timing struct {
 	retry   time.Duration // the longest that a server may ask for (retry:)
 	front   time.Duration // the first pause before a front listens to a server again; doubles
 	fronts  time.Duration // the longest
+	overlap time.Duration // of a stream that was replaced with the one that has its place
 	gather  time.Duration // more questions of a server, before the client of a later revision is asked
 	park    time.Duration // the life of an exchange that waits for its client to come back
 	idle    time.Duration // of the session of a client that has none of its own
@@ -79,7 +80,7 @@ var defaultTiming = timing{
 	open: 30 * time.Second, cancel: time.Second, delete: 5 * time.Second, answer: 30 * time.Second,
 	store: time.Minute, silence: 10 * time.Second,
 	pause: 100 * time.Millisecond, pauses: 5 * time.Second, rest: 30 * time.Second, retry: 30 * time.Second,
-	front: time.Second, fronts: time.Minute,
+	front: time.Second, fronts: time.Minute, overlap: overlap,
 	gather: 100 * time.Millisecond, park: 10 * time.Minute, idle: 10 * time.Minute,
 	pace: paceRate,
 }
