@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"sync"
@@ -375,5 +376,100 @@ func TestOldClientSurvives(t *testing.T) {
 	}
 	if connected == 0 {
 		t.Error("the log does not know that the session is connected to the server")
+	}
+}
+
+// A gateway that is killed while it waits for the client: of a tool that may have
+// had an effect the outcome is unknown, and it is not called again; a prompt is
+// asked for again, and the client too.
+func TestOldClientAskedAndKilled(t *testing.T) {
+	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("everything", peers.EverythingServer(t), "")))
+	s, _, err := peers.OpenLegacy(t.Context(), peers.Endpoint{URL: g.URL + "/mcp/everything"}, "2025-11-25", map[string]any{"elicitation": struct{}{}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	begin := func(method, name string) (stream *peers.LegacyStream, asked peers.Message) {
+		t.Helper()
+		stream, err := s.Request(t.Context(), method, map[string]any{"name": name})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, asked, err = stream.Message(); err != nil || asked.Method != "elicitation/create" {
+			t.Fatalf("asked %s %v", asked.Method, err)
+		}
+		return stream, asked
+	}
+	tool, _ := begin("tools/call", "test_input_required_result_elicitation")
+	prompt, before := begin("prompts/get", "test_input_required_result_prompt")
+	g.Kill()
+	_, _ = tool.Close(), prompt.Close() // they were cut off
+	g.Restart()
+	again := func(stream *peers.LegacyStream) *peers.LegacyStream {
+		t.Helper()
+		resumed, err := s.Listen(t.Context(), stream.LastID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resumed.ID = stream.ID
+		t.Cleanup(func() { _ = resumed.Close() }) // it has ended
+		return resumed
+	}
+	if answer, err := again(tool).Answer(); err != nil || answer.Error == nil || !strings.Contains(string(answer.Error.Data), `"unknown"`) {
+		t.Errorf("the tool: %+v %v", answer, err)
+	}
+	rest := again(prompt)
+	_, asked, err := rest.Message()
+	if err != nil || asked.Method != "elicitation/create" || string(asked.ID) == string(before.ID) {
+		t.Fatalf("asked again %+v %v", asked, err)
+	}
+	accept := json.RawMessage(`{"action":"accept","content":{"context":"snow"}}`)
+	if status, err := s.Send(t.Context(), peers.Message{ID: asked.ID, Result: accept}); err != nil || status != http.StatusAccepted {
+		t.Fatalf("answering: %d %v", status, err)
+	}
+	if answer, err := rest.Answer(); err != nil || !strings.Contains(string(answer.Result), "Context: snow") {
+		t.Errorf("the prompt: %+v %v", answer, err)
+	}
+}
+
+// A client that takes a call back has its stream closed at the server, which is
+// told so in no other way.
+func TestOldClientCancels(t *testing.T) {
+	begun, left := make(chan struct{}), make(chan struct{})
+	server := mcp.NewServer(&mcp.Implementation{Name: "slow", Version: "1"}, nil)
+	mcp.AddTool(server, &mcp.Tool{Name: "slow"}, func(ctx context.Context, r *mcp.CallToolRequest, _ struct{}) (*mcp.CallToolResult, any, error) {
+		_ = r.Session.NotifyProgress(ctx, &mcp.ProgressNotificationParams{ProgressToken: r.Params.GetProgressToken(), Progress: 1}) // the client's await tells
+		close(begun)
+		<-ctx.Done()
+		close(left)
+		return nil, nil, ctx.Err()
+	})
+	up := httptest.NewServer(mcp.NewStreamableHTTPHandler(func(*http.Request) *mcp.Server { return server },
+		&mcp.StreamableHTTPOptions{Stateless: true, PropagateRequestCancellation: true}))
+	t.Cleanup(func() { up.CloseClientConnections(); up.Close() })
+	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("slow", up.URL, "")))
+	c := openOld(t, g.URL+"/mcp/slow", "2025-11-25")
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() {
+		params := &mcp.CallToolParams{Name: "slow", Arguments: struct{}{}}
+		params.SetProgressToken("p")
+		_, err := c.CallTool(ctx, params)
+		ended <- err
+	}()
+	<-begun
+	c.await(t, "progress p", 1)
+	cancel()
+	if err := <-ended; err == nil {
+		t.Error("the call has an answer")
+	}
+	select {
+	case <-left:
+	case <-time.After(within):
+		t.Error("the server goes on")
+	}
+	if !becomes(within, func() bool {
+		return slices.ContainsFunc(g.Events(), func(e schemas.Event) bool { return e.Kind() == schemas.KindCancelled })
+	}) {
+		t.Error("the call is not cancelled in the log")
 	}
 }
