@@ -419,3 +419,47 @@ func TestTasksOfReplicas(t *testing.T) {
 		t.Errorf("called more than once:\n%s", up.Output())
 	}
 }
+
+// The tasks that revision 2025-11-25 has in its core are between client and server,
+// in the client's session, to which they belong: they pass.
+func TestLegacyTasks(t *testing.T) {
+	g := gateway.Start(t, gateway.Config(`tenants: [{id: acme}]
+agents:
+  - {id: one, tenant: acme, token_sha256: `+fmt.Sprintf("%x", sha256.Sum256([]byte("token one of many")))+`}
+  - {id: two, tenant: acme, token_sha256: `+fmt.Sprintf("%x", sha256.Sum256([]byte("token two of many")))+`}
+servers:
+`+gateway.Server("everything", peers.ServerEverything(t), "")))
+	at := peers.Endpoint{URL: g.URL + "/mcp/everything", Token: "token one of many"}
+	t.Run("through", func(t *testing.T) { peers.ExerciseLegacyTasks(t, at) })
+
+	task := peers.BeginLegacyTask(t, at)
+	g.Kill()
+	g.Restart()
+
+	// Another principal's session is another; that of the task is not there for him.
+	other, _, err := peers.OpenLegacy(t.Context(), peers.Endpoint{URL: at.URL, Token: "token two of many"}, "2025-11-25", struct{}{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, method := range []string{"tasks/get", "tasks/result", "tasks/cancel"} {
+		if result, err := other.Call(t.Context(), method, map[string]any{"taskId": task.Task}); err == nil {
+			t.Errorf("%s by another: %s", method, result)
+		}
+	}
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, at.URL, strings.NewReader(`{"jsonrpc":"2.0","id":1,"method":"tasks/get","params":{"taskId":"`+task.Task+`"}}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, v := range map[string]string{
+		"Content-Type": "application/json", "Accept": "application/json, text/event-stream", "MCP-Protocol-Version": "2025-11-25",
+		"Mcp-Session-Id": task.Session, "Authorization": "Bearer token two of many",
+	} {
+		req.Header.Set(name, v)
+	}
+	if res, err := http.DefaultClient.Do(req); err != nil || res.StatusCode != http.StatusNotFound {
+		t.Errorf("another in the session of the task: %v %v", res, err)
+	} else {
+		res.Body.Close()
+	}
+	peers.EndLegacyTask(t, at, task)
+}

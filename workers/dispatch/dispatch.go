@@ -538,14 +538,28 @@ func (r *run) carry(ctx context.Context) (ending, error) {
 		return r.never(ctx, schemas.FailUnavailable, "no server of this name is configured")
 	}
 
+	return r.byOwner(ctx)
+}
+
+// byOwner makes the call where it can be made: here, or by the process that alone
+// can.
+func (r *run) byOwner(ctx context.Context) (ending, error) {
 	switch err := r.handOver(ctx); {
 	case errors.Is(err, errStopped):
 		return r.stopped(ctx, nil)
 	case err != nil:
 		return ending{}, err
 	}
-
 	return r.inPlace(ctx)
+}
+
+// request is what the server is asked: the request's body or, within a task, what
+// has become of it with the client's answers.
+func (r *run) request(ctx context.Context) ([]byte, error) {
+	if r.task != nil && r.task.body != nil {
+		return r.task.body, nil
+	}
+	return r.body(ctx)
 }
 
 // inPlace makes the call when it has a place at the upstream.
@@ -564,7 +578,7 @@ func (r *run) inPlace(ctx context.Context) (ending, error) {
 
 	// Only now: bodies are held for as many calls as there are places, however
 	// many wait for one.
-	body, err := r.body(ctx)
+	body, err := r.request(ctx)
 	if errors.Is(err, errBody) {
 		return failed(schemas.FailInternal, err.Error()), nil
 	}
@@ -573,9 +587,6 @@ func (r *run) inPlace(ctx context.Context) (ending, error) {
 			return r.stopped(ctx, nil)
 		}
 		return ending{}, err
-	}
-	if r.task != nil && r.task.body != nil {
-		body = r.task.body
 	}
 	return r.call(ctx, body)
 }
@@ -802,7 +813,7 @@ func (r *run) finish(ctx context.Context, end ending) error {
 	ctx, cancel := sure(ctx, r.d.endTime())
 	defer cancel()
 
-	if r.old() {
+	if r.old() || r.mayBeTold() {
 		switch past, err := r.recall(ctx); {
 		case errors.Is(err, errEnded):
 			return r.keep(ctx, past.end, end)

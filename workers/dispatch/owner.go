@@ -62,7 +62,7 @@ func (r *run) handOver(ctx context.Context) error {
 	body := r.e.Body
 	if !legacy(r.a.Revision) { // whose body says nothing of an owner
 		var err error
-		if body, err = r.body(ctx); err != nil {
+		if body, err = r.request(ctx); err != nil {
 			return nil // who carries it out will find that too
 		}
 	}
@@ -123,6 +123,7 @@ func (d *Dispatcher) route(ctx context.Context, r *run, owner string) error {
 	}
 	back, leave := d.routes.wait(r.by)
 	defer leave()
+	defer r.away(ctx)()
 	store, cancel := sure(ctx, d.endTime())
 	_, err := r.emit(store, r.e.Next(&schemas.Routed{To: owner, From: o.Name(), Seq: r.e.Seq, By: r.by}, nil))
 	cancel()

@@ -812,7 +812,9 @@ func (s *session) end() {
 	select {
 	case <-s.ready:
 		if s.fault == nil {
-			s.t.disown(streamKey(s.id, s.m.name, s.openedBy))
+			if s.guest == nil { // a guest's stream has no owner beside this process
+				s.t.disown(streamKey(s.id, s.m.name, s.openedBy))
+			}
 			if s.m.held {
 				s.t.disown(processKeys + strings.Join([]string{string(s.id.tenant), string(s.id.key), s.m.name}, "."))
 			}

@@ -80,6 +80,8 @@ var errCrowded = errors.New("the server has answered with a task, and too many c
 type task struct {
 	mu     sync.Mutex // guards what follows: a timer may make the call a task
 	told   bool       // it is one
+	away   bool       // another process carries the call out, and says what it is
+	due    bool       // it was to become one meanwhile
 	closed bool       // it is none, and will not be: the call is about to end
 	index  int        // of the next tasked event
 	err    error      // the log did not take the first of them
@@ -151,6 +153,33 @@ func (r *run) mayTask(parent context.Context, ctx context.Context) (done func())
 	}
 }
 
+// away leaves it to another process to make the call a task, until back.
+func (r *run) away(ctx context.Context) (back func()) {
+	t := r.task
+	if t == nil {
+		return func() {}
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.away = true
+	return func() {
+		t.mu.Lock()
+		due := t.due
+		t.away, t.due = false, false
+		t.mu.Unlock()
+		if due && ctx.Err() == nil {
+			_, _ = r.tell(ctx, working, nil) // its error is kept
+		}
+	}
+}
+
+// mayBeTold tells whether another run may have made the call a task, of which this
+// one does not know: a run that died, or one that waited for a place. Then the
+// ending is for the task.
+func (r *run) mayBeTold() bool {
+	return r.task != nil && r.up != nil && r.up.tasks(r.a.Name) && !r.task.isTask() && r.d.opt.Now().Sub(r.e.Stored) > r.d.opt.TaskPatience/2
+}
+
 // close says that the call becomes no task any more; it tells whether it is one.
 func (t *task) close() bool {
 	if t == nil {
@@ -176,6 +205,9 @@ func (r *run) tell(ctx context.Context, status string, body []byte) (bool, error
 		return true, nil
 	case t.closed, t.err != nil:
 		return false, t.err
+	case t.away:
+		t.due = true
+		return false, nil
 	case r.d.tasks.open.Add(1) > maxTasks:
 		r.d.tasks.open.Add(-1)
 		return false, nil
@@ -412,7 +444,7 @@ func (r *run) goesOn(ctx context.Context, why error) (ending, error) {
 	if end, err := r.awaitInput(ctx); err != nil || end.data != nil {
 		return end, err
 	}
-	return r.inPlace(ctx)
+	return r.byOwner(ctx)
 }
 
 // awaitInput waits until the client has answered all that the server asks, and

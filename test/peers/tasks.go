@@ -1,0 +1,67 @@
+package peers
+
+import (
+	"encoding/json"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// LegacyTask is a task of revision 2025-11-25 that goes on without its client.
+type LegacyTask struct{ Task, Session string }
+
+func tasksScript(t testing.TB, e Endpoint, step string, of LegacyTask, into any) {
+	t.Helper()
+	args, err := json.Marshal(map[string]any{"url": e.URL, "prefix": e.Prefix, "token": e.Token, "step": step, "task": of.Task, "session": of.Session})
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := NodeScript(t, beside("tasks.mjs"), string(args))
+	if err := json.Unmarshal([]byte(out.Stdout), into); err != nil || out.Exit != 0 {
+		t.Fatalf("tasks.mjs %s: exit %d, %v\n%s%s", step, out.Exit, err, out.Stdout, out.Stderr)
+	}
+}
+
+// ExerciseLegacyTasks has the TypeScript SDK v1 drive the tasks of revision 2025-11-25 that server-everything has: one that
+// asks (tasks/result brings the question), its result twice, a list, a cancel and a task that is not there.
+func ExerciseLegacyTasks(t testing.TB, e Endpoint) {
+	t.Helper()
+	var s struct {
+		Created, Text, Error, Cancelled string
+		Statuses                        []string
+		Elicited                        []struct{ Message, Related string }
+		Again                           struct{ Text, Related string }
+		Listed, Unknown                 int
+	}
+	tasksScript(t, e, "all", LegacyTask{}, &s)
+	if s.Created == "" || s.Error != "" || !slices.Contains(s.Statuses, "working") || !slices.Contains(s.Statuses, "input_required") {
+		t.Errorf("task %q, statuses %v, error %q", s.Created, s.Statuses, s.Error)
+	}
+	if len(s.Elicited) != 1 || s.Elicited[0].Related != s.Created {
+		t.Errorf("asked %+v of task %s", s.Elicited, s.Created)
+	}
+	if !strings.Contains(s.Text, "# Research Report: gateways (") || s.Again.Text != s.Text || s.Again.Related != s.Created {
+		t.Errorf("result %q, again %+v", s.Text, s.Again)
+	}
+	if s.Cancelled != "cancelled" || s.Listed != 2 || s.Unknown != -32602 {
+		t.Errorf("cancelled %q, %d of 2 listed, an unknown one is error %d", s.Cancelled, s.Listed, s.Unknown)
+	}
+}
+
+// BeginLegacyTask begins a task and leaves it, and its session, to themselves.
+func BeginLegacyTask(t testing.TB, e Endpoint) (task LegacyTask) {
+	t.Helper()
+	if tasksScript(t, e, "begin", LegacyTask{}, &task); task.Task == "" || task.Session == "" {
+		t.Fatalf("no task: %+v", task)
+	}
+	return task
+}
+
+// EndLegacyTask comes back for a task's result.
+func EndLegacyTask(t testing.TB, e Endpoint, task LegacyTask) {
+	t.Helper()
+	var s struct{ Status, Text, Related string }
+	if tasksScript(t, e, "end", task, &s); s.Status == "" || !strings.Contains(s.Text, "# Research Report: restarts") || s.Related != task.Task {
+		t.Errorf("task %s: %+v", task.Task, s)
+	}
+}
