@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -594,6 +595,89 @@ func TestRolesApart(t *testing.T) {
 		}
 	})
 	oneEnding(t, edges[0])
+}
+
+// The replica that listens to a server for a session stops, is killed, or stands
+// still and comes back: the other takes over, and the client hears each message
+// once.
+func TestTakeOver(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		leave func(*gateway.Gateway)
+		most  time.Duration
+	}{
+		{"stopped", func(g *gateway.Gateway) { _ = g.Stop() }, 5 * time.Second},
+		{"killed", func(g *gateway.Gateway) { g.Kill() }, 25 * time.Second},
+		{"paused", func(g *gateway.Gateway) { _ = syscall.Kill(g.Pid(), syscall.SIGSTOP) }, 25 * time.Second},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			addr := gateway.FreeAddr(t)
+			server := gateway.Child(t, "nats", envNATS+"="+addr, envNATSDir+"="+t.TempDir())
+			if _, err := server.Await(t.Context(), "nats listens"); err != nil {
+				t.Fatal(err)
+			}
+			u := upstream.Start(t)
+			config := gateway.Config(fmt.Sprintf("bus: {url: \"nats://%s\", replicas: 1}\nservers:\n", addr) + gateway.Server("counting", u.URL, ""))
+			first := gateway.Start(t, config)
+			s, _, err := peers.OpenLegacy(t.Context(), peers.Endpoint{URL: first.URL + "/mcp/counting"}, "2025-11-25", struct{}{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			notify := func(key string, n int) {
+				t.Helper()
+				if _, err := s.Call(t.Context(), "tools/call", map[string]any{"name": "notify", "arguments": upstream.Args{Key: key, Progress: n}}); err != nil {
+					t.Errorf("%s: %v", key, err)
+				}
+			}
+			notify("before", 3)
+			second := gateway.Start(t, config)
+			s.Endpoint.URL = second.URL + "/mcp/counting"
+			stream, err := s.Listen(t.Context(), "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = stream.Close() }()
+			hear := func(key string, n int) {
+				t.Helper()
+				for i := range n {
+					_, m, err := stream.Message()
+					if want := fmt.Sprintf(`"key":%q,"n":%d}`, key, i+1); err != nil || !strings.Contains(string(m.Params), want) {
+						t.Fatalf("heard %s, %v; want %s", m.Params, err, want)
+					}
+				}
+			}
+			hear("before", 3)
+			c.leave(first)
+			at := time.Now()
+			notify("meanwhile", 5)
+			hear("meanwhile", 5)
+			took := time.Since(at)
+			t.Logf("%s: the other listened after %s", c.name, took.Round(10*time.Millisecond))
+			if took > c.most*slowdown {
+				t.Errorf("it took %s", took)
+			}
+			if c.name == "paused" {
+				if err := syscall.Kill(first.Pid(), syscall.SIGCONT); err != nil {
+					t.Fatal(err)
+				}
+				ready := func() bool {
+					a, err := (&http.Client{Timeout: time.Second}).Get(first.Admin + "/readyz")
+					if err != nil {
+						return false
+					}
+					_ = a.Body.Close()
+					return a.StatusCode == http.StatusOK
+				}
+				if !becomes(within, ready) {
+					t.Error("it is not ready again")
+				}
+			}
+			notify("after", 5)
+			hear("after", 5)
+			oneEnding(t, second)
+		})
+	}
 }
 
 // oneEnding checks that each call in the log has one ending.
