@@ -110,12 +110,19 @@ func TestStdioServers(t *testing.T) {
 			if n, want := len(started(t, g)), map[string]int{"session": 4, "server": 2}[process]; n != want {
 				t.Errorf("%d processes, want %d", n, want)
 			}
+			// A client of the revision without sessions has them too.
+			a, err := g.Post(t.Context(), "files", "tools/call", "read_text_file", fmt.Sprintf(
+				`{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"read_text_file","arguments":{"path":%q},%s}}`, file, gateway.Meta))
+			if err != nil || a.Status != 200 || !strings.Contains(string(a.Body), "grüße") {
+				t.Errorf("%d %s %v", a.Status, a.Body, err)
+			}
 			for _, s := range sessions {
 				if _, err := s.Delete(t.Context()); err != nil {
 					t.Error(err)
 				}
 			}
-			if process == "session" && !becomes(within, func() bool { return len(started(t, g)) == 0 }) {
+			// That of the client without a session stays a while.
+			if process == "session" && !becomes(within, func() bool { return len(started(t, g)) == 1 }) {
 				t.Errorf("processes are left: %v", started(t, g))
 			}
 		})

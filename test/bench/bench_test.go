@@ -4,6 +4,7 @@
 package bench
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"fmt"
@@ -34,7 +35,7 @@ const (
 )
 
 func TestMain(m *testing.M) {
-	gateway.Main(m, map[string]func(context.Context) error{"upstream": upstream, "legacy-upstream": legacyUpstream, "proxy": proxy})
+	gateway.Main(m, map[string]func(context.Context) error{"upstream": upstream, "stdio-upstream": stdioUpstream, "legacy-upstream": legacyUpstream, "proxy": proxy})
 }
 
 // listen serves until the context ends.
@@ -77,6 +78,28 @@ func upstream(ctx context.Context) error {
 		w.Header().Set("Content-Type", "application/json")
 		_, _ = fmt.Fprintf(w, `{"jsonrpc":"2.0","id":%s,"result":{"content":[{"type":"text","text":%q}],"resultType":"complete"}}`, id[1], text)
 	}))
+}
+
+// stdioUpstream is the same server over its standard input and output.
+func stdioUpstream(context.Context) error {
+	lines := bufio.NewScanner(os.Stdin)
+	lines.Buffer(nil, 1<<20)
+	for lines.Scan() {
+		body := lines.Bytes()
+		id := idMember.FindSubmatch(body)
+		i := bytes.Index(body, []byte(`"text":"`))
+		switch {
+		case id == nil:
+			return fmt.Errorf("no request: %s", body)
+		case i < 0:
+			fmt.Printf(`{"jsonrpc":"2.0","id":%s,"result":{"resultType":"complete","supportedVersions":["2026-07-28"],"capabilities":{"tools":{}},"ttlMs":0,"cacheScope":"private"}}`+"\n", id[1])
+		default:
+			text := body[i+8:]
+			text = text[:bytes.IndexByte(text, '"')]
+			fmt.Printf(`{"jsonrpc":"2.0","id":%s,"result":{"content":[{"type":"text","text":%q}],"resultType":"complete"}}`+"\n", id[1], text)
+		}
+	}
+	return lines.Err()
 }
 
 // proxy copies bytes to the target and back.
@@ -265,11 +288,13 @@ func BenchmarkCall(b *testing.B) {
 	}
 	g := gateway.Start(b, gateway.Config("servers:\n"+gateway.Server("up", origin, "idempotent: [echo], concurrency: 1024")))
 	gc := gateway.Start(b, gateway.Config("servers:\n"+gateway.Server("up", origin, "concurrency: 1024")))
+	gs := gateway.Start(b, gateway.Config("servers:\n"+gateway.Stdio(b, "up", "stdio-upstream", "idempotent: [echo], concurrency: 1024")))
 	targets := []target{
 		{name: "direct", url: origin},
 		{name: "proxy", url: "http://" + prox, process: px},
 		{name: "gateway", url: g.URL + "/mcp/up", process: g.Process, allocs: func() (float64, float64) { return goMetrics(b, g.Admin) }},
 		{name: "gateway, claimed", url: gc.URL + "/mcp/up", process: gc.Process, allocs: func() (float64, float64) { return goMetrics(b, gc.Admin) }},
+		{name: "gateway, stdio", url: gs.URL + "/mcp/up", process: gs.Process, allocs: func() (float64, float64) { return goMetrics(b, gs.Admin) }},
 	}
 	body := fmt.Sprintf(`{"jsonrpc":"2.0","id":7,"method":"tools/call","params":{"name":"echo","arguments":{"text":%q},%s}}`,
 		strings.Repeat("x", 800), gateway.Meta)

@@ -159,6 +159,19 @@ func Command(name string, command []string, mcp string) string {
 	return fmt.Sprintf("  - {name: %s, mcp: {command: %s%s}}\n", name, b, mcp)
 }
 
+// Stdio is a line of `servers:` for one of Main's children, as a server over stdio.
+func Stdio(t testing.TB, name, child, more string) string {
+	t.Helper()
+	program, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if more != "" {
+		more = ", " + more
+	}
+	return fmt.Sprintf("  - {name: %s, mcp: {command: [%q], env: {%s: %s}}%s}\n", name, program, envChild, child, more)
+}
+
 // Start runs a gateway with a configuration (see [Config]) and returns when it
 // is ready.
 func Start(t testing.TB, config string, env ...string) *Gateway {
