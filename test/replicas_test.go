@@ -17,6 +17,7 @@ import (
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
+	"waybill.dev/bus"
 	"waybill.dev/schemas"
 	"waybill.dev/test/gateway"
 	"waybill.dev/test/peers"
@@ -25,13 +26,13 @@ import (
 
 // cluster is three NATS servers, each a process with a store of its own.
 type cluster struct {
-	t     *testing.T
+	t     testing.TB
 	addrs []string // for clients
 	env   [][]string
 	nodes []*peers.Process
 }
 
-func startCluster(t *testing.T) *cluster {
+func startCluster(t testing.TB) *cluster {
 	t.Helper()
 	c := &cluster{t: t, nodes: make([]*peers.Process, 3)}
 	var routes []string
@@ -708,5 +709,74 @@ func oneEnding(t *testing.T, g *gateway.Gateway) {
 		if n > 1 {
 			t.Errorf("call %s has %d endings", id, n)
 		}
+	}
+}
+
+// What replicas cost: an event stored, and something owned and given up, in one
+// NATS server and in three.
+func BenchmarkCluster(b *testing.B) {
+	for _, replicas := range []int{1, 3} {
+		b.Run(fmt.Sprintf("R%d", replicas), func(b *testing.B) {
+			url := ""
+			if replicas == 3 {
+				url = startCluster(b).url()
+			} else {
+				addr := gateway.FreeAddr(b)
+				p := gateway.Child(b, "nats", envNATS+"="+addr, envNATSDir+"="+b.TempDir())
+				if _, err := p.Await(b.Context(), "nats listens"); err != nil {
+					b.Fatal(err)
+				}
+				url = "nats://" + addr
+			}
+			o := bus.Options{Dial: bus.URL(url, ""), Role: bus.RoleDispatch, Replicas: replicas, Leases: true}
+			if err := bus.Setup(b.Context(), o); err != nil {
+				b.Fatal(err)
+			}
+			l, err := bus.Open(b.Context(), o)
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer l.Close()
+			b.Run("publish", func(b *testing.B) {
+				body := make([]byte, 1024)
+				for b.Loop() {
+					call := schemas.NewCallID(time.Now())
+					e := schemas.Event{Tenant: "acme", Session: "s", Agent: "a", Call: call, Root: call, Data: &schemas.Started{Attempt: 1, By: "me"}, Body: body}
+					if _, err := l.Publish(b.Context(), e); err != nil {
+						b.Fatal(err)
+					}
+				}
+			})
+			b.Run("latest", func(b *testing.B) {
+				for b.Loop() {
+					if _, err := l.Latest(b.Context(), "acme", "s", schemas.KindStarted); err != nil {
+						b.Fatal(err)
+					}
+				}
+			})
+			leases, err := l.Leases(b.Context(), "bench")
+			if err != nil {
+				b.Fatal(err)
+			}
+			ctx, stop := context.WithCancel(b.Context())
+			alive, over := make(chan bool, 8), make(chan error, 1)
+			go func() {
+				over <- leases.Run(ctx, func(up bool) { alive <- up }, func(context.Context, string) {})
+			}()
+			<-alive
+			b.Run("acquire", func(b *testing.B) {
+				n := 0
+				for b.Loop() {
+					n++
+					if _, err := leases.Acquire(b.Context(), fmt.Sprintf("k%d", n)); err != nil {
+						b.Fatal(err)
+					}
+				}
+			})
+			stop()
+			if err := <-over; err != nil {
+				b.Error(err)
+			}
+		})
 	}
 }

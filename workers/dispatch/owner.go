@@ -7,7 +7,10 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"waybill.dev/schemas"
 	"waybill.dev/schemas/jsonrpc"
@@ -413,26 +416,35 @@ func (d *Dispatcher) Died(ctx context.Context, name string) {
 		return
 	}
 	keys := o.Owned(ctx, name)
-	taken := 0
+	var taken atomic.Int64
+	var all errgroup.Group
+	all.SetLimit(takeOvers)
 	for _, key := range keys {
 		rest, ok := strings.CutPrefix(key, streamKeys)
 		part := strings.Split(rest, ".")
 		if !ok || len(part) != 4 || ctx.Err() != nil {
 			continue
 		}
-		owner, err := o.Acquire(ctx, key)
-		if err == nil && owner == o.Name() {
-			taken++
-			err = d.takeOver(ctx, sessionID{schemas.Tenant(part[0]), schemas.SessionKey(part[1])}, part[2], part[3])
-		}
-		if err != nil {
-			d.opt.Log.Warn("a session's stream is not taken over", "key", key, "error", err)
-		}
+		all.Go(func() error {
+			owner, err := o.Acquire(ctx, key)
+			if err == nil && owner == o.Name() {
+				taken.Add(1)
+				err = d.takeOver(ctx, sessionID{schemas.Tenant(part[0]), schemas.SessionKey(part[1])}, part[2], part[3])
+			}
+			if err != nil {
+				d.opt.Log.Warn("a session's stream is not taken over", "key", key, "error", err)
+			}
+			return nil
+		})
 	}
+	_ = all.Wait() // each has said what went wrong
 	if len(keys) > 0 {
-		d.opt.Log.Info("another process is gone", "name", name, "owned", len(keys), "taken_over", taken)
+		d.opt.Log.Info("another process is gone", "name", name, "owned", len(keys), "taken_over", taken.Load())
 	}
 }
+
+// takeOvers is how many sessions are taken over at once.
+const takeOvers = 16
 
 // takeOver goes on with a session at a server, if it is still the one that the
 // client's session has there.
