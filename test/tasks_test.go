@@ -463,3 +463,13 @@ servers:
 	}
 	peers.EndLegacyTask(t, at, task)
 }
+
+// The official client of the extension, in front of servers with it and without.
+func TestTasksClient(t *testing.T) {
+	with, _ := upstream.StartTasks(t, true)
+	without, _ := upstream.StartTasks(t, false)
+	g := gateway.Start(t, gateway.Config("limits: {task_patience: 300ms}\nservers:\n"+
+		gateway.Server("with", with, "")+gateway.Server("without", without, "tasks: ['*']")))
+	t.Run("with", func(t *testing.T) { peers.ExerciseTasks(t, g.URL+"/mcp/with") })
+	t.Run("without", func(t *testing.T) { peers.ExerciseTasks(t, g.URL+"/mcp/without") })
+}

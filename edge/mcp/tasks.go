@@ -206,9 +206,9 @@ func (s *standing) members(a *Adapter, front *schemas.Front, created bool) []byt
 			fail(m.Error().Raw())
 		}
 	}
-	message, _ = s.said.Get("statusMessage").Text()
 	switch d := s.end.Data.(type) {
 	case nil:
+		message, _ = s.said.Get("statusMessage").Text()
 		asks := []byte{'{'}
 		for k, v := range s.asks() {
 			if len(asks) > 1 {
