@@ -98,6 +98,8 @@ func shared(method string) bool {
 var levels = []string{"debug", "info", "notice", "warning", "error", "critical", "alert", "emergency"}
 
 const (
+	maxGuests    = 16              // sessions of one client at one server
+	maxGuest     = 64 << 10        // bytes of what it says of itself and its capabilities
 	maxPending   = 16              // questions asked outside of any call that wait for one
 	handTime     = time.Second     // for a message outside of calls to be taken by one
 	farewellTime = 2 * time.Second // in which the sessions of guests are closed at the end
@@ -400,6 +402,9 @@ func (t *sessions) visit(ctx context.Context, m *mcpServer, c Call, meta jsonrpc
 	if v := meta.Get(metaClient); v.Kind() == jsonrpc.Object {
 		info = bytes.Clone(v.Raw())
 	}
+	if len(caps)+len(info) > maxGuest {
+		return nil, faultf(Invalid, "clientCapabilities and clientInfo have more than %d bytes", maxGuest)
+	}
 	h := sha256.New()
 	put(h, 'c', caps)
 	put(h, 'i', info)
@@ -411,6 +416,10 @@ func (t *sessions) visit(ctx context.Context, m *mcpServer, c Call, meta jsonrpc
 	if s != nil && !s.guest.enter() {
 		t.take(s) // it is being closed
 		s = nil
+	}
+	if s == nil && !t.roomFor(m, id) {
+		t.mu.Unlock()
+		return nil, faultf(Busy, "%d sessions are in use at the server by this client, each with other capabilities", maxGuests)
 	}
 	if s == nil {
 		g := &guest{
@@ -426,13 +435,60 @@ func (t *sessions) visit(ctx context.Context, m *mcpServer, c Call, meta jsonrpc
 		t.wg.Go(func() { t.open(s) })
 	}
 	t.mu.Unlock()
-	g := s.guest
-	s, err := s.wait(ctx)
-	if err != nil {
-		g.leave()
+	if _, err := s.wait(ctx); err != nil {
+		select {
+		case <-s.ready:
+			s.guest.fail(s)
+		default: // it is the caller who leaves
+		}
+		s.guest.leave()
 		return nil, err
 	}
 	return s, nil
+}
+
+// fail says of a session that could not be opened that it is none.
+func (g *guest) fail(s *session) {
+	if s.fault == nil {
+		return
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.gone = g.gone || g.server == nil
+}
+
+// roomFor makes room for one more session of a client at a server, of which each
+// stands for other capabilities or another name: one that nobody is in is
+// closed. mu is held.
+func (t *sessions) roomFor(m *mcpServer, id sessionID) bool {
+	n, spare := 0, (*session)(nil)
+	for _, s := range t.of[id] {
+		if s.m != m || s.guest == nil {
+			continue
+		}
+		n++
+		s.guest.mu.Lock()
+		if s.guest.busy == 0 && !s.guest.gone {
+			spare = s
+		}
+		s.guest.mu.Unlock()
+	}
+	if n < maxGuests {
+		return true
+	}
+	if spare == nil {
+		return false
+	}
+	g := spare.guest
+	g.mu.Lock()
+	g.gone = true
+	g.idle.Stop()
+	g.mu.Unlock()
+	t.take(spare)
+	if !t.closed {
+		t.wg.Go(spare.end)
+	}
+	return true
 }
 
 // visited are the sessions of a client at a server.
@@ -554,6 +610,9 @@ func (g *guest) open(ctx context.Context, s *session) error {
 	defer hangUp()
 	answer, err := s.initialize(inner, c, body, s.say)
 	if err != nil {
+		if f := new(Fault); errors.As(err, &f) && f.Kind == Garbled {
+			g.m.doubt()
+		}
 		return err
 	}
 	if answer.Release != nil {

@@ -771,6 +771,31 @@ func TestGuestSessions(t *testing.T) {
 	}
 }
 
+// A client that says something else of itself each time has so many sessions, and
+// one that could not be opened is none.
+func TestGuestLimit(t *testing.T) {
+	leaks(t)
+	h := &host{}
+	r := newHost(t, h)
+	for i := range maxGuests + 5 {
+		r.answered(r.modern("tools/list", "", fmt.Sprintf(`{"x":%d}`, i), `}}`))
+	}
+	h.await(t, "DELETE", 5)
+	if n := r.d.sessions.count("s"); n != maxGuests {
+		t.Errorf("%d sessions", n)
+	}
+	e := r.modern("tools/list", "", `{"x":"`+strings.Repeat("x", maxGuest)+`"}`, `}}`)
+	r.handle(e)
+	r.ends(e, "invalid")
+	h.init = func(w http.ResponseWriter, m *jsonrpc.Message) bool { http.Error(w, "no", 400); return true }
+	e = r.modern("tools/list", "", `{"y":1}`, `}}`)
+	r.handle(e)
+	r.ends(e, "unavailable")
+	if n := r.d.sessions.count("s"); n >= maxGuests {
+		t.Errorf("%d sessions", n)
+	}
+}
+
 // At most so many wait; what is asked beyond that is refused at the server.
 func TestParkedLimit(t *testing.T) {
 	h := &host{tools: func(v *visit, m *jsonrpc.Message) {
