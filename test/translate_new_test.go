@@ -2,6 +2,7 @@ package test
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"fmt"
 	"io"
 	"net"
@@ -11,8 +12,10 @@ import (
 	"testing"
 
 	"waybill.dev/schemas"
+	"waybill.dev/schemas/jsonrpc"
 	"waybill.dev/test/gateway"
 	"waybill.dev/test/peers"
+	"waybill.dev/test/upstream"
 )
 
 // The suite's client has no sessions, everything-server has: 35 of 37 scenarios
@@ -140,5 +143,86 @@ func TestNewClientZeroLoss(t *testing.T) {
 	})
 	if err := g.Stop(); err != nil {
 		t.Errorf("stopping: %v", err)
+	}
+}
+
+// A gateway that is killed while a call waits for its client has lost it, and says
+// so; the log does not call it a success. With other words than those of the
+// client, or in other hands, what it brings back reaches nobody.
+func TestNewClientRestart(t *testing.T) {
+	up := upstream.Start(t)
+	hash := func(token string) string { return fmt.Sprintf("%x", sha256.Sum256([]byte(token))) }
+	g := gateway.Start(t, gateway.Config(fmt.Sprintf("servers:\n  - {name: up, mcp: {url: %q, era: legacy}}\n", up.URL)+`
+tenants: [{id: acme}]
+agents:
+  - {id: one, tenant: acme, token_sha256: `+hash("one")+`}
+  - {id: two, tenant: acme, token_sha256: `+hash("two")+"}\n"))
+	call := func(token, key, more string) (gateway.Answer, jsonrpc.Value) {
+		t.Helper()
+		body := `{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"ask","arguments":{"key":"` + key + `"},` +
+			strings.Replace(gateway.Meta, `Capabilities":{}`, `Capabilities":{"elicitation":{}}`, 1) + more + `}}`
+		a, err := g.Post(t.Context(), "up", "tools/call", "ask", body, "Authorization: Bearer "+token, "Waybill-Session: s")
+		if err != nil {
+			t.Fatal(err)
+		}
+		m, err := jsonrpc.Decode(a.Body, jsonrpc.Limits{})
+		if err != nil {
+			t.Fatalf("%v: %s", err, a.Body)
+		}
+		return a, m.Root()
+	}
+	ask := func() (session schemas.SessionKey, more string) {
+		t.Helper()
+		a, v := call("one", "k", "")
+		state, ok := v.Get("result", "requestState").Text()
+		if kind, _ := v.Get("result", "resultType").Text(); kind != "input_required" || !ok {
+			t.Fatalf("it does not ask: %s", a.Body)
+		}
+		return schemas.SessionKey(a.Header.Get("Waybill-Session-Key")), `,"inputResponses":{"elicitation/create-1":{"action":"accept","content":{"name":"Ada"}}},"requestState":"` + state + `"`
+	}
+	refused := func(what, token, key, more, words string) {
+		t.Helper()
+		a, v := call(token, key, more)
+		text, _ := v.Get("error", "message").Text()
+		if code, _ := v.Get("error", "code").Int(); code != -32602 || a.Status != 400 || !strings.Contains(text, words) {
+			t.Errorf("%s: HTTP %d %s", what, a.Status, a.Body)
+		}
+	}
+	session, more := ask()
+	refused("another principal", "two", "k", more, "is not valid for this request")
+	refused("other arguments", "one", "l", more, "is not valid for this request")
+	refused("tampered", "one", "k", strings.Replace(more, `"wb1.`, `"wb1.A`, 1), "is not valid for this request")
+	if a, v := call("one", "k", more); !strings.Contains(string(v.Get("result").Raw()), "Ada") {
+		t.Errorf("the answer did not come: %s", a.Body)
+	}
+	refused("again", "one", "k", more, "does not hold the call any more")
+	if n := len(up.Effects()); n != 1 {
+		t.Errorf("%d effects", n)
+	}
+
+	_, more = ask()
+	g.Kill()
+	g.Restart()
+	refused("after a restart", "one", "k", more, "The outcome of that call is unknown")
+	if n := len(up.Effects()); n != 2 {
+		t.Errorf("%d effects", n)
+	}
+	asked := 0
+	for _, e := range g.Session(session) {
+		if err := e.Check(); err != nil {
+			t.Error(err)
+		}
+		if d, ok := e.Data.(*schemas.Completed); ok && d.Result == "input_required" {
+			asked++
+		}
+	}
+	if asked != 2 {
+		t.Errorf("%d calls ended as ones that asked", asked)
+	}
+	if err := g.Stop(); err != nil {
+		t.Errorf("stopping: %v", err)
+	}
+	if n := up.Sessions().Open; n != 1 { // the one that was killed could not close its own
+		t.Errorf("%d sessions are left open at the server", n)
 	}
 }
