@@ -489,6 +489,12 @@ func (tr *traveller) hear(ctx context.Context, s *peers.LegacySession, stream *p
 // to their end.
 func (tr *traveller) all(name string, n int, meanwhile func(ctx context.Context, trips func() int64)) {
 	tr.t.Helper()
+	tr.take(name, n, trips, meanwhile)
+}
+
+// take is all for some of the servers.
+func (tr *traveller) take(name string, n int, trips []trip, meanwhile func(ctx context.Context, trips func() int64)) {
+	tr.t.Helper()
 	var done, failed atomic.Int64
 	next := atomic.Int64{}
 	var clients sync.WaitGroup
@@ -556,6 +562,43 @@ func TestReplicas(t *testing.T) {
 			c.start(node)
 			c.listens(node)
 			c.leader()
+		}
+	})
+	oneEnding(t, gates[0])
+}
+
+// A server over stdio is a child of one of the replicas: what comes to another is
+// carried out there, and when it dies the sessions begin anew elsewhere.
+func TestReplicasStdio(t *testing.T) {
+	addr := gateway.FreeAddr(t)
+	server := gateway.Child(t, "nats", envNATS+"="+addr, envNATSDir+"="+t.TempDir())
+	if _, err := server.Await(t.Context(), "nats listens"); err != nil {
+		t.Fatal(err)
+	}
+	config := gateway.Config(fmt.Sprintf("bus: {url: \"nats://%s\", replicas: 1}\nservers:\n", addr) +
+		gateway.Command("everything", peers.ServerEverythingCommand(t), ""))
+	gates := []*gateway.Gateway{gateway.Start(t, config), gateway.Start(t, config)}
+	tr := &traveller{t: t, gates: gates}
+	tr.take("calm", 6, trips[1:2], nil)
+	if t.Failed() {
+		return
+	}
+	routed := 0
+	for _, e := range gates[0].Events() {
+		if e.Kind() == schemas.KindRouted {
+			routed++
+		}
+	}
+	if routed == 0 {
+		t.Error("no call was handed to the replica that has the process")
+	}
+	tr.rough = true
+	tr.take("killed", 6, trips[1:2], func(ctx context.Context, trips func() int64) {
+		for _, g := range gates {
+			g.Kill()
+			g.Restart()
+			at := trips()
+			becomes(within, func() bool { return ctx.Err() != nil || trips() > at })
 		}
 	})
 	oneEnding(t, gates[0])
