@@ -205,7 +205,7 @@ func (r *runner) handle(ctx context.Context, m jetstream.Msg) {
 		switch {
 		case err == nil:
 			err = m.Ack()
-		case ctx.Err() != nil:
+		case ctx.Err() != nil || errors.Is(err, schemas.ErrGivenBack):
 			err = m.Nak() // shutting down: another takes it now
 		case md.NumDelivered >= deliveries*patience, md.NumDelivered >= deliveries && !passing(err):
 			// A call that was authorized may have been carried out.

@@ -146,6 +146,10 @@ var ErrOverloaded = errors.New("overloaded")
 // while the call goes on: its ending can be read later.
 var ErrDetached = errors.New("the caller has left the call to itself")
 
+// ErrGivenBack is returned by a [Handler] whose process is being stopped, and that
+// has nothing under way that only it can end: the event is for another at once.
+var ErrGivenBack = errors.New("given back")
+
 // ErrNotFound is returned where something of the log is asked for that it does
 // not hold (any more).
 var ErrNotFound = errors.New("not in the log")

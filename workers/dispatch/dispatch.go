@@ -219,6 +219,7 @@ func New(opt Options) (*Dispatcher, error) {
 	// from what it was before a restart: nobody may take a dead claimant's
 	// claim for its own.
 	d.name = opt.Instance + "." + rand.Text()[:13] + "."
+	d.tasks.draining = make(chan struct{})
 	d.sessions = newSessions(opt, d.name)
 	opt.sessions, d.opt.sessions = d.sessions, d.sessions
 	var err error

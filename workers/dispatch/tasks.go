@@ -256,11 +256,17 @@ func (r *run) stands(ctx context.Context, status string, round int, body []byte)
 
 // tasks knows the tasks that run here, for the answers of their clients.
 type tasks struct {
-	open atomic.Int64 // how many calls are tasks
+	draining chan struct{} // closed when the process is being stopped
+	drain    sync.Once
+	open     atomic.Int64 // how many calls are tasks
 
 	mu   sync.Mutex
 	runs map[callKey][]*task
 }
+
+// Drain gives tasks back that others can go on with, while calls that are under
+// way may still end. It may be called more than once.
+func (d *Dispatcher) Drain() { d.tasks.drain.Do(func() { close(d.tasks.draining) }) }
 
 func (s *tasks) enter(e schemas.Event, t *task) (leave func()) {
 	key := callKey{e.Tenant, e.Call}
@@ -469,6 +475,9 @@ func (r *run) awaitInput(ctx context.Context) (ending, error) {
 		case <-t.news:
 		case <-rest:
 			rest = nil
+		case <-r.d.tasks.draining:
+			// Nothing is under way at the server: whoever comes next waits on.
+			return ending{}, schemas.ErrGivenBack
 		case <-ctx.Done():
 			why := context.Cause(ctx)
 			if wish, ok := wishOf(ctx); ok {
@@ -477,7 +486,6 @@ func (r *run) awaitInput(ctx context.Context) (ending, error) {
 			if errors.Is(why, errDeadline) {
 				return failed(schemas.FailUnknown, "the client has not answered what the server asks, and the task's time is over"), nil
 			}
-			// Nothing is under way at the server: whoever comes next waits on.
 			return ending{}, fmt.Errorf("stopped: %w", why)
 		}
 	}
@@ -607,6 +615,10 @@ func (r *run) follow(ctx context.Context) (ending, error) {
 		case <-t.news:
 		case <-wished:
 			wished = nil
+		case <-r.d.tasks.draining:
+			// Another takes over: to ask is a read.
+			timer.Stop()
+			return ending{}, schemas.ErrGivenBack
 		case <-life.Done():
 		}
 		timer.Stop()
@@ -614,7 +626,6 @@ func (r *run) follow(ctx context.Context) (ending, error) {
 			continue
 		}
 		if !errors.Is(context.Cause(life), errDeadline) {
-			// Another takes over: to ask is a read.
 			return ending{}, fmt.Errorf("stopped: %w", context.Cause(life))
 		}
 		ctx, cancel := sure(ctx, r.d.endTime())

@@ -341,6 +341,7 @@ func (g *gateway) addDispatch(ctx context.Context, _ net.Listener) error {
 		part{"dispatch", func(ctx context.Context) error {
 			defer letGo()
 			defer d.Close()
+			defer context.AfterFunc(ctx, d.Drain)()
 			return l.Run(ctx, bus.Work{
 				Name: "dispatch", Kinds: []schemas.Kind{schemas.KindAuthorized}, InFlight: 4096,
 				Drain: g.c.Limits.Drain.Duration, Up: ready.Store,
