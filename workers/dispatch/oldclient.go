@@ -169,10 +169,13 @@ func (t *sessions) solo(ctx context.Context, m *mcpServer, e schemas.Event) (*se
 	for {
 		t.mu.Lock()
 		s := t.of[idOfSession(e)][m.name]
-		var other *session // of the era that the server was of before
-		if s != nil && s.solo == nil {
+		// Of the era that the server was of before, or one that another process
+		// may have had meanwhile (Lapsed).
+		var other *session
+		if s != nil && (s.solo == nil || s.ctx.Err() != nil) {
 			other, s = s, nil
 		}
+		logged := other == nil || other.solo != nil // what the client has set is to be looked for
 		if s == nil {
 			var err error
 			if s, err = t.add(m, e, nil, nil); err != nil {
@@ -180,10 +183,11 @@ func (t *sessions) solo(ctx context.Context, m *mcpServer, e schemas.Event) (*se
 				return nil, err
 			}
 			s.solo = newSolo(t.timing.pace)
-			if other != nil {
+			s.unfollow = s.stop
+			if !logged {
 				other.handOver(s)
 			}
-			t.wg.Go(func() { t.admit(s, other == nil) })
+			t.wg.Go(func() { t.admit(s, logged) })
 		}
 		t.mu.Unlock()
 		if other != nil {
@@ -343,7 +347,7 @@ func (m *mcpServer) welcome(ctx context.Context, c Call) (Answer, error) {
 	s, err := t.add(m, c.Event, nil, nil)
 	if err == nil {
 		s.solo = newSolo(t.timing.pace)
-		s.solo.client = client
+		s.solo.client, s.unfollow = client, s.stop
 	}
 	t.mu.Unlock()
 	if err != nil {

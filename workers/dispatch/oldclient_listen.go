@@ -318,6 +318,9 @@ func (s *session) overheard(ctx context.Context, h *hearing, raw []byte) error {
 	if err != nil {
 		return err // it was decoded before
 	}
+	if o := s.t.opt.Owners; o != nil && !o.Holds() {
+		return errors.New("another may listen by now")
+	}
 	if msg.Method() == acknowledged {
 		select {
 		case <-h.ack:

@@ -733,6 +733,55 @@ func TestOldClientOverlap(t *testing.T) {
 	}
 }
 
+// Of several processes one has the session, whoever is given its calls; when it
+// is gone another goes on with all that the client has set.
+func TestOldClientReplicas(t *testing.T) {
+	p := &plainServer{t: t}
+	r := newReplicas(t, p.ServeHTTP, func(o *Options) { o.Servers[0].Era = EraModern })
+	t.Cleanup(r.http.CloseClientConnections)
+	r.open("s1")
+	give := func(d *Dispatcher, method, name, params string) {
+		t.Helper()
+		e := r.method(method, name, `{"jsonrpc":"2.0", "id": 1,"method":"`+method+`","params":`+params+`}`, inSession("s1"))
+		r.handled(r.give(d, e))
+		if end := r.ends(e, "completed"); end.Data.(*schemas.Completed).ErrorCode != 0 {
+			t.Errorf("%s: %s", method, end.Body)
+		}
+	}
+	sent := func(method, want string) {
+		t.Helper()
+		if got := p.of(method); len(got) == 0 || !strings.Contains(got[len(got)-1], want) {
+			t.Errorf("%s: sent %s, want %s", method, got, want)
+		}
+	}
+	give(r.a, "initialize", "", `{"protocolVersion":"2025-11-25","capabilities":{},"clientInfo":{"name":"c","version":"1"}}`)
+	give(r.b, "logging/setLevel", "", `{"level":"error"}`)
+	give(r.a, "prompts/get", "p", `{"name":"p"}`)
+	sent("prompts/get", `logLevel":"error"`)
+	give(r.b, "resources/subscribe", "a:1", `{"uri":"a:1"}`)
+	give(r.a, "logging/setLevel", "", `{"level":"info"}`)
+	give(r.b, "prompts/get", "p", `{"name":"p"}`)
+	sent("prompts/get", `logLevel":"info"`)
+	p.until("not one stream", func() bool { return len(p.streams) == 1 })
+	// As if the machine that a is on were cut off: it stops first.
+	r.ledger.lapse("a")
+	r.a.Lapsed()
+	p.until("it goes on", func() bool { return len(p.streams) == 0 })
+	r.ledger.die("a")
+	r.b.Died(t.Context(), "a")
+	p.until("nobody listens", func() bool { return len(p.streams) == 1 })
+	sent("subscriptions/listen", `"resourceSubscriptions":["a:1"]`)
+	p.say(`{"jsonrpc":"2.0","method":"notifications/resources/updated","params":{"uri":"a:1","_meta":{"` + metaSubscription + `":"$ID"}}}`)
+	r.log.await(t, schemas.KindNotified, 1)
+	give(r.b, "prompts/get", "p", `{"name":"p"}`)
+	sent("prompts/get", `logLevel":"info"`)
+	closed := r.log.add(schemas.Event{Tenant: "acme", Session: "s1", Agent: "a1", Data: &schemas.Closed{}})
+	if err := r.b.Hear(t.Context(), closed, r.emit); err != nil {
+		t.Fatal(err)
+	}
+	p.until("the stream outlives the session", func() bool { return len(p.streams) == 0 })
+}
+
 // A server that offers nothing is not listened to until something is wanted, and
 // one that cannot be is left in peace.
 func TestOldClientDeaf(t *testing.T) {

@@ -293,7 +293,9 @@ const processKeys = "process."
 // input.
 func (m *mcpServer) ownerOf(c Call) (key, owner string) {
 	if legacy(c.Requested.Revision) {
-		if m.held {
+		// At a server without sessions the session is the gateway's own, and what
+		// the client sets in it is in one process.
+		if m.held || c.Requested.Method != "ping" && m.eraOf(m.life) == EraModern {
 			key = processKeys + strings.Join([]string{string(c.Event.Tenant), string(c.Event.Session), m.name}, ".")
 		}
 		return key, ""
@@ -422,6 +424,14 @@ func (d *Dispatcher) Died(ctx context.Context, name string) {
 	for _, key := range keys {
 		rest, ok := strings.CutPrefix(key, streamKeys)
 		part := strings.Split(rest, ".")
+		if part := strings.Split(strings.TrimPrefix(key, processKeys), "."); !ok && len(part) == 3 && ctx.Err() == nil {
+			// Only the client could go on with it in its place; but where the server
+			// has no sessions, it is listened to from here.
+			if err := d.takeOverSolo(ctx, key, sessionID{schemas.Tenant(part[0]), schemas.SessionKey(part[1])}, part[2]); err != nil {
+				d.opt.Log.Warn("a session at a server without sessions is not taken over", "key", key, "error", err)
+			}
+			continue
+		}
 		if !ok || len(part) != 4 || ctx.Err() != nil {
 			continue
 		}
@@ -465,5 +475,30 @@ func (d *Dispatcher) takeOver(ctx context.Context, id sessionID, server, by stri
 		return err
 	}
 	_, err = d.sessions.get(ctx, u.mcp, schemas.Event{Tenant: id.tenant, Session: id.key, Agent: opened.Agent})
+	return err
+}
+
+// takeOverSolo goes on with a session at a server without sessions: a client may
+// do nothing but listen.
+func (d *Dispatcher) takeOverSolo(ctx context.Context, key string, id sessionID, server string) error {
+	u := d.upstreams[server]
+	if u == nil || u.mcp == nil || u.mcp.held {
+		return nil
+	}
+	last, found, err := d.sessions.connected(ctx, id, server)
+	if err != nil || !found || last.Revision != mcpRevision {
+		return err
+	}
+	if owner, err := d.opt.Owners.Acquire(ctx, key); err != nil || owner != d.opt.Owners.Name() {
+		return err
+	}
+	opened, err := d.opt.Latest(ctx, id.tenant, id.key, schemas.KindOpened)
+	if err != nil {
+		return err
+	}
+	s, err := d.sessions.solo(ctx, u.mcp, schemas.Event{Tenant: id.tenant, Session: id.key, Agent: opened.Agent})
+	if err == nil {
+		s.leave()
+	}
 	return err
 }

@@ -815,7 +815,7 @@ func (s *session) end() {
 			if s.guest == nil { // a guest's stream has no owner beside this process
 				s.t.disown(streamKey(s.id, s.m.name, s.openedBy))
 			}
-			if s.m.held {
+			if s.m.held || s.solo != nil {
 				s.t.disown(processKeys + strings.Join([]string{string(s.id.tenant), string(s.id.key), s.m.name}, "."))
 			}
 			s.t.delete(s.m, s.upstream, s.revision)
