@@ -535,4 +535,3 @@ func (g *guest) elsewhere(s *session, msg *jsonrpc.Message) bool {
 	}
 	return true
 }
-

@@ -80,7 +80,7 @@ var bygone = map[string]bool{
 	"tasks/list": true, "tasks/result": true,
 }
 
-// asking methods may be answered by a question (2026-07-28, basic/patterns/mrtr,
+// mayAsk are the methods that may be answered by a question (2026-07-28, basic/patterns/mrtr,
 // "Supported Requests").
 var mayAsk = map[string]bool{"tools/call": true, "prompts/get": true, "resources/read": true}
 

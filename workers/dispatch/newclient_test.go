@@ -840,3 +840,14 @@ func TestNewClientHeaders(t *testing.T) {
 		t.Errorf("%+v", done)
 	}
 }
+
+// The session of a guest ends with the process, so that no other takes it over.
+func TestGuestIsNotTakenOver(t *testing.T) {
+	h := &host{out: make(chan string)}
+	r := newHost(t, h, func(o *Options) { o.Owners = holder{&ledger{}, "a"} })
+	r.answered(r.modern("tools/list", "", allCaps, `}}`))
+	h.await(t, "GET", 1)
+	if keys := r.opt.Owners.Owned(t.Context(), "a"); len(keys) != 0 {
+		t.Errorf("who takes over finds %v", keys)
+	}
+}

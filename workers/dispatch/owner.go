@@ -342,7 +342,8 @@ func (s *session) own(follow func(context.Context) bool) {
 		}
 		first = false
 	}
-	if o == nil {
+	// A guest's session ends with this process: nobody takes it over.
+	if o == nil || s.guest != nil {
 		learn()
 		follow(s.ctx)
 		return
