@@ -46,6 +46,8 @@
 //  8. uris of resources in results of resources/read, tools/call and
 //     prompts/get, and in notifications/resources/updated: those of the front.
 //
+// Calls that become tasks, and what is changed there, are in tasks.go.
+//
 // What the gateway answers by itself is in failures.go, and what it refuses
 // before it stores anything in check.go.
 //
