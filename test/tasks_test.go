@@ -329,7 +329,7 @@ servers:
 				t.Errorf("%s of another: %s", method, body)
 			}
 		}
-		for _, bad := range []string{call, place, "-", call + "-", call + "-0" + place, call + "-1", "c" + call[1:26] + "0-" + place, strings.Repeat("9", 4000)} {
+		for _, bad := range []string{call, place, "-", call + "-", call + "-0" + place, call + "-1", "c" + call[1:26] + "1-" + place, strings.Repeat("9", 4000)} {
 			if _, body := owner.ask(method, bad, `"taskId":"`+bad+`","inputResponses":{}`); !bytes.Equal(body, unknown) {
 				t.Errorf("%s of %q: %s", method, bad, body)
 			}
