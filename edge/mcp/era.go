@@ -14,6 +14,10 @@ const (
 	revision2025Nov = "2025-11-25"
 	revision2025Jun = "2025-06-18"
 	revision2025Mar = "2025-03-26"
+
+	// revision2024 is served to nobody who asks for it: over HTTP it is another
+	// transport. But a server may know no other, and the client agree.
+	revision2024 = "2024-11-05"
 )
 
 // Revisions are the revisions that are served, the newest first.

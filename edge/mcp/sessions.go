@@ -118,7 +118,7 @@ func (s *lasting) agree(h http.Header) (string, *reply) {
 	case len(values) > 1:
 		return "", badRequest("the MCP-Protocol-Version header is there more than once")
 	case values[0] == s.revision:
-	case !slices.Contains(legacyRevisions(), values[0]):
+	case values[0] != revision2024 && !slices.Contains(legacyRevisions(), values[0]):
 		return "", badRequest("unsupported protocol version " + string(jsonrpc.Quote(short(values[0]))))
 	case s.agreed || values[0] > s.revision:
 		return "", badRequest("the MCP-Protocol-Version header is not the version that the session has agreed on")

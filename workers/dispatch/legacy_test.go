@@ -328,7 +328,7 @@ func TestLegacyOpenFails(t *testing.T) {
 		{"429", text(429, "sorry"), "overloaded", "overloaded", true},
 		{"error", text(200, `{"jsonrpc":"2.0","id":ID,"error":{"code":-32602,"message":"no"}}`), "unavailable", "completed", false},
 		{"garbage", text(200, `<html>`), "unavailable", "bad_answer", true},
-		{"another revision", text(200, `{"jsonrpc":"2.0","id":ID,"result":{"protocolVersion":"2024-11-05"}}`), "unavailable", "bad_answer", true},
+		{"another revision", text(200, `{"jsonrpc":"2.0","id":ID,"result":{"protocolVersion":"2024-10-07"}}`), "unavailable", "bad_answer", true},
 		{"no revision", text(200, `{"jsonrpc":"2.0","id":ID,"result":{}}`), "unavailable", "bad_answer", true},
 		{"too large", text(200, `{"jsonrpc":"2.0","id":ID,"result":"`+strings.Repeat("x", 100_000)+`"}`), "unavailable", "too_large", true},
 		{"long id", long, "unavailable", "bad_answer", false},
@@ -353,6 +353,27 @@ func TestLegacyOpenFails(t *testing.T) {
 				t.Errorf("%d sessions", n)
 			}
 		})
+	}
+}
+
+// A server that knows only the first revision is spoken to in it, also by the
+// process that comes after.
+func TestOldestRevision(t *testing.T) {
+	l := &legacyServer{init: func(w http.ResponseWriter, m *jsonrpc.Message) bool {
+		w.Header().Set("Content-Type", "application/json")
+		_, _ = fmt.Fprintf(w, `{"jsonrpc":"2.0","id":%s,"result":{"protocolVersion":"2024-11-05","capabilities":{},"serverInfo":{"name":"old","version":"1"}}}`, m.ID().Raw())
+		return true
+	}}
+	l.bodies, l.live = map[string]string{}, map[string]bool{"": true}
+	r := legacyRig(t, l)
+	for range 2 {
+		e := r.legacy("write")
+		r.handle(e)
+		r.ends(e, "completed")
+		r.d = r.fresh()
+	}
+	if n := l.came("initialize"); n != 1 {
+		t.Errorf("initialized %d times", n)
 	}
 }
 

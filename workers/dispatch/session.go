@@ -37,6 +37,14 @@ import (
 // first. It is the one that a client gets who wants another.
 var legacyRevisions = []string{"2025-11-25", "2025-06-18", "2025-03-26"}
 
+// oldestRevision is one that a server may agree on all the same: there are many
+// over stdio that know nothing later, and its messages are the same.
+const oldestRevision = "2024-11-05"
+
+func mayAgree(revision string) bool {
+	return revision == oldestRevision || slices.Contains(legacyRevisions, revision)
+}
+
 // legacy tells whether a revision is one with sessions.
 func legacy(revision string) bool { return revision != "" && revision < mcpRevision }
 
@@ -436,7 +444,7 @@ func (t *sessions) opening(ctx context.Context, s *session) error {
 	if err != nil {
 		return faultf(Unsent, "reading of the session at the server: %w", err)
 	}
-	if found && (s.lost == nil || before.Upstream != s.lost.upstream) && slices.Contains(legacyRevisions, before.Revision) && sessionIDOK(before.Upstream) {
+	if found && (s.lost == nil || before.Upstream != s.lost.upstream) && mayAgree(before.Revision) && sessionIDOK(before.Upstream) {
 		s.upstream, s.revision, s.openedBy = before.Upstream, before.Revision, before.By
 		s.initialized = s.need != "notifications/initialized"
 		return nil
@@ -667,7 +675,7 @@ func agreed(body []byte, limit int64) (string, error) {
 	switch {
 	case !ok:
 		return "", faultf(Garbled, "the server's answer to initialize has no protocolVersion")
-	case !slices.Contains(legacyRevisions, v):
+	case !mayAgree(v):
 		return "", faultf(Garbled, "the server wants to speak revision %q, which is none of %s", clip(v, 32), strings.Join(legacyRevisions, ", "))
 	}
 	return v, nil
