@@ -141,13 +141,9 @@ func serveStdio(how string) int {
 			say(`{"jsonrpc":"2.0","id":"q` + arg + `","method":"elicitation/create","params":{}}`)
 			go func() { result(`{"was":` + <-answer + `}`) }()
 		case name == "wait": // for the file arg to be there
+			_ = os.WriteFile(arg+".began", nil, 0o600)
 			go func() {
-				for {
-					if _, err := os.Stat(arg); err == nil {
-						break
-					}
-					<-time.After(time.Millisecond)
-				}
+				untilThere(arg)
 				result(`{"text":"` + name + `"}`)
 			}()
 		case name == "env":
@@ -425,6 +421,16 @@ func TestStdioInterleaved(t *testing.T) {
 	}
 }
 
+// untilThere waits for a file.
+func untilThere(name string) {
+	for {
+		if _, err := os.Stat(name); err == nil {
+			return
+		}
+		<-time.After(time.Millisecond)
+	}
+}
+
 // A server asks in the middle of a call, and is answered.
 func TestStdioAsks(t *testing.T) {
 	for _, how := range []string{"session", "server"} {
@@ -453,6 +459,7 @@ func TestStdioAsks(t *testing.T) {
 			gate := filepath.Join(t.TempDir(), "gate")
 			slow := r.legacy("wait", with("x", gate))
 			waitSlow := r.beside(slow)
+			untilThere(gate + ".began")
 			second := r.legacy("ask", with("x", "2"))
 			waitSecond := r.beside(second)
 			if how == "session" {
