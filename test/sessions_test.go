@@ -24,7 +24,7 @@ func TestLegacyPeersThroughTheGateway(t *testing.T) {
 	g := gateway.Start(t, gateway.Config("servers:\n"+
 		gateway.Server("conformance", peers.EverythingServer(t, "-stateless=false"), "")+
 		gateway.Server("everything", peers.ServerEverything(t), "")+
-		gateway.Server("mcp-go", peers.MCPGoServer(t), "")))
+		gateway.Native("mcp-go", peers.MCPGoServer(t), "")))
 	t.Run("conformance", func(t *testing.T) { peers.ConformanceLegacy(t, g.URL+"/mcp/conformance") })
 	t.Run("one server", func(t *testing.T) {
 		peers.ExerciseLegacy(t, peers.Endpoint{URL: g.URL + "/mcp/everything"})
