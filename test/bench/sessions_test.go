@@ -48,6 +48,8 @@ func legacyUpstream(ctx context.Context) error {
 		case "initialize":
 			w.Header().Set("Mcp-Session-Id", "one-for-all")
 			result = `{"protocolVersion":"2025-11-25","capabilities":{"tools":{}},"serverInfo":{"name":"bench","version":"1"}}`
+		case "server/discover":
+			result = `{"resultType":"complete","supportedVersions":["2026-07-28"],"capabilities":{"tools":{}},"ttlMs":0,"cacheScope":"private"}`
 		case "tools/list":
 			result = `{"resultType":"complete","ttlMs":0,"cacheScope":"private","tools":[` + strings.Join(tools, ",") + `]}`
 		}
@@ -61,6 +63,7 @@ func legacyUpstream(ctx context.Context) error {
 // of many tools.
 func BenchmarkSessions(b *testing.B) {
 	const servers = 20
+	translated := ""
 	config := "fanout: {tools: [call_many]}\nservers:\n"
 	for i := range servers {
 		addr := gateway.FreeAddr(b)
@@ -69,11 +72,20 @@ func BenchmarkSessions(b *testing.B) {
 			b.Fatal(err)
 		}
 		config += gateway.Native(fmt.Sprintf("up%d", i), "http://"+addr+"/mcp", "idempotent: ['*'], concurrency: 1024")
+		if i == 0 { // once more, as a server of one era only
+			for _, era := range []string{"legacy", "modern"} {
+				translated += fmt.Sprintf("  - {name: %s, mcp: {url: 'http://%s/mcp', era: %s}, idempotent: ['*'], concurrency: 1024}\n", era, addr, era)
+			}
+		}
 	}
 	g := gateway.Start(b, gateway.Config(config))
-	session, _, err := peers.OpenLegacy(b.Context(), peers.Endpoint{URL: g.URL + "/mcp/up0"}, "2025-11-25", struct{}{})
-	if err != nil {
-		b.Fatal(err)
+	gt := gateway.Start(b, gateway.Config("servers:\n"+translated))
+	opened := func(url string) http.Header {
+		session, _, err := peers.OpenLegacy(b.Context(), peers.Endpoint{URL: url}, "2025-11-25", struct{}{})
+		if err != nil {
+			b.Fatal(err)
+		}
+		return http.Header{"Mcp-Session-Id": {session.ID}, "Mcp-Protocol-Version": {"2025-11-25"}}
 	}
 
 	arguments := `{"text":"` + strings.Repeat("x", 800) + `"}`
@@ -81,7 +93,6 @@ func BenchmarkSessions(b *testing.B) {
 	for i := range many {
 		many[i] = fmt.Sprintf(`{"tool":"up%d__tool_1","arguments":%s}`, i, arguments)
 	}
-	legacy := http.Header{"Mcp-Session-Id": {session.ID}, "Mcp-Protocol-Version": {"2025-11-25"}}
 	modern := func(method, name string) http.Header {
 		h := http.Header{"Mcp-Protocol-Version": {"2026-07-28"}, "Mcp-Method": {method}}
 		if name != "" {
@@ -90,14 +101,18 @@ func BenchmarkSessions(b *testing.B) {
 		return h
 	}
 	ways := []struct {
-		name, path, body string
-		header           http.Header
-		want             string
+		name       string
+		g          *gateway.Gateway
+		path, body string
+		header     http.Header
+		want       string
 	}{
-		{"call", "/mcp/up0", `"tools/call","params":{"name":"tool_1","arguments":` + arguments + `,` + gateway.Meta + `}`, modern("tools/call", "tool_1"), `"structuredContent"`},
-		{"call in a session", "/mcp/up0", `"tools/call","params":{"name":"tool_1","arguments":` + arguments + `}`, legacy, `"structuredContent"`},
-		{"list of 20 servers", "/mcp", `"tools/list","params":{` + gateway.Meta + `}`, modern("tools/list", ""), `"up19__tool_9"`},
-		{"call_many of 20", "/mcp", `"tools/call","params":{"name":"waybill__call_many","arguments":{"calls":[` + strings.Join(many, ",") + `]},` + gateway.Meta + `}`, modern("tools/call", "waybill__call_many"), `"failed":0`},
+		{"call", g, "/mcp/up0", `"tools/call","params":{"name":"tool_1","arguments":` + arguments + `,` + gateway.Meta + `}`, modern("tools/call", "tool_1"), `"structuredContent"`},
+		{"call in a session", g, "/mcp/up0", `"tools/call","params":{"name":"tool_1","arguments":` + arguments + `}`, opened(g.URL + "/mcp/up0"), `"structuredContent"`},
+		{"modern at legacy", gt, "/mcp/legacy", `"tools/call","params":{"name":"tool_1","arguments":` + arguments + `,` + gateway.Meta + `}`, modern("tools/call", "tool_1"), `"structuredContent"`},
+		{"legacy at modern", gt, "/mcp/modern", `"tools/call","params":{"name":"tool_1","arguments":` + arguments + `}`, opened(gt.URL + "/mcp/modern"), `"structuredContent"`},
+		{"list of 20 servers", g, "/mcp", `"tools/list","params":{` + gateway.Meta + `}`, modern("tools/list", ""), `"up19__tool_9"`},
+		{"call_many of 20", g, "/mcp", `"tools/call","params":{"name":"waybill__call_many","arguments":{"calls":[` + strings.Join(many, ",") + `]},` + gateway.Meta + `}`, modern("tools/call", "waybill__call_many"), `"failed":0`},
 	}
 	var ids atomic.Int64
 	fmt.Printf("\n%-20s %5s %9s %9s %9s %8s\n", "", "conns", "per s", "p50 µs", "p99 µs", "CPU µs")
@@ -106,7 +121,7 @@ func BenchmarkSessions(b *testing.B) {
 			client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: conns, MaxConnsPerHost: conns}}
 			once := func() error {
 				// An id may be in flight once in its session.
-				req, err := http.NewRequestWithContext(b.Context(), http.MethodPost, g.URL+way.path, strings.NewReader(fmt.Sprintf(`{"jsonrpc":"2.0","id":%d,"method":%s}`, ids.Add(1), way.body)))
+				req, err := http.NewRequestWithContext(b.Context(), http.MethodPost, way.g.URL+way.path, strings.NewReader(fmt.Sprintf(`{"jsonrpc":"2.0","id":%d,"method":%s}`, ids.Add(1), way.body)))
 				if err != nil {
 					return err
 				}
@@ -154,7 +169,7 @@ func BenchmarkSessions(b *testing.B) {
 				return all
 			}
 			run(window / 6)
-			cpu, start := cpuSeconds(b, g.Pid()), time.Now()
+			cpu, start := cpuSeconds(b, way.g.Pid()), time.Now()
 			all := run(window)
 			took := time.Since(start)
 			if len(all) == 0 {
@@ -162,7 +177,7 @@ func BenchmarkSessions(b *testing.B) {
 			}
 			slices.Sort(all)
 			fmt.Printf("%-20s %5d %9.0f %9d %9d %8.0f\n", way.name, conns, float64(len(all))/took.Seconds(),
-				all[len(all)/2].Microseconds(), all[len(all)*99/100].Microseconds(), (cpuSeconds(b, g.Pid())-cpu)*1e6/float64(len(all)))
+				all[len(all)/2].Microseconds(), all[len(all)*99/100].Microseconds(), (cpuSeconds(b, way.g.Pid())-cpu)*1e6/float64(len(all)))
 			client.CloseIdleConnections()
 		}
 	}
