@@ -191,7 +191,7 @@ type Closed struct {
 type Attached struct {
 	By   string `json:"by"`             // the stream, unique
 	N    int    `json:"n"`              // 0 when it begins
-	Sent uint64 `json:"sent,omitempty"` // how far the client had been served by the end
+	Sent uint64 `json:"sent,omitempty"` // how far the client had been served when it began, and by its end
 	Over bool   `json:"over,omitempty"` // the stream has ended
 }
 

@@ -29,9 +29,10 @@ type attachment struct {
 // to say how far it had got. One that says nothing is at a replica that is gone.
 const handOverIn = 2 * time.Second
 
-// attach says that a stream of the session's own begins here. Unless its client
-// has said where it goes on, after is where the one before it had got.
-func (a *Adapter) attach(ctx context.Context, s *lasting, back bool) (at *attachment, after uint64, err error) {
+// attach says that a stream of the session's own begins here, after an event.
+// Unless its client has said where it goes on, after is where the one before it
+// had got, if that is further.
+func (a *Adapter) attach(ctx context.Context, s *lasting, back bool, from uint64) (at *attachment, after uint64, err error) {
 	var before schemas.Event // the stream before this one
 	var end *schemas.Attached
 	if !back {
@@ -49,31 +50,34 @@ func (a *Adapter) attach(ctx context.Context, s *lasting, back bool) (at *attach
 			}
 		}
 	}
+	switch {
+	case end != nil:
+		from = max(from, end.Sent)
+	case before.Data != nil:
+		from = max(from, before.Data.(*schemas.Attached).Sent)
+	}
 	now := a.o.Now()
 	at = &attachment{by: rand.Text(), said: now}
-	receipt, err := a.o.Store(ctx, s.event(&schemas.Attached{By: at.by}, nil, now.UTC()))
+	receipt, err := a.o.Store(ctx, s.event(&schemas.Attached{By: at.by, Sent: from}, nil, now.UTC()))
 	if err != nil {
 		return nil, 0, err
 	}
 	at.seq = receipt.Seq
-	switch {
-	case end != nil:
-		return at, end.Sent, nil
-	case before.Data != nil:
-		return at, a.handedOver(ctx, s, before.Data.(*schemas.Attached).By, before.Seq), nil
+	if end == nil && before.Data != nil {
+		from = a.handedOver(ctx, s, before.Data.(*schemas.Attached).By, before.Seq, from)
 	}
-	return at, 0, nil
+	return at, from, nil
 }
 
-// handedOver waits for the end of an older stream. Where it does not come, what
-// was said since that one began (or was last heard of) is told again, rather than lost.
-func (a *Adapter) handedOver(ctx context.Context, s *lasting, by string, began uint64) uint64 {
-	sent := began
+// handedOver waits for the end of an older stream, which began in the log at a
+// sequence and told what came after sent. Where its end does not come, all of
+// that is told again, rather than lost.
+func (a *Adapter) handedOver(ctx context.Context, s *lasting, by string, began, sent uint64) uint64 {
 	ctx, cancel := context.WithTimeout(ctx, handOverIn)
 	defer cancel()
 	_ = a.o.Follow(ctx, s.event(nil, nil, time.Time{}), began, func(_ context.Context, e schemas.Event) (schemas.Receipt, error) {
 		if d, ok := e.Data.(*schemas.Attached); ok && d.By == by && d.Over {
-			sent = d.Sent
+			sent = max(sent, d.Sent)
 			cancel()
 		}
 		return schemas.Receipt{}, nil

@@ -194,7 +194,10 @@ func (c *telling) whyLeft(cause error) error {
 // error: it may just have been answered.
 func (a *Adapter) takeBack(ctx context.Context, s *lasting, m *jsonrpc.Message) *reply {
 	id := m.Params().Get("requestId")
-	run := s.call(id.Raw())
+	run, over := s.call(id.Raw())
+	if over {
+		return nil
+	}
 	if run == nil {
 		return a.takeBackElsewhere(ctx, s, id, m)
 	}

@@ -268,8 +268,11 @@ func (a *Adapter) post(w http.ResponseWriter, r *http.Request, p edge.Principal)
 		return
 	}
 
-	taskIDs := m.Params().Get("notifications", "taskIds")
-	if !oneWay && (ofTask(req.Method) || stream && taskIDs.Exists()) && !req.meta.takesTasks() {
+	var taskIDs jsonrpc.Value
+	if stream {
+		taskIDs = m.Params().Get("notifications", "taskIds")
+	}
+	if !oneWay && (ofTask(req.Method) || taskIDs.Exists()) && !req.meta.takesTasks() {
 		write(w, id, undeclared)
 		return
 	}

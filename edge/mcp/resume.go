@@ -73,7 +73,7 @@ func (a *Adapter) get(w http.ResponseWriter, r *http.Request, p edge.Principal) 
 		s.received(c.after)
 	}
 	if c.call == "" && a.o.Shared {
-		at, after, err := a.attach(ctx, s, back)
+		at, after, err := a.attach(ctx, s, back, c.after)
 		if err != nil {
 			write(w, withoutID, *storeFailure(err))
 			return

@@ -42,12 +42,14 @@ type lasting struct {
 	streams map[schemas.CallID]*outlet // open streams, the session's own under ""
 	calls   map[string]*running        // by the JSON-RPC id, in the client's bytes
 	left    []string                   // ids of calls that were left to themselves, oldest first
+	over    []string                   // ids of calls that were answered here, oldest first
 	asked   map[string]*question       // by Asked.ID
 }
 
 // Bounds of what is kept of one session.
 const (
 	maxLeft  = 64  // calls that were left to themselves
+	maxOver  = 64  // calls that were answered: clients take back what they have just heard
 	maxAsked = 256 // questions; an older one is found in the log
 )
 
@@ -158,6 +160,9 @@ func (s *lasting) end(id []byte, r *running, left bool) {
 	}
 	if !left {
 		delete(s.calls, string(id))
+		if s.over = append(s.over, string(id)); len(s.over) > maxOver {
+			s.over = slices.Delete(s.over, 0, 1)
+		}
 		return
 	}
 	r.left = true
@@ -180,10 +185,12 @@ func (s *lasting) ended(call schemas.CallID) {
 	}
 }
 
-func (s *lasting) call(id []byte) *running {
+// call finds a call by the client's id; over says that it was answered here.
+func (s *lasting) call(id []byte) (r *running, over bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.calls[string(id)]
+	r = s.calls[string(id)]
+	return r, r == nil && slices.Contains(s.over, string(id))
 }
 
 // ask notes a question that the client is about to be told.

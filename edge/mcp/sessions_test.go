@@ -89,8 +89,19 @@ func TestSessionBounds(t *testing.T) {
 	if len(s.calls) != maxLeft || len(s.left) != maxLeft || len(s.asked) != maxAsked || len(s.fresh) > 256 {
 		t.Errorf("%d calls, %d left, %d questions, %d marks", len(s.calls), len(s.left), len(s.asked), len(s.fresh))
 	}
-	if s.call([]byte("999")) == nil || s.call([]byte("1")) != nil {
+	newest, _ := s.call([]byte("999"))
+	if oldest, over := s.call([]byte("1")); newest == nil || oldest != nil || over {
 		t.Error("the newest are kept")
+	}
+	for i := range 1000 {
+		id := fmt.Appendf(nil, "answered %d", i)
+		r := &running{event: schemas.Event{Call: schemas.CallID(id)}, cancel: func(error) {}}
+		s.begin(id, r)
+		s.end(id, r, false)
+	}
+	_, first := s.call([]byte("answered 0"))
+	if _, last := s.call([]byte("answered 999")); len(s.over) != maxOver || first || !last {
+		t.Errorf("%d calls that were answered, of the first %t, of the last %t", len(s.over), first, last)
 	}
 	if _, ok := s.question("999"); !ok {
 		t.Error("the newest question was dropped")

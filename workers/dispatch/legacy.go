@@ -423,8 +423,10 @@ func mcpBody(c Call) (body []byte, name string, err error) {
 		}
 		patch.Replace(value, jsonrpc.Quote(target.Name))
 	}
-	if filter := msg.Params().Get("notifications"); target.Method == "subscriptions/listen" && filter.Get("taskIds").Exists() {
-		patch.Remove(filter, "taskIds") // names of the gateway's, see tasks.go
+	if target.Method == "subscriptions/listen" {
+		if filter := msg.Params().Get("notifications"); filter.Get("taskIds").Exists() {
+			patch.Remove(filter, "taskIds") // names of the gateway's, see tasks.go
+		}
 	}
 	switch {
 	case msg.IsRequest() == c.Requested.OneWay:
