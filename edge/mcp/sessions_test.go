@@ -143,7 +143,8 @@ func TestAgree(t *testing.T) {
 		{revision2025Nov, true, []string{revision2025Jun}, ""},
 		{revision2025Nov, false, []string{revision2025Jun}, revision2025Jun},
 		{revision2025Jun, false, []string{revision2025Nov}, ""},
-		{revision2025Nov, false, []string{"2024-11-05"}, ""},
+		{revision2025Nov, false, []string{"2024-11-05"}, "2024-11-05"},
+		{revision2025Nov, false, []string{"2024-10-07"}, ""},
 		{"2024-11-05", true, []string{"2024-11-05"}, "2024-11-05"}, // what the upstream said
 		{revision2025Nov, true, []string{revision2025Nov, revision2025Nov}, ""},
 	} {
