@@ -2,6 +2,7 @@ package dispatch
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"slices"
@@ -39,6 +40,7 @@ func ParseEra(s string) (Era, error) {
 // now and then; what its answers contradict is asked again at once (doubt).
 const (
 	probeTime  = 5 * time.Second
+	probeStart = 20 * time.Second // of a server that has to be started first
 	probeAgain = 10 * time.Minute
 	probeRetry = time.Second // after one that told nothing
 )
@@ -46,6 +48,7 @@ const (
 // eras knows the era of one server.
 type eras struct {
 	fixed Era
+	time  time.Duration // what a probe may take
 
 	mu       sync.Mutex
 	era      Era           // EraAuto: not known
@@ -113,7 +116,7 @@ func (m *mcpServer) discovered() []byte {
 
 // probe finds out the era.
 func (m *mcpServer) probe(done chan struct{}) {
-	ctx, cancel := context.WithTimeout(m.life, probeTime)
+	ctx, cancel := context.WithTimeout(m.life, m.eras.time)
 	defer cancel()
 	era, answer, err := m.ask(ctx)
 	e := &m.eras
@@ -141,7 +144,8 @@ var probeBody = []byte(`{"jsonrpc":"2.0","id":"waybill-probe","method":"server/d
 // ask probes: EraAuto if nothing can be concluded. A server of the modern era
 // has to answer server/discover; one of the other answers with an error, or does
 // not even look at what comes without a session (2026-07-28, basic/versioning,
-// "Backward Compatibility").
+// "Backward Compatibility"). Over stdio there are those that say nothing at all
+// (basic/transports/stdio, "Backward Compatibility").
 func (m *mcpServer) ask(ctx context.Context) (Era, []byte, error) {
 	const id = schemas.CallID("waybill-probe")
 	c := Call{
@@ -153,6 +157,9 @@ func (m *mcpServer) ask(ctx context.Context) (Era, []byte, error) {
 		return EraAuto, nil, err
 	}
 	resp, err := m.send(ctx, http.MethodPost, header, body, func() {})
+	if f := new(Fault); m.held && errors.As(err, &f) && f.Kind == Broken && errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		return EraLegacy, nil, nil // it was asked, and runs
+	}
 	if err != nil {
 		return EraAuto, nil, err
 	}

@@ -114,7 +114,7 @@ func openMCP(s Server, opt Options) (Connection, error) {
 			name: s.Name, sessions: opt.sessions, parking: opt.parking, url: &url.URL{Scheme: "stdio", Host: s.Name}, header: http.Header{},
 			transport: t, held: true, maxAnswer: opt.MaxAnswer, log: opt.Log,
 		}
-		m.eras.fixed = s.Era
+		m.eras.fixed, m.eras.time = s.Era, probeStart
 		var end context.CancelFunc
 		m.life, end = context.WithCancel(context.Background())
 		return Connection{Call: m.call, Close: func() { end(); t.close() }, Owner: m.ownerOf, mcp: m}, nil
@@ -127,7 +127,7 @@ func openMCP(s Server, opt Options) (Connection, error) {
 		return Connection{}, fmt.Errorf("url %q: must be http or https", u.Redacted())
 	}
 	m := &mcpServer{name: s.Name, sessions: opt.sessions, parking: opt.parking, url: u, header: http.Header{}, maxAnswer: opt.MaxAnswer, log: opt.Log}
-	m.eras.fixed = s.Era
+	m.eras.fixed, m.eras.time = s.Era, probeTime
 	for name, values := range s.Header {
 		name = http.CanonicalHeaderKey(name)
 		if !headerName(name) || ours(name) {

@@ -99,6 +99,7 @@ func serveStdio(how string) int {
 					say(fmt.Sprintf(`{"jsonrpc":"2.0","method":"notifications/message","params":{"n":%d}}`, i))
 				}
 			}
+		case method == "server/discover" && is("silent"):
 		case method == "server/discover":
 			if is("legacy") {
 				say(`{"jsonrpc":"2.0","id":` + id + `,"error":{"code":-32601,"message":"Method not found"}}`)
@@ -829,6 +830,25 @@ func TestStdioProbe(t *testing.T) {
 	r.handle(e)
 	r.ends(e, "completed")
 	becomes(t, "the process ends", func() bool { return len(children(t)) == 0 })
+	r.d.Close()
+}
+
+// One that does not answer what it does not know is of the era with sessions, and
+// is asked once.
+func TestStdioProbeSilent(t *testing.T) {
+	nothingLeft(t)
+	r, _, _ := stdioRig(t, "silent", func(s *Server) { s.Era = EraAuto })
+	m := r.d.upstreams["s"].mcp
+	if m.eras.time != probeStart {
+		t.Errorf("a probe may take %v, want %v", m.eras.time, probeStart)
+	}
+	m.eras.time = time.Second
+	if got := m.eraOf(t.Context()); got != EraLegacy {
+		t.Errorf("era %q, want %q", got, EraLegacy)
+	}
+	if left := time.Until(m.eras.until); left < probeAgain/2 {
+		t.Errorf("it is asked again in %v", left)
+	}
 	r.d.Close()
 }
 
