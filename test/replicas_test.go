@@ -188,9 +188,6 @@ type traveller struct {
 	again atomic.Int64 // calls that were made again
 }
 
-// errAgain: a call that has to be made again.
-var errAgain = errors.New("make the call again")
-
 func (tr *traveller) travel(ctx context.Context, p trip, key string) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
