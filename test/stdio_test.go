@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -120,6 +121,128 @@ func TestStdioServers(t *testing.T) {
 				t.Errorf("processes are left: %v", started(t, g))
 			}
 		})
+	}
+}
+
+// The TypeScript, Python and Go SDKs work with servers that people run this way,
+// in both eras (server-everything with sessions: [TestLegacyPeersOverStdio]).
+func TestStdioSDKs(t *testing.T) {
+	dir, err := filepath.EvalSymlinks(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	memory := func(process, file string) string {
+		return fmt.Sprintf("process: %s, env: {MEMORY_FILE_PATH: %q}", process, filepath.Join(dir, file))
+	}
+	g := gateway.Start(t, gateway.Config("servers:\n"+
+		gateway.Command("everything", peers.ServerEverythingCommand(t), "process: session")+
+		gateway.Command("files", peers.FilesystemCommand(t, dir), "process: session")+
+		gateway.Command("memory", peers.MemoryCommand(t), memory("session", "own.jsonl"))+
+		gateway.Command("shared", peers.MemoryCommand(t), memory("server", "shared.jsonl"))))
+	t.Run("sdks", func(t *testing.T) { // for these run beside each other
+		t.Run("server-everything", func(t *testing.T) {
+			t.Parallel()
+			peers.ExerciseModern(t, peers.Endpoint{URL: g.URL + "/mcp/everything"})
+		})
+		t.Run("others", func(t *testing.T) {
+			t.Parallel()
+			visitStdio(t, g, dir)
+		})
+	})
+	for _, e := range g.Events() {
+		if err := e.Check(); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := g.Stop(); err != nil {
+		t.Errorf("stopping: %v", err)
+	}
+}
+
+// visitStdio has each SDK write and read files, and remember what a client that
+// stays is told too. They come one after the other: server-memory reads all it
+// keeps, and writes all, without a lock.
+func visitStdio(t *testing.T, g *gateway.Gateway, dir string) {
+	stays, _, err := peers.OpenLegacy(t.Context(), peers.Endpoint{URL: g.URL + "/mcp/shared"}, "2025-11-25", struct{}{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	entity := func(name string) map[string]any {
+		return map[string]any{"entities": []any{map[string]any{"name": name, "entityType": "client", "observations": []string{name + " writes grüße"}}}}
+	}
+	call := func(tool string, args any) string {
+		t.Helper()
+		result, err := stays.Call(t.Context(), "tools/call", map[string]any{"name": tool, "arguments": args})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(result)
+	}
+	call("create_entities", entity("who stays"))
+	remember := func(name string) []peers.Call {
+		return []peers.Call{
+			{Tool: "create_entities", Args: entity(name)},
+			{Tool: "search_nodes", Args: map[string]any{"query": name + " writes"}},
+			{Tool: "read_graph", Args: map[string]any{}},
+		}
+	}
+	before := "" // who came before
+	for _, v := range peers.Visitors() {
+		t.Run(v.Name, func(t *testing.T) {
+			file := filepath.Join(dir, v.Name+".txt")
+			answered := v.Visit(t,
+				peers.Visit{URL: g.URL + "/mcp/files", Calls: []peers.Call{
+					{Tool: "write_file", Args: map[string]any{"path": file, "content": "grüße <&> of " + v.Name}},
+					{Tool: "read_text_file", Args: map[string]any{"path": file}},
+					{Tool: "list_directory", Args: map[string]any{"path": dir}},
+					{Tool: "read_text_file", Args: map[string]any{"path": "/etc/passwd"}},
+				}},
+				peers.Visit{URL: g.URL + "/mcp/memory", Calls: remember(v.Name)},
+				peers.Visit{URL: g.URL + "/mcp/shared", Calls: remember(v.Name)},
+			)
+			for i, want := range []struct {
+				tool   string
+				texts  []string
+				others string // whom the graph holds too
+			}{
+				{"edit_file", []string{"Successfully wrote to " + file, "grüße <&> of " + v.Name, "[FILE] " + v.Name + ".txt", "Access denied - path outside allowed directories"}, ""},
+				{"delete_entities", []string{v.Name + " writes grüße", v.Name + " writes grüße", v.Name + " writes grüße"}, before},
+				{"delete_entities", []string{v.Name + " writes grüße", v.Name + " writes grüße", v.Name + " writes grüße"}, "who stays"},
+			} {
+				got := answered[i]
+				if !slices.Contains(got.Tools, want.tool) {
+					t.Errorf("%s is not among the tools listed: %q", want.tool, got.Tools)
+				}
+				for j, text := range want.texts {
+					if !strings.Contains(got.Texts[j], text) || got.Failed[j] != strings.HasPrefix(text, "Access denied") {
+						t.Errorf("call %d: %q (failed: %v), want %q", j, got.Texts[j], got.Failed[j], text)
+					}
+				}
+				if last := got.Texts[len(got.Texts)-1]; i > 0 && !strings.Contains(last, want.others) {
+					t.Errorf("the graph lacks %q: %s", want.others, last)
+				}
+			}
+			if b, err := os.ReadFile(file); err != nil || string(b) != "grüße <&> of "+v.Name {
+				t.Errorf("%q %v", b, err)
+			}
+			if got := call("search_nodes", map[string]any{"query": v.Name + " writes"}); !strings.Contains(got, v.Name+" writes grüße") {
+				t.Errorf("who stays does not see it: %s", got)
+			}
+			before = v.Name
+		})
+	}
+	shared := 0
+	for _, pid := range started(t, g) {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
+		if err == nil && strings.Contains(string(b), "shared.jsonl") { // else it has ended
+			shared++
+		}
+	}
+	if shared != 1 {
+		t.Errorf("%d processes are what all share", shared)
+	}
+	if _, err := stays.Delete(t.Context()); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -1,5 +1,7 @@
 package peers
 
+//lint:file-ignore SA1019 the steps are about what the modern era deprecates: roots, sampling, logging
+
 import (
 	"context"
 	"encoding/json"
@@ -89,9 +91,14 @@ func (s modernSeen) check(t testing.TB, e Endpoint) {
 func ExerciseModern(t *testing.T, e Endpoint) {
 	t.Helper()
 	for name, exercise := range map[string]func(testing.TB, Endpoint){
-		"TypeScript": exerciseModernTypeScript,
-		"Go SDK":     exerciseModernGoSDK,
-		"Inspector":  exerciseModernInspector,
+		"TypeScript": func(t testing.TB, e Endpoint) {
+			exerciseModernScript(t, e, func(args string) Output { return NodeScript(t, beside("modern.mjs"), args) })
+		},
+		"Python SDK": func(t testing.TB, e Endpoint) {
+			exerciseModernScript(t, e, func(args string) Output { return python(t, beside("modern_session.py"), args) })
+		},
+		"Go SDK":    exerciseModernGoSDK,
+		"Inspector": exerciseModernInspector,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -100,16 +107,17 @@ func ExerciseModern(t *testing.T, e Endpoint) {
 	}
 }
 
-func exerciseModernTypeScript(t testing.TB, e Endpoint) {
+// exerciseModernScript runs a script and checks what it printed.
+func exerciseModernScript(t testing.TB, e Endpoint, run func(args string) Output) {
 	t.Helper()
 	args, err := json.Marshal(map[string]string{"url": e.URL, "prefix": e.Prefix, "name": unique()})
 	if err != nil {
 		t.Fatal(err)
 	}
-	out := NodeScript(t, beside("modern.mjs"), string(args))
+	out := run(string(args))
 	var s modernSeen
 	if err := json.Unmarshal([]byte(out.Stdout), &s); err != nil || out.Exit != 0 {
-		t.Fatalf("TypeScript client: exit %d\n%s%s", out.Exit, out.Stdout, out.Stderr)
+		t.Fatalf("exit %d, %v\n%s%s", out.Exit, err, out.Stdout, out.Stderr)
 	}
 	s.check(t, e)
 }
