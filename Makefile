@@ -9,6 +9,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 EVERYTHING := build/bin/everything-server
+EVERYTHING_CLIENT := build/bin/everything-client
 STATICCHECK := build/bin/staticcheck
 NODE_PEERS := build/peers/.installed
 PYTHON_PEERS := build/python/.installed
@@ -71,13 +72,13 @@ verify: need-go ## Fail on stale generated files or an untidy go.mod
 
 ##@ Parts
 .PHONY: peers
-peers: $(EVERYTHING) $(NODE_PEERS) $(PYTHON_PEERS) # The foreign programs that the tests talk to
+peers: $(EVERYTHING) $(EVERYTHING_CLIENT) $(NODE_PEERS) $(PYTHON_PEERS) # The foreign programs that the tests talk to
 
 .PHONY: need-go
 need-go:
 	@$(call need,go,Waybill needs Go 1.26 or newer)
 
-$(EVERYTHING) $(STATICCHECK): tools/go.mod tools/go.sum | need-go
+$(EVERYTHING) $(EVERYTHING_CLIENT) $(STATICCHECK): tools/go.mod tools/go.sum | need-go
 	@mkdir -p $(@D)
 	go build -C tools -o ../$@ $(if $(filter $@,$(STATICCHECK)),honnef.co/go/tools/cmd/,github.com/modelcontextprotocol/go-sdk/conformance/)$(@F)
 

@@ -1,11 +1,12 @@
 // The Go programs that the Makefile builds into build/bin, pinned apart from the gateway's own
-// dependencies: the linter, and the MCP server of another project that the tests and the example
-// put behind the gateway.
+// dependencies: the linter, the MCP server of another project that the tests and the example
+// put behind the gateway, and that project's client, which the conformance suite commands.
 module waybill.dev/tools
 
 go 1.26.0
 
 tool (
+	github.com/modelcontextprotocol/go-sdk/conformance/everything-client
 	github.com/modelcontextprotocol/go-sdk/conformance/everything-server
 	honnef.co/go/tools/cmd/staticcheck
 )
