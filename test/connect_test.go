@@ -602,6 +602,7 @@ servers:
 	if n := u.Sessions().Opened; n != 2 {
 		t.Errorf("%d sessions were opened", n)
 	}
+	_ = none.end() // as it was not let in
 	for _, p := range []*piped{one, two, none} {
 		if strings.Contains(p.errs.String(), "token-of") {
 			t.Errorf("it told a token: %s", p.errs)
