@@ -160,13 +160,13 @@ type Late struct {
 // out, as it holds what the call needs: the child process of a server, a
 // connection that waits. Who hands it over keeps the authorized event, so that it
 // is carried out after all if the owner dies; it goes back when the call has its
-// ending.
+// ending, or cannot be given one there.
 type Routed struct {
 	To   string `json:"to"`             // the process that is to act
 	From string `json:"from"`           // the process that waits
 	Seq  uint64 `json:"seq"`            // where the log has the authorized event
-	By   string `json:"by"`             // unique for each time that a call is handed over
-	Back bool   `json:"back,omitempty"` // To is told that From has run the call to its ending
+	By   string `json:"by"`             // unique for each time that a call is handed over, also by one run
+	Back bool   `json:"back,omitempty"` // To is told that From is done with the call, which may have no ending all the same
 }
 
 // Opened: the first event of a session. Body: the client's initialize request,

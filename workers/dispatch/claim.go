@@ -21,6 +21,10 @@ import (
 // event takes to be stored and for a difference of the clocks.
 func (r *run) old() bool { return r.d.opt.Now().Sub(r.known) > r.d.opt.Duplicates/2 }
 
+// lost tells whether a claim of the call may have been stored and be gone with the
+// tail of the log, so that none can be relied on not to have been.
+func (r *run) lost() bool { return !r.repeatable && r.d.opt.Lost(r.e) }
+
 // endTime is what the storing of one event may take: less than what old leaves.
 func (d *Dispatcher) endTime() time.Duration { return min(endTime, d.opt.Duplicates/4) }
 
@@ -99,7 +103,10 @@ func (r *run) claim(ctx context.Context) (bool, error) {
 		return true, nil
 	}
 	if r.old() {
-		if past, err := r.recall(ctx); err != nil || past.started {
+		// Another run may have come further: what this one was about to ask, the
+		// server has been asked already.
+		round := r.attempt0
+		if past, err := r.recall(ctx); err != nil || past.started || r.attempt0 != round {
 			return false, err
 		}
 	}
@@ -138,8 +145,8 @@ func (r *run) claimLost(ctx context.Context) (ending, error) {
 		switch {
 		case r.task.id != "":
 			return ending{}, errFollow // begun before, and the server knows how it goes
-		case r.task.asked != nil && !past.started:
-			return ending{}, errParked // nothing is under way there
+		case r.task.asked != nil && !past.started && !r.lost():
+			return ending{}, errThinking // nothing is under way there
 		}
 	}
 	if r.a.Stream {

@@ -393,6 +393,10 @@ type run struct {
 	by   string    // unique for each run
 	up   *upstream // nil: no such server
 
+	era    Era    // in which it is made; EraAuto: in whichever the server is of by then
+	read   []byte // the request, read to find the owner; nil: not read, or too long ago
+	routed int    // how often it was handed over
+
 	handed     bool // by another process, to this one as the owner
 	harmless   bool // idempotent
 	repeatable bool // may be carried out again: harmless, and not a stream
@@ -498,7 +502,7 @@ func (r *run) deadline() time.Time {
 // claim, call.
 func (r *run) carry(ctx context.Context) (ending, error) {
 	now := r.d.opt.Now()
-	lost := !r.repeatable && r.d.opt.Lost(r.e)
+	lost := r.lost()
 	until := r.a.Deadline
 	if r.task.isTask() {
 		until = r.a.TaskUntil
@@ -529,7 +533,6 @@ func (r *run) carry(ctx context.Context) (ending, error) {
 	}
 	switch {
 	case lost:
-		// A claim may have been stored and gone with the tail of the log.
 		return r.claimLost(ctx)
 	case withdrawn:
 		return cancelled(wish), nil
@@ -569,6 +572,9 @@ func (r *run) inPlace(ctx context.Context) (ending, error) {
 	if r.a.Stream {
 		limit = r.up.streams
 	}
+	if limit.full() {
+		r.read = nil
+	}
 	switch err := limit.enter(ctx); {
 	case errors.Is(err, schemas.ErrOverloaded):
 		return r.never(ctx, schemas.FailOverloaded, "too many calls wait for this upstream")
@@ -579,7 +585,10 @@ func (r *run) inPlace(ctx context.Context) (ending, error) {
 
 	// Only now: bodies are held for as many calls as there are places, however
 	// many wait for one.
-	body, err := r.request(ctx)
+	body, err := r.read, error(nil)
+	if r.read = nil; body == nil {
+		body, err = r.request(ctx)
+	}
 	if errors.Is(err, errBody) {
 		return failed(schemas.FailInternal, err.Error()), nil
 	}
@@ -634,6 +643,9 @@ func (r *run) call(ctx context.Context, body []byte) (ending, error) {
 			if err == nil && !mine && r.repeatable {
 				_, err = r.recall(ctx)
 				mine, r.again = r.task.id == "", true
+				if err == nil && r.task.asked != nil {
+					err = errThinking // what is asked has the place of the body in hand
+				}
 			}
 			if err != nil || !mine {
 				settle(errNoVerdict)
@@ -653,14 +665,15 @@ func (r *run) call(ctx context.Context, body []byte) (ending, error) {
 			return ending{release: answer.Release}, r.lastLog
 		}
 		if fault == nil {
-			if err := r.becomes(ctx, answer); errors.As(err, &fault) {
+			err := r.becomes(ctx, answer)
+			if err != nil && answer.Release != nil {
+				answer.Release(func() {})
+			}
+			if errors.As(err, &fault) {
 				// As if it had not answered.
 			} else if errors.Is(err, errCrowded) {
 				return failed(schemas.FailUnknown, err.Error()), nil
 			} else if err != nil {
-				if answer.Release != nil {
-					answer.Release(func() {})
-				}
 				return ending{}, err
 			}
 		}
@@ -721,7 +734,7 @@ func (r *run) attempt(ctx context.Context, body []byte, settle func(error)) (Ans
 		}
 	}
 	answer, err := r.up.call(ctx, Call{
-		ID: r.e.Call, Event: r.e, Requested: &r.a.Requested, Only: r.a.Only, Trace: r.e.Trace, Body: body,
+		ID: r.e.Call, Event: r.e, Requested: &r.a.Requested, Only: r.a.Only, Trace: r.e.Trace, Body: body, Era: r.era,
 		Connected: func() {
 			// One call probes an open breaker, and it may be a long one: a
 			// connection is proof enough to let the others go.

@@ -50,11 +50,10 @@ type eras struct {
 	fixed Era
 	time  time.Duration // what a probe may take
 
-	mu       sync.Mutex
-	era      Era           // EraAuto: not known
-	until    time.Time     // when to probe again
-	probing  chan struct{} // closed when the probe under way has ended; nil: none is
-	discover []byte        // the modern server's last answer to server/discover
+	mu      sync.Mutex
+	era     Era           // EraAuto: not known
+	until   time.Time     // when to probe again
+	probing chan struct{} // closed when the probe under way has ended; nil: none is
 }
 
 // eraOf is the era in which a call is made: EraModern, EraLegacy or, where a server
@@ -106,19 +105,11 @@ func (m *mcpServer) doubt() {
 	m.eras.until = time.Time{}
 }
 
-// discovered is what the server answered to server/discover when its era was
-// last probed; nil if it is not a modern one, or that is not known.
-func (m *mcpServer) discovered() []byte {
-	m.eras.mu.Lock()
-	defer m.eras.mu.Unlock()
-	return m.eras.discover
-}
-
 // probe finds out the era.
 func (m *mcpServer) probe(done chan struct{}) {
 	ctx, cancel := context.WithTimeout(m.life, m.eras.time)
 	defer cancel()
-	era, answer, err := m.ask(ctx)
+	era, err := m.ask(ctx)
 	e := &m.eras
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -133,7 +124,7 @@ func (m *mcpServer) probe(done chan struct{}) {
 	if era != e.era {
 		m.log.Info("era of an MCP server", "server", m.name, "era", era, "was", e.era)
 	}
-	e.era, e.discover, e.until = era, answer, time.Now().Add(probeAgain)
+	e.era, e.until = era, time.Now().Add(probeAgain)
 }
 
 // probeBody is what the probe asks. Its id cannot be a call's.
@@ -146,7 +137,7 @@ var probeBody = []byte(`{"jsonrpc":"2.0","id":"waybill-probe","method":"server/d
 // not even look at what comes without a session (2026-07-28, basic/versioning,
 // "Backward Compatibility"). Over stdio there are those that say nothing at all
 // (basic/transports/stdio, "Backward Compatibility").
-func (m *mcpServer) ask(ctx context.Context) (Era, []byte, error) {
+func (m *mcpServer) ask(ctx context.Context) (Era, error) {
 	const id = schemas.CallID("waybill-probe")
 	c := Call{
 		ID: id, Body: probeBody, Connected: func() {}, Heard: func() {},
@@ -154,20 +145,20 @@ func (m *mcpServer) ask(ctx context.Context) (Era, []byte, error) {
 	}
 	body, header, err := m.request(c)
 	if err != nil {
-		return EraAuto, nil, err
+		return EraAuto, err
 	}
 	resp, err := m.send(ctx, http.MethodPost, header, body, func() {})
 	if f := new(Fault); m.held && errors.As(err, &f) && f.Kind == Broken && errors.Is(ctx.Err(), context.DeadlineExceeded) {
-		return EraLegacy, nil, nil // it was asked, and runs
+		return EraLegacy, nil // it was asked, and runs
 	}
 	if err != nil {
-		return EraAuto, nil, err
+		return EraAuto, err
 	}
 	defer resp.Body.Close()
 	switch s := resp.StatusCode; {
 	case s == http.StatusUnauthorized, s == http.StatusForbidden, s == http.StatusProxyAuthRequired,
 		s == http.StatusRequestTimeout, s == http.StatusTooManyRequests, s >= 500, s >= 300 && s < 400:
-		return EraAuto, nil, fmt.Errorf("HTTP %d", s)
+		return EraAuto, fmt.Errorf("HTTP %d", s)
 	}
 	var text []byte
 	if eventStream(resp) {
@@ -179,22 +170,22 @@ func (m *mcpServer) ask(ctx context.Context) (Era, []byte, error) {
 		text, err = m.read(resp)
 	}
 	if err != nil {
-		return EraAuto, nil, err
+		return EraAuto, err
 	}
 	msg, err := m.decode(text, c)
 	switch {
 	case err == nil && msg.IsResponse() && msg.Result().Exists():
 		if speaks(msg.Result().Get("supportedVersions")) {
-			return EraModern, text, nil
+			return EraModern, nil
 		}
-		return EraLegacy, nil, nil
+		return EraLegacy, nil
 	case err == nil && msg.IsResponse():
 		code, _ := msg.ErrorCode()
-		return eraOfError(code, msg.Error().Get("data", "supported")), nil, fmt.Errorf("error %d", code)
+		return eraOfError(code, msg.Error().Get("data", "supported")), fmt.Errorf("error %d", code)
 	case resp.StatusCode >= 400:
-		return EraLegacy, nil, nil // it wants a session, or to be asked otherwise
+		return EraLegacy, nil // it wants a session, or to be asked otherwise
 	}
-	return EraAuto, nil, fmt.Errorf("HTTP %d without an answer", resp.StatusCode)
+	return EraAuto, fmt.Errorf("HTTP %d without an answer", resp.StatusCode)
 }
 
 // eraOfError is what an error in answer to the probe tells.

@@ -59,9 +59,6 @@ func TestEra(t *testing.T) {
 			if n := len(probes); n != 1 {
 				t.Errorf("%d probes", n)
 			}
-			if (m.discovered() != nil) != (strings.HasPrefix(name, "modern")) {
-				t.Errorf("discovered %s", m.discovered())
-			}
 			// What was known stays in force while it is looked at again.
 			<-probes
 			m.doubt()

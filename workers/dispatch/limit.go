@@ -119,6 +119,9 @@ func (l *limit) enter(ctx context.Context) error {
 	}
 }
 
+// full tells whether who enters now has to wait.
+func (l *limit) full() bool { return len(l.slots) == cap(l.slots) }
+
 func (l *limit) leave() { <-l.slots }
 
 // Stat is the state of one upstream.

@@ -202,7 +202,11 @@ func ours(name string) bool {
 
 // call makes a call in the era of the server, whichever the client is of.
 func (m *mcpServer) call(ctx context.Context, c Call, progress func([]byte) error) (Answer, error) {
-	switch era, old := m.eraOf(ctx), legacy(c.Requested.Revision); {
+	era := c.Era
+	if era == EraAuto {
+		era = m.eraOf(ctx)
+	}
+	switch old := legacy(c.Requested.Revision); {
 	case old && era == EraModern:
 		return m.oldClient(ctx, c, progress)
 	case !old && era == EraLegacy:

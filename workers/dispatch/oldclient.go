@@ -561,7 +561,7 @@ var (
 	errMeta   = errors.New("params._meta must be an object")
 )
 
-// send asks the server once, as nth request of the call, with the headers that
+// sendModern asks the server once, as nth request of the call, with the headers that
 // repeat arguments. given is what it wanted to know; nil at first.
 func (s *session) sendModern(ctx context.Context, c Call, nth int, given *inputs, headers map[string]string, progress func([]byte) error) (Answer, error) {
 	body, err := s.modernBody(c.Body, given)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -43,6 +44,7 @@ type Owners interface {
 
 const (
 	ownerPause = 250 * time.Millisecond // before an owner is asked for again
+	ownerRest  = 5 * time.Second        // the longest such pause: one that gives the call back each time is not hurried
 	ownerGrace = 5 * time.Second        // in which an owner ends a call whose time is over
 )
 
@@ -63,18 +65,32 @@ func (r *run) handOver(ctx context.Context) error {
 		return nil
 	}
 	body := r.e.Body
-	if !legacy(r.a.Revision) { // whose body says nothing of an owner
+	switch {
+	case legacy(r.a.Revision): // whose body says nothing of an owner
+		// Once for all: a server that is found to be of the other era before the
+		// call is made would have it made by who does not own the session.
+		if m := r.up.mcp; m != nil && !m.held && r.a.Method != "ping" {
+			r.era = m.eraOf(ctx)
+		}
+	case mayAsk[r.a.Method]:
 		var err error
 		if body, err = r.request(ctx); err != nil {
 			return nil // who carries it out will find that too
 		}
+		r.read = body
 	}
 	nobody := func() {}
 	key, owner := r.up.owner(Call{
 		ID: r.e.Call, Event: r.e, Requested: &r.a.Requested, Only: r.a.Only, Trace: r.e.Trace, Body: body,
-		Connected: nobody, Heard: nobody,
+		Era: r.era, Connected: nobody, Heard: nobody,
 	})
-	for {
+	if key != "" {
+		r.era = EraAuto // the owner makes it in whichever era the server is of by then
+	}
+	if key != "" || owner != "" && owner != o.Name() {
+		r.read = nil // who waits for an owner holds no body
+	}
+	for wait := ownerPause; ; wait = min(2*wait, ownerRest) {
 		if key != "" {
 			var err error
 			if owner, err = r.d.acquire(ctx, key); err != nil {
@@ -90,7 +106,7 @@ func (r *run) handOver(ctx context.Context) error {
 		case key == "":
 			return nil
 		}
-		if !pause(ctx, ownerPause) {
+		if !pause(ctx, wait) {
 			return errStopped
 		}
 	}
@@ -124,11 +140,24 @@ func (d *Dispatcher) route(ctx context.Context, r *run, owner string) error {
 		return errOwnerGone
 	default:
 	}
-	back, leave := d.routes.wait(r.by)
+	// Another name each time: what a run has handed over before, and got back, is
+	// in the log already, where a second of its name would vanish unheard.
+	r.routed++
+	by := r.by + "." + strconv.Itoa(r.routed)
+	back, leave := d.routes.wait(by)
 	defer leave()
 	defer r.away(ctx)()
 	store, cancel := sure(ctx, d.endTime())
-	_, err := r.emit(store, r.e.Next(&schemas.Routed{To: owner, From: o.Name(), Seq: r.e.Seq, By: r.by}, nil))
+	receipt, err := r.emit(store, r.e.Next(&schemas.Routed{To: owner, From: o.Name(), Seq: r.e.Seq, By: by}, nil))
+	if err == nil && receipt.Duplicate {
+		// Our own, whose receipt was lost on the way; nobody hears of another.
+		var first schemas.Event
+		if first, err = d.opt.Load(store, receipt.Seq); err == nil {
+			if p, ok := first.Data.(*schemas.Routed); !ok || p.To != owner || p.By != by {
+				err = fmt.Errorf("event %d has its ID", receipt.Seq)
+			}
+		}
+	}
 	cancel()
 	if err != nil {
 		return fmt.Errorf("handing the call to its owner: %w", err)
@@ -295,7 +324,7 @@ func (m *mcpServer) ownerOf(c Call) (key, owner string) {
 	if legacy(c.Requested.Revision) {
 		// At a server without sessions the session is the gateway's own, and what
 		// the client sets in it is in one process.
-		if m.held || c.Requested.Method != "ping" && m.eraOf(m.life) == EraModern {
+		if m.held || c.Era == EraModern {
 			key = processKeys + strings.Join([]string{string(c.Event.Tenant), string(c.Event.Session), m.name}, ".")
 		}
 		return key, ""
@@ -395,7 +424,8 @@ func (d *Dispatcher) Lapsed() {
 	}
 }
 
-// disown releases the session's stream when the session has ended.
+// disown releases what a session that has ended was owned by: the key of its
+// stream, or of the process that held it.
 func (t *sessions) disown(key string) {
 	o := t.opt.Owners
 	if o == nil {
@@ -428,9 +458,16 @@ func (d *Dispatcher) Died(ctx context.Context, name string) {
 		if part := strings.Split(strings.TrimPrefix(key, processKeys), "."); !ok && len(part) == 3 && ctx.Err() == nil {
 			// Only the client could go on with it in its place; but where the server
 			// has no sessions, it is listened to from here.
-			if err := d.takeOverSolo(ctx, key, sessionID{schemas.Tenant(part[0]), schemas.SessionKey(part[1])}, part[2]); err != nil {
-				d.opt.Log.Warn("a session at a server without sessions is not taken over", "key", key, "error", err)
-			}
+			all.Go(func() error {
+				mine, err := d.takeOverSolo(ctx, key, sessionID{schemas.Tenant(part[0]), schemas.SessionKey(part[1])}, part[2])
+				if mine {
+					taken.Add(1)
+				}
+				if err != nil {
+					d.opt.Log.Warn("a session at a server without sessions is not taken over", "key", key, "error", err)
+				}
+				return nil
+			})
 			continue
 		}
 		if !ok || len(part) != 4 || ctx.Err() != nil {
@@ -480,26 +517,26 @@ func (d *Dispatcher) takeOver(ctx context.Context, id sessionID, server, by stri
 }
 
 // takeOverSolo goes on with a session at a server without sessions: a client may
-// do nothing but listen.
-func (d *Dispatcher) takeOverSolo(ctx context.Context, key string, id sessionID, server string) error {
+// do nothing but listen. It tells whether the key is this process's now.
+func (d *Dispatcher) takeOverSolo(ctx context.Context, key string, id sessionID, server string) (bool, error) {
 	u := d.upstreams[server]
 	if u == nil || u.mcp == nil || u.mcp.held {
-		return nil
+		return false, nil
 	}
 	last, found, err := d.sessions.connected(ctx, id, server)
 	if err != nil || !found || last.Revision != mcpRevision {
-		return err
+		return false, err
 	}
 	if owner, err := d.opt.Owners.Acquire(ctx, key); err != nil || owner != d.opt.Owners.Name() {
-		return err
+		return false, err
 	}
 	opened, err := d.opt.Latest(ctx, id.tenant, id.key, schemas.KindOpened)
 	if err != nil {
-		return err
+		return true, err
 	}
 	s, err := d.sessions.solo(ctx, u.mcp, schemas.Event{Tenant: id.tenant, Session: id.key, Agent: opened.Agent})
 	if err == nil {
 		s.leave()
 	}
-	return err
+	return true, err
 }

@@ -58,8 +58,9 @@ const (
 	pollMost  = time.Minute
 	poll      = time.Second
 
-	taskTime  = 30 * time.Second // of one request about a server's task
-	taskFails = 5                // answers in a row that cannot be used, before it is given up
+	taskTime   = 30 * time.Second // of one request about a server's task
+	revokeTime = 3 * time.Second  // likewise, while the call's ending waits
+	taskFails  = 5                // answers in a row that cannot be used, before it is given up
 
 	resultTask  = "task"
 	resultInput = "input_required"
@@ -86,8 +87,11 @@ type task struct {
 	index  int        // of the next tasked event
 	err    error      // the log did not take the first of them
 
-	// answers are the client's, by the key that it knows; the first counts.
-	answers map[string][]byte
+	// answers are the client's, by the key that it knows; the first counts. Their
+	// mutex is one of their own: mu is held while the log takes an event, and who
+	// brings an answer brings those of all other calls too.
+	answersMu sync.Mutex
+	answers   map[string][]byte
 
 	news chan struct{} // of one place: an answer has come
 
@@ -303,13 +307,13 @@ func (t *task) take(body []byte) {
 	if err != nil {
 		return // the edge has looked
 	}
-	t.mu.Lock()
+	t.answersMu.Lock()
 	for key, v := range msg.Params().Get("inputResponses").Members() {
 		if t.answers[key] == nil {
 			t.answers[key] = bytes.Clone(v.Raw())
 		}
 	}
-	t.mu.Unlock()
+	t.answersMu.Unlock()
 	select {
 	case t.news <- struct{}{}:
 	default:
@@ -318,8 +322,8 @@ func (t *task) take(body []byte) {
 
 // given are the answers that there are to these keys of the server.
 func (t *task) given(front string, keys []string) map[string][]byte {
-	t.mu.Lock()
-	defer t.mu.Unlock()
+	t.answersMu.Lock()
+	defer t.answersMu.Unlock()
 	all := map[string][]byte{}
 	for _, k := range keys {
 		if a := t.answers[front+k]; a != nil {
@@ -403,6 +407,7 @@ func (r *run) becomes(ctx context.Context, a Answer) error {
 			return faultf(Garbled, "it answers with a task without an id, or with a very long one")
 		}
 		if r.task == nil {
+			r.revoke(ctx, id)
 			return faultf(Garbled, "it answers with a task to a client that does not take one")
 		}
 		t := r.task
@@ -413,12 +418,15 @@ func (r *run) becomes(ctx context.Context, a Answer) error {
 			r.lastLog = err
 			return err
 		case !is:
-			// The task is there, and nobody can be told of it.
-			r.about(ctx, "tasks/cancel", id, nil)
+			r.revoke(ctx, id)
 			return errCrowded
 		case already:
 			if err := r.stands(ctx, working, 0, a.Body); err != nil {
-				r.lastLog = err
+				if f := new(Fault); errors.As(err, &f) {
+					r.revoke(ctx, id)
+				} else {
+					r.lastLog = err
+				}
 				return err
 			}
 		}
@@ -440,6 +448,19 @@ func (r *run) becomes(ctx context.Context, a Answer) error {
 		return errThinking
 	}
 	return nil
+}
+
+// revoke has the server end a task that is there and of which nobody can be told.
+// Whether it does is its business; the call's ending does not wait long for it.
+func (r *run) revoke(ctx context.Context, id string) {
+	if legacy(r.a.Revision) {
+		return // of such a task nothing is known here
+	}
+	ctx, cancel := sure(ctx, revokeTime)
+	defer cancel()
+	if _, err := r.about(ctx, "tasks/cancel", id, nil); err != nil {
+		r.d.opt.Log.Debug("a task that nobody knows of is left to its server", "server", r.a.Server, "call", r.e.Call, "error", err)
+	}
 }
 
 // goesOn carries a call on that is a task, until it ends or stands otherwise.

@@ -47,6 +47,10 @@ type Call struct {
 	Trace     string   // W3C traceparent, or ""
 	Body      []byte
 
+	// Era is that in which it is made, where it was decided who makes it by that;
+	// EraAuto: in whichever the server is of.
+	Era Era
+
 	Connected func() // there is a connection
 	Heard     func() // the answer has begun
 }
