@@ -22,7 +22,8 @@ import (
 // What a process owns is its own until it releases it, or has not lived for
 // that time: then whoever comes first takes over. By its own clock a process
 // stops being an owner earlier ([Leases.Holds]), so that there are never two.
-// A key costs one write when it is acquired and one when it is released.
+// A key costs one write when it is acquired, and one reading and one write when it
+// is released.
 type Leases struct {
 	l      *Log
 	name   string
@@ -103,18 +104,39 @@ func (o *Leases) Run(ctx context.Context, up func(bool), dead func(ctx context.C
 	var others sync.WaitGroup
 	defer others.Wait()
 	others.Go(func() { o.listen(ctx) })
-	deaths := make(chan string, 256)
+	// The beat waits for nothing but itself: neither for who looks after the
+	// others, nor for what comes of their deaths.
+	deaths := &mourning{more: make(chan struct{}, 1)}
 	others.Go(func() {
 		for {
 			select {
 			case <-ctx.Done():
 				return
-			case name := <-deaths:
-				dead(ctx, name)
+			case <-deaths.more:
+			}
+			for _, name := range deaths.take() {
+				if ctx.Err() == nil {
+					dead(ctx, name)
+				}
 			}
 		}
 	})
-	lives, begun := false, false
+	beaten := make(chan struct{}, 1)
+	others.Go(func() {
+		begun := false
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-beaten:
+			}
+			if !begun {
+				begun = o.orphans(ctx, deaths)
+			}
+			o.look(ctx, deaths)
+		}
+	})
+	lives := false
 	for {
 		err := o.beat(ctx)
 		if now := o.Holds(); now != lives {
@@ -124,11 +146,11 @@ func (o *Leases) Run(ctx context.Context, up func(bool), dead func(ctx context.C
 				o.l.o.Log.Warn("this process has lost its leases: others may take over what it held", "error", err)
 			}
 		}
-		if lives && !begun {
-			begun = o.orphans(ctx, deaths)
-		}
 		if lives {
-			o.look(ctx, deaths)
+			select {
+			case beaten <- struct{}{}:
+			default: // it looks
+			}
 		}
 		wait := o.beats
 		if err != nil {
@@ -148,6 +170,32 @@ func (o *Leases) Run(ctx context.Context, up func(bool), dead func(ctx context.C
 		o.l.o.Log.Debug("leases are left to expire", "error", err)
 	}
 	return nil
+}
+
+// mourning is who has died and was not reported yet. It never makes anybody wait;
+// there are no more names in it than there were processes.
+type mourning struct {
+	more  chan struct{} // of one place: there are some
+	mu    sync.Mutex
+	names []string
+}
+
+func (d *mourning) put(name string) {
+	d.mu.Lock()
+	d.names = append(d.names, name)
+	d.mu.Unlock()
+	select {
+	case d.more <- struct{}{}:
+	default:
+	}
+}
+
+func (d *mourning) take() []string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	names := d.names
+	d.names = nil
+	return names
 }
 
 // beat says that this process lives.
@@ -231,7 +279,7 @@ func (o *Leases) hear(name string, lives bool) {
 
 // look finds out who of the others has died: who is not heard of any more is
 // asked for at the leader of the bucket, whose clock decides.
-func (o *Leases) look(ctx context.Context, deaths chan<- string) {
+func (o *Leases) look(ctx context.Context, deaths *mourning) {
 	o.mu.Lock()
 	var silent []string
 	for name, p := range o.peers {
@@ -255,18 +303,21 @@ func (o *Leases) look(ctx context.Context, deaths chan<- string) {
 		}
 		o.mu.Unlock()
 		if !lives {
-			select {
-			case deaths <- name:
-			case <-ctx.Done():
-			}
+			deaths.put(name)
 		}
 	}
 }
 
 // orphans reports owners that do not live: those that died while nobody looked.
-func (o *Leases) orphans(ctx context.Context, deaths chan<- string) bool {
+// It is true when it has seen them all.
+func (o *Leases) orphans(ctx context.Context, deaths *mourning) bool {
+	all, err := o.owned(ctx, "")
+	if err != nil {
+		o.l.o.Log.Warn("who owned something and died before is asked for again", "error", err)
+		return false
+	}
 	known := map[string]bool{o.name: true}
-	for _, owner := range o.owned(ctx, "") {
+	for _, owner := range all {
 		if known[owner] {
 			continue
 		}
@@ -276,10 +327,7 @@ func (o *Leases) orphans(ctx context.Context, deaths chan<- string) bool {
 			return false
 		}
 		if !lives {
-			select {
-			case deaths <- owner:
-			case <-ctx.Done():
-			}
+			deaths.put(owner)
 		}
 	}
 	return ctx.Err() == nil
@@ -331,8 +379,7 @@ func (o *Leases) Acquire(ctx context.Context, key string) (owner string, err err
 		if err == nil {
 			return o.name, nil
 		}
-		if api := new(jetstream.APIError); !errors.As(err, &api) ||
-			api.ErrorCode != jetstream.JSErrCodeStreamWrongLastSequence && api.ErrorCode != jetstream.JSErrCodeStreamWrongLastSequenceConstant {
+		if !overtaken(err) {
 			return "", fmt.Errorf("acquire %s: %w", key, err)
 		}
 		m, err := o.stream.GetLastMsgForSubject(ctx, subject)
@@ -358,33 +405,37 @@ func (o *Leases) Acquire(ctx context.Context, key string) (owner string, err err
 	return "", fmt.Errorf("acquire %s: others are faster", key)
 }
 
-// Owner is who owns a key and lives; "" if nobody does.
-func (o *Leases) Owner(ctx context.Context, key string) (string, error) {
-	m, err := o.stream.GetLastMsgForSubject(ctx, leaseKeys+key)
-	if errors.Is(err, jetstream.ErrMsgNotFound) || err == nil && len(m.Data) == 0 {
-		return "", nil
+// Release gives a key up, unless it is another's by now.
+func (o *Leases) Release(ctx context.Context, key string) error {
+	subject := leaseKeys + key
+	m, err := o.stream.GetLastMsgForSubject(ctx, subject)
+	if errors.Is(err, jetstream.ErrMsgNotFound) || err == nil && string(m.Data) != o.name {
+		return nil
 	}
 	if err != nil {
-		return "", fmt.Errorf("who owns %s: %w", key, err)
+		return fmt.Errorf("who owns %s: %w", key, err)
 	}
-	lives, err := o.lives(ctx, string(m.Data))
-	if err != nil || !lives {
-		return "", err
+	err = o.purge(ctx, subject, jetstream.WithExpectLastSequencePerSubject(m.Sequence))
+	if overtaken(err) {
+		return nil
 	}
-	return string(m.Data), nil
+	return err
 }
 
-// Release gives a key up, whose owner this process must be.
-func (o *Leases) Release(ctx context.Context, key string) error {
-	return o.purge(ctx, leaseKeys+key)
+// overtaken tells whether the log has refused to write since another has written
+// before.
+func overtaken(err error) bool {
+	api := new(jetstream.APIError)
+	return errors.As(err, &api) &&
+		(api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence || api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequenceConstant)
 }
 
 // purge removes a key; the mark that it leaves goes by itself.
-func (o *Leases) purge(ctx context.Context, subject string) error {
+func (o *Leases) purge(ctx context.Context, subject string, more ...jetstream.PublishOpt) error {
 	m := nats.NewMsg(subject)
 	m.Header.Set("KV-Operation", "PURGE")
 	m.Header.Set(jetstream.MsgRollup, jetstream.MsgRollupSubject)
-	if _, err := o.l.js.PublishMsg(ctx, m, jetstream.WithMsgTTL(o.ttl)); err != nil {
+	if _, err := o.l.js.PublishMsg(ctx, m, append(more, jetstream.WithMsgTTL(o.ttl))...); err != nil {
 		return fmt.Errorf("remove %s: %w", subject, err)
 	}
 	return nil
@@ -392,22 +443,26 @@ func (o *Leases) purge(ctx context.Context, subject string) error {
 
 // Owned lists the keys that a process owns, dead or alive.
 func (o *Leases) Owned(ctx context.Context, name string) []string {
+	all, err := o.owned(ctx, name)
+	if err != nil {
+		o.l.o.Log.Warn("what a process owned is not all known", "name", name, "error", err)
+	}
 	var keys []string
-	for key := range o.owned(ctx, name) {
+	for key := range all {
 		keys = append(keys, key)
 	}
 	return keys
 }
 
 // owned reads who owns what: all that one owns, or, if name is "", everything.
-func (o *Leases) owned(ctx context.Context, name string) map[string]string {
+// With an error it is what was read until then.
+func (o *Leases) owned(ctx context.Context, name string) (map[string]string, error) {
 	all := map[string]string{}
 	c, err := o.stream.OrderedConsumer(ctx, jetstream.OrderedConsumerConfig{
 		FilterSubjects: []string{leaseKeys + ">"}, DeliverPolicy: jetstream.DeliverLastPerSubjectPolicy,
 	})
 	if err != nil {
-		o.l.o.Log.Warn("reading who owns what", "error", err)
-		return all
+		return all, fmt.Errorf("reading who owns what: %w", err)
 	}
 	defer func() {
 		if now := c.CachedInfo(); now != nil && o.l.nc.IsConnected() {
@@ -417,25 +472,27 @@ func (o *Leases) owned(ctx context.Context, name string) map[string]string {
 		}
 	}()
 	info, err := c.Info(ctx)
-	if err != nil || info.NumPending == 0 {
-		return all
+	if err != nil {
+		return all, fmt.Errorf("reading who owns what: %w", err)
+	}
+	if info.NumPending == 0 {
+		return all, nil
 	}
 	it, err := c.Messages(jetstream.PullExpiry(10*time.Second), jetstream.PullHeartbeat(2*time.Second))
 	if err != nil {
-		return all
+		return all, fmt.Errorf("reading who owns what: %w", err)
 	}
 	defer it.Stop()
 	for {
 		m, err := it.Next(jetstream.NextContext(ctx))
 		if err != nil {
-			o.l.o.Log.Warn("reading who owns what", "error", err)
-			return all
+			return all, fmt.Errorf("reading who owns what: %w", err)
 		}
 		if owner := string(m.Data()); owner != "" && (name == "" || owner == name) {
 			all[m.Subject()[len(leaseKeys):]] = owner
 		}
 		if md, err := m.Metadata(); err != nil || md.NumPending == 0 {
-			return all
+			return all, nil
 		}
 	}
 }

@@ -62,9 +62,13 @@ func TestLeases(t *testing.T) {
 	if keys := a.Owned(t.Context(), "b"); len(keys) != 2 {
 		t.Errorf("b owns %v", keys)
 	}
-	if owner, err := b.Owner(t.Context(), "g.acme.s3.files"); owner != "a" || err != nil {
-		t.Errorf("the owner is %q, %v", owner, err)
+	// What is another's, or nobody's, is not given up.
+	for _, key := range []string{"g.acme.s3.files", "g.acme.s5.files"} {
+		if err := b.Release(t.Context(), key); err != nil {
+			t.Error(err)
+		}
 	}
+	w.acquires(b, "g.acme.s3.files", "a")
 	gone := b.Gone("a")
 	a.stop()
 	if a.Holds() {
@@ -86,6 +90,45 @@ func TestLeases(t *testing.T) {
 	b.stop()
 	c := w.owner("c")
 	if name := <-c.dead; name != "b" {
+		t.Errorf("%s died", name)
+	}
+}
+
+// What comes of one death takes long: this process lives on meanwhile, and hears
+// of others.
+func TestLeasesLongMourning(t *testing.T) {
+	w := start(t, embed.Options{})
+	l := w.open(bus.Options{Role: bus.RoleDispatch, Leases: true, LeaseTTL: time.Second})
+	leases, err := l.Leases(t.Context(), "z")
+	if err != nil {
+		t.Fatal(err)
+	}
+	alive, dead, letGo := make(chan bool, 16), make(chan string, 16), make(chan struct{})
+	background(t, func(ctx context.Context) error {
+		return leases.Run(ctx, func(b bool) { alive <- b }, func(_ context.Context, name string) { dead <- name; <-letGo })
+	})
+	if !<-alive {
+		t.Fatal("it does not live")
+	}
+	a, b := w.owner("a"), w.owner("b")
+	gone := []<-chan struct{}{leases.Gone("a"), leases.Gone("b")}
+	a.stop()
+	if name := <-dead; name != "a" {
+		t.Errorf("%s died", name)
+	}
+	b.stop()
+	for _, gone := range gone {
+		select {
+		case <-gone:
+		case <-time.After(patience):
+			t.Fatal("nobody hears that it is gone")
+		}
+	}
+	if !leases.Holds() || len(alive) > 0 {
+		t.Error("it has lost its leases")
+	}
+	close(letGo)
+	if name := <-dead; name != "b" {
 		t.Errorf("%s died", name)
 	}
 }
@@ -162,8 +205,8 @@ func TestLeasesAreDispatchs(t *testing.T) {
 	}
 }
 
-// What it costs to own something: a write when it is acquired, one when it is
-// released, and none between.
+// What it costs to own something: a write when it is acquired, a reading and a write
+// when it is released, and nothing between.
 func BenchmarkLease(b *testing.B) {
 	w := start(b, embed.Options{})
 	o := w.owner("a")

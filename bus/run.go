@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -254,6 +255,12 @@ func (r *runner) bury(ctx context.Context, m jetstream.Msg, md *jetstream.MsgMet
 	}
 	if e.Call != "" {
 		end := e.Next(&schemas.Failed{Code: code, Detail: cut(cause.Error())}, nil)
+		switch is, err := r.isTask(ctx, m, md, e); {
+		case err != nil:
+			return errors.Join(err, m.NakWithDelay(r.l.o.AckWait))
+		case is:
+			end = end.Task()
+		}
 		if _, err := r.l.Publish(ctx, end); err != nil && !errors.Is(err, schemas.ErrInvalid) && !errors.Is(err, schemas.ErrTooLarge) {
 			return errors.Join(err, m.NakWithDelay(r.l.o.AckWait))
 		}
@@ -265,6 +272,23 @@ func (r *runner) bury(ctx context.Context, m jetstream.Msg, md *jetstream.MsgMet
 		r.l.o.Log.Error("dead letter not stored", "work", r.w.Name, "seq", md.Sequence.Stream, "error", err)
 	}
 	return m.Term()
+}
+
+// isTask tells whether the call of a message is a task by now. Then no edge waits
+// for its ending: who asks how the task stands reads what is addressed to it.
+func (r *runner) isTask(ctx context.Context, m jetstream.Msg, md *jetstream.MsgMetadata, e schemas.Event) (bool, error) {
+	if _, _, kind, ok := parts(m.Subject()); !ok || kind != schemas.KindAuthorized {
+		return false, nil // nobody has begun it
+	}
+	if a, ok := e.Data.(*schemas.Authorized); ok && a.TaskUntil.IsZero() {
+		return false, nil // its client takes none for an answer
+	}
+	e.Seq = md.Sequence.Stream // which one that cannot be read has not
+	past, err := r.l.Past(ctx, e)
+	if err != nil {
+		return false, err
+	}
+	return slices.ContainsFunc(past, func(e schemas.Event) bool { return e.Data != nil && e.Kind() == schemas.KindTasked }), nil
 }
 
 // What of a message goes into its dead letter: the rest can be read at its

@@ -201,6 +201,34 @@ func TestBuriedAuthorizedIsUnknown(t *testing.T) {
 	}
 }
 
+// One that has become a task has its ending where its client looks.
+func TestBuriedTask(t *testing.T) {
+	w := start(t, embed.Options{})
+	w.open(bus.Options{Role: bus.RolePolicy})
+	l := w.open(bus.Options{Role: bus.RoleDispatch, AckWait: 200 * time.Millisecond})
+	w.run(l, bus.Work{Name: "dispatch", Kinds: []schemas.Kind{schemas.KindAuthorized}},
+		func(ctx context.Context, e schemas.Event, emit schemas.Emit) error {
+			if string(e.Body) == "tasked" {
+				if _, err := emit(ctx, e.Next(&schemas.Tasked{Status: "working", By: "x"}, nil)); err != nil {
+					return err
+				}
+			}
+			return errors.New("not today")
+		})
+	policy := w.open(bus.Options{Role: bus.RolePolicy})
+	for _, body := range []string{"tasked", "plain"} {
+		e := request(body)
+		a := &schemas.Authorized{Requested: *e.Data.(*schemas.Requested), Decision: schemas.Decision{N: 1}}
+		a.TaskUntil = time.Now().Add(time.Hour)
+		if _, err := policy.Publish(t.Context(), e.Next(a, e.Body)); err != nil {
+			t.Fatal(err)
+		}
+		if end := w.ended(e.Call); end.Kind() != schemas.KindFailed || end.ToTask() != (body == "tasked") {
+			t.Errorf("%s ends as %s, addressed to %q", body, end.Kind(), end.Edge)
+		}
+	}
+}
+
 // Messages that no version of this program wrote, or a later one did.
 func TestUndecodable(t *testing.T) {
 	w := start(t, embed.Options{})
