@@ -137,6 +137,7 @@ type Adapter struct {
 	sessions *seen                     // those without an ID that were opened
 	table    *table                    // those with one
 	long     names                     // what shortened names stand for
+	watched  watched                   // tasks
 }
 
 // New returns an adapter.

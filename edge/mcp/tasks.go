@@ -55,6 +55,10 @@ const (
 	// of the log.
 	maxTaskIDs = 64
 
+	// maxWatched is how many such readers one tenant may have, over all of its
+	// subscriptions at this replica.
+	maxWatched = 1024
+
 	maxListen = time.Hour // the life of a subscription to nothing but tasks
 )
 
@@ -349,8 +353,30 @@ type watching struct {
 	wg    sync.WaitGroup
 }
 
+// watched counts the tasks in subscriptions, by tenant.
+type watched struct {
+	mu sync.Mutex
+	of map[schemas.Tenant]int
+}
+
+// add takes n more in, if there is room.
+func (w *watched) add(t schemas.Tenant, n int) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.of[t]+n > maxWatched {
+		return false
+	}
+	if w.of == nil {
+		w.of = map[schemas.Tenant]int{}
+	}
+	if w.of[t] += n; w.of[t] == 0 {
+		delete(w.of, t)
+	}
+	return true
+}
+
 // watch finds the tasks that a subscription names; those that the caller does not
-// have are left out of what is agreed.
+// have are left out of what is agreed. They count as the tenant's until ctx is done.
 func (c *caller) watch(ctx context.Context, p edge.Principal, endpoint string, ids jsonrpc.Value) (*watching, *reply) {
 	w := &watching{c: c}
 	n := 0
@@ -367,6 +393,14 @@ func (c *caller) watch(ctx context.Context, p edge.Principal, endpoint string, i
 			return nil, bad
 		}
 		w.tasks, w.ids = append(w.tasks, e), append(w.ids, jsonrpc.Quote(id))
+	}
+	if n := len(w.tasks); n > 0 {
+		if !c.a.watched.add(p.Tenant, n) {
+			f := failures[schemas.FailOverloaded]
+			f.reason = string(schemas.FailOverloaded)
+			return nil, &f
+		}
+		context.AfterFunc(ctx, func() { c.a.watched.add(p.Tenant, -n) })
 	}
 	return w, nil
 }
@@ -429,7 +463,8 @@ func (w *watching) acknowledge(body []byte) []byte {
 
 const acknowledged = "notifications/subscriptions/acknowledged"
 
-// alone serves a subscription to nothing but tasks: no server has to be asked.
+// alone serves a subscription to nothing but tasks: no server has to be asked. It
+// ends when there is nothing more to tell of any.
 func (w *watching) alone(ctx context.Context) {
 	c := w.c
 	ctx, cancel := context.WithTimeout(ctx, maxListen)
@@ -440,9 +475,8 @@ func (w *watching) alone(ctx context.Context) {
 		return
 	}
 	w.begin(ctx)
-	<-ctx.Done()
-	w.wg.Wait()
-	c.drain() // a client that has left does not hear it
+	w.wg.Wait() // each ends with its task, or with ctx
+	c.drain()   // a client that has left does not hear it
 }
 
 // onlyTasks tells whether a subscription's filter names nothing but tasks.
