@@ -271,6 +271,103 @@ func TestRoutedCancel(t *testing.T) {
 	}
 }
 
+// The owner gives the call back without an ending: it is handed over again, and the
+// owner hears of it again. A receipt that was lost on the way changes nothing.
+func TestRoutedBack(t *testing.T) {
+	r, atA, atB := ownedByB(t)
+	close(atB.letGo)
+	load := r.b.opt.Load
+	var n atomic.Int32
+	r.b.opt.Load = func(ctx context.Context, seq uint64) (schemas.Event, error) {
+		if n.Add(1) <= 2 {
+			return schemas.Event{}, errLog
+		}
+		return load(ctx, seq)
+	}
+	r.log.again = func(e schemas.Event) bool { p, ok := e.Data.(*schemas.Routed); return ok && !p.Back }
+	handled := r.give(r.a, r.call("write"))
+	// memLog.again makes each receipt one of a duplicate, of which the rig does not
+	// have the dispatchers hear: they hear of it here, as of what the log has.
+	for i := 1; i <= 3; i++ {
+		var there []schemas.Event
+		for len(there) < i {
+			there = nil
+			for _, e := range r.log.await(t, schemas.KindRouted, 2*i-1) {
+				if !e.Data.(*schemas.Routed).Back {
+					there = append(there, e)
+				}
+			}
+		}
+		if err := r.b.Hear(t.Context(), there[i-1], r.emit); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.handled(handled)
+	r.want("completed")
+	if atA.n.Load() != 0 || atB.n.Load() != 1 {
+		t.Errorf("%d calls at a, %d at b", atA.n.Load(), atB.n.Load())
+	}
+}
+
+// The era of the server, which decides who owns a call, is found once for it: one
+// that has no owner is not made in a session that has one.
+func TestOneEraForACall(t *testing.T) {
+	for era, want := range map[Era]struct {
+		call  Era
+		owned int
+	}{EraLegacy: {EraLegacy, 0}, EraModern: {EraAuto, 1}} {
+		r := newReplicas(t, nil, func(o *Options) { o.Servers[0].Era = EraAuto })
+		u := r.a.upstreams["s"]
+		u.mcp.eras.era, u.mcp.eras.until = era, time.Now().Add(time.Hour)
+		u.call = func(_ context.Context, c Call, _ func([]byte) error) (Answer, error) {
+			if c.Era != want.call {
+				t.Errorf("%s: the call is made in %q, want %q", era, c.Era, want.call)
+			}
+			return Answer{Status: 200, Body: []byte(`{}`)}, nil
+		}
+		r.handled(r.give(r.a, r.legacy("write")))
+		r.want("completed")
+		if keys := (holder{r.ledger, "b"}).Owned(t.Context(), "a"); len(keys) != want.owned {
+			t.Errorf("%s: a owns %v", era, keys)
+		}
+	}
+}
+
+// A body that stayed in the log is read once, to find the owner and for the call;
+// and not at all for a method that has none.
+func TestBodyReadOnce(t *testing.T) {
+	for method, want := range map[string]int32{"tools/call": 1, "tools/list": 1} {
+		r := newReplicas(t, nil)
+		var asked atomic.Int32
+		r.a.upstreams["s"].owner = func(c Call) (string, string) {
+			if (len(c.Body) > 0) != (method == "tools/call") {
+				t.Errorf("%s: %q to find the owner of", method, c.Body)
+			}
+			return "", ""
+		}
+		r.a.upstreams["s"].call = func(_ context.Context, c Call, _ func([]byte) error) (Answer, error) {
+			if string(c.Body) != "large" {
+				t.Errorf("%s: asked %q", method, c.Body)
+			}
+			return Answer{Status: 200, Body: []byte(`{}`)}, nil
+		}
+		load := r.a.opt.Load
+		r.a.opt.Load = func(ctx context.Context, seq uint64) (schemas.Event, error) { asked.Add(1); return load(ctx, seq) }
+		call := schemas.NewCallID(time.Now())
+		request := r.log.add(schemas.Event{Tenant: "acme", Session: "s1", Call: call, Root: call, Agent: "a1", Data: &schemas.Requested{}, Body: []byte("large")})
+		e := r.method(method, "read", "", func(e *schemas.Event) {
+			a := e.Data.(*schemas.Authorized)
+			e.Call, e.Root, e.Body = call, call, nil
+			a.RequestedSeq, a.BodySize, a.BodySHA256 = request.Seq, len(request.Body), digestHex(string(request.Body))
+		})
+		r.handled(r.give(r.a, e))
+		r.want("completed")
+		if n := asked.Load(); n != want {
+			t.Errorf("%s: read %d times", method, n)
+		}
+	}
+}
+
 // Who waited dies: the call is delivered again, to a third or to the owner
 // itself, which carries it out already.
 func TestRoutedTwice(t *testing.T) {
