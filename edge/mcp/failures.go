@@ -125,5 +125,8 @@ func encode(id []byte, f reply, call schemas.CallID) []byte {
 
 // write answers with f before there is a call.
 func write(w http.ResponseWriter, id []byte, f reply) {
+	if f.retry > 0 {
+		w.Header().Set("Retry-After", strconv.Itoa(f.retry))
+	}
 	edge.WriteJSON(w, f.status, encode(id, f, ""))
 }
