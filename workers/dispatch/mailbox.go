@@ -41,14 +41,14 @@ func poke(c chan struct{}) {
 	}
 }
 
-// put waits for room, but not longer than that, nor much longer once stop is
-// closed. It is false if there is none. Where nobody reads any more, there is
-// always room.
-func (b *mailbox) put(l letter, wait time.Duration, stop <-chan struct{}) bool {
+// put waits for room, but not longer than that, nor once others is closed, nor
+// much longer once stop is. It is false if there is none. For what is the last
+// there is always room, and where nobody reads any more. others may be nil.
+func (b *mailbox) put(l letter, wait time.Duration, stop, others <-chan struct{}) bool {
 	var late <-chan time.Time
 	for {
 		b.mu.Lock()
-		full := len(b.letters) >= mailboxLetters || len(b.letters) > 0 && b.bytes+len(l.raw) > mailboxBytes
+		full := !l.last && (len(b.letters) >= mailboxLetters || len(b.letters) > 0 && b.bytes+len(l.raw) > mailboxBytes)
 		if !full || b.err != nil {
 			if b.err == nil {
 				b.numbered++
@@ -72,6 +72,8 @@ func (b *mailbox) put(l letter, wait time.Duration, stop <-chan struct{}) bool {
 		select {
 		case <-b.room:
 		case <-late:
+			return false
+		case <-others:
 			return false
 		case <-stop:
 			stop, late = nil, time.After(min(wait, time.Second))

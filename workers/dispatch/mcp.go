@@ -279,9 +279,9 @@ func (m *mcpServer) request(c Call) ([]byte, http.Header, error) {
 	}
 	target := c.Requested.Target
 
-	h := make(http.Header, len(m.header)+4+len(c.Requested.Headers))
+	h := make(http.Header, len(m.header)+5+len(c.Requested.Headers))
 	maps.Copy(h, m.header)
-	values := make([]string, 0, 4+len(c.Requested.Headers)) // one allocation for all of them
+	values := make([]string, 0, 5+len(c.Requested.Headers)) // one allocation for all of them
 	set := func(name, value string) {                       // canonical names only
 		values = append(values, value)
 		h[name] = values[len(values)-1 : len(values) : len(values)]
@@ -296,6 +296,9 @@ func (m *mcpServer) request(c Call) ([]byte, http.Header, error) {
 	}
 	if c.Trace != "" && headerValue(c.Trace) {
 		set("Traceparent", c.Trace)
+	}
+	if m.held {
+		set(headerTenant, string(c.Event.Tenant))
 	}
 	// They belong to the body and are encoded already. Nothing else that an
 	// event might hold is passed on.

@@ -31,19 +31,24 @@ import (
 //
 // Of a revision with sessions each session has a process of its own, or, with
 // shared, all have one, which the gateway itself initializes. Of 2026-07-28,
-// which has none, all calls share one.
+// which has none, all calls of a tenant share one, or, with shared, all calls.
+// What the gateway asks for itself, of no tenant, is asked of a process that ends
+// with the answer. So what a process says can only get to the tenant for which
+// it was started, unless the operator wants one for all.
 //
 // Whose a message is, is known of an answer by its id, of progress by its token,
 // and of what a subscription brings by its subscription's id. The protocol does
 // not say it of the rest. That belongs to the one request that the process has
-// in flight; if there is none, or more than one, to the session.
+// in flight; if there is none, or more than one, to the session. Where there are
+// no sessions it is dropped, and the log says so.
 //
 // What is changed on the way: line ends between the tokens of a message become
 // spaces; and where processes are shared the progress token, which two clients
 // may choose alike, is another one there.
 //
 // Nothing is dropped silently, and nothing grows without bound. What a request
-// or a session does not read for long holds up the process; after that the
+// or a session does not read for long holds up the process, as long as that
+// serves nobody else; after that, or at once where others would have to wait, the
 // request fails, or the session ends, and the process with it if it is the
 // session's own.
 type stdio struct {
@@ -58,7 +63,6 @@ type stdio struct {
 	hide    *strings.Replacer
 	timing  stdioTiming
 
-	opening chan struct{} // held by who looks for, or starts, a shared process
 	threads sync.WaitGroup
 	wg      sync.WaitGroup // processes, and goroutines
 
@@ -67,9 +71,20 @@ type stdio struct {
 	starts   chan func() // to the thread that starts processes; nil before the first
 	children map[*process]bool
 	sessions map[string]*stdioSession
-	modern   *process            // the one of revision 2026-07-28
-	legacy   *process            // the one that all sessions share
+	modern   map[string]*common  // of revision 2026-07-28, by tenant; "" for all
+	legacy   *common             // the one that all sessions share
 	ill      map[string]*illness // by tenant; "" for all
+}
+
+// common is the place of a process that many share.
+type common struct {
+	tenant  string        // whose they are; "": all
+	opening chan struct{} // held by who starts it
+	c       *process      // of the stdio's mu; nil: none runs
+}
+
+func newCommon(tenant string) *common {
+	return &common{tenant: tenant, opening: make(chan struct{}, 1)}
 }
 
 // stdioSession is what a session ID stands for.
@@ -104,8 +119,8 @@ func openStdio(s Server, opt Options) (*stdio, error) {
 	}
 	t := &stdio{
 		server: s.Name, command: s.Command, dir: s.Dir, most: positive(s.Processes, 64), limit: int(opt.MaxAnswer),
-		log: opt.Log, hide: hidden(s.Secrets), timing: defaultStdioTiming, opening: make(chan struct{}, 1),
-		children: map[*process]bool{}, sessions: map[string]*stdioSession{}, ill: map[string]*illness{},
+		log: opt.Log, hide: hidden(s.Secrets), timing: defaultStdioTiming,
+		children: map[*process]bool{}, sessions: map[string]*stdioSession{}, modern: map[string]*common{}, legacy: newCommon(""), ill: map[string]*illness{},
 	}
 	switch s.Process {
 	case "", "session":
@@ -256,6 +271,7 @@ func (s *stdio) enrol(c *process) *stdioSession {
 	s.mu.Unlock()
 	c.mu.Lock()
 	c.sessions[session.id] = session
+	c.joined()
 	c.used()
 	c.mu.Unlock()
 	return session
@@ -279,8 +295,22 @@ func (s *stdioSession) leave(why error) {
 
 // stateless is a request or notification of revision 2026-07-28.
 func (s *stdio) stateless(req *http.Request, msg *jsonrpc.Message) (*http.Response, error) {
+	tenant := req.Header.Get(headerTenant)
+	switch {
+	case s.shared:
+		tenant = ""
+	case tenant == "":
+		return s.alone(req, msg)
+	}
+	s.mu.Lock()
+	at := s.modern[tenant]
+	if at == nil {
+		at = newCommon(tenant) // as many as the configuration has tenants
+		s.modern[tenant] = at
+	}
+	s.mu.Unlock()
 	for try := 0; ; try++ {
-		c, err := s.common(req.Context(), &s.modern, true)
+		c, err := s.common(req.Context(), at, true)
 		if err != nil {
 			return nil, err
 		}
@@ -294,21 +324,58 @@ func (s *stdio) stateless(req *http.Request, msg *jsonrpc.Message) (*http.Respon
 	}
 }
 
-// common returns the process that all share, and starts it if there is none.
-func (s *stdio) common(ctx context.Context, at **process, modern bool) (*process, error) {
+// alone is a request or notification of no tenant: of the gateway's own, such as
+// the one that finds out the era. Its process ends with it.
+func (s *stdio) alone(req *http.Request, msg *jsonrpc.Message) (*http.Response, error) {
+	c := s.process("", "", true, true)
+	if err := s.start(req.Context(), c); err != nil {
+		return nil, err
+	}
+	defer c.end(errStdioAsked, true)
+	var resp *http.Response
+	var err error
+	if !msg.IsRequest() {
+		resp, err = c.post(req, msg, nil)
+	} else if p, begun := c.begin(msg); begun != nil {
+		err = begun
+	} else {
+		var raw []byte
+		raw, err = p.only(req.Context(), func() { reached(req) })
+		resp = response(http.StatusOK, raw)
+	}
+	if errors.Is(err, errLost) {
+		err = faultf(Unsent, "the server's process has ended at once")
+	}
+	if err != nil {
+		return nil, err
+	}
+	return resp, nil
+}
+
+// common returns the process of a place, and starts it if there is none.
+func (s *stdio) common(ctx context.Context, at *common, modern bool) (*process, error) {
+	running := func() *process {
+		s.mu.Lock()
+		c := at.c
+		s.mu.Unlock()
+		if c == nil || !c.usable() {
+			return nil
+		}
+		return c
+	}
+	if c := running(); c != nil {
+		return c, nil
+	}
 	select {
-	case s.opening <- struct{}{}:
+	case at.opening <- struct{}{}:
 	case <-ctx.Done():
 		return nil, faultf(Unsent, "the server was being started: %w", context.Cause(ctx))
 	}
-	defer func() { <-s.opening }()
-	s.mu.Lock()
-	c := *at
-	s.mu.Unlock()
-	if c != nil && c.usable() {
+	defer func() { <-at.opening }()
+	if c := running(); c != nil {
 		return c, nil
 	}
-	c = s.process("", "", true, modern)
+	c := s.process(at.tenant, "", true, modern)
 	if err := s.start(ctx, c); err != nil {
 		return nil, err
 	}
@@ -322,7 +389,7 @@ func (s *stdio) common(ctx context.Context, at **process, modern bool) (*process
 	select {
 	case <-c.gone:
 	default:
-		*at = c
+		at.c = c
 	}
 	return c, nil
 }
@@ -379,7 +446,7 @@ func (c *process) greet(ctx context.Context) error {
 // it was initialized is the answer, but for the id, and the revision if the
 // client wants an older one.
 func (s *stdio) join(req *http.Request, msg *jsonrpc.Message) (*http.Response, error) {
-	c, err := s.common(req.Context(), &s.legacy, false)
+	c, err := s.common(req.Context(), s.legacy, false)
 	if err != nil {
 		return nil, err
 	}
@@ -467,8 +534,40 @@ func (c *process) begin(msg *jsonrpc.Message) (*pending, error) {
 		c.tokens[p.token] = p
 	}
 	c.asked[p.id] = p
+	c.joined()
 	c.used()
 	return p, nil
+}
+
+// joined tells who waits for room for a message, since nobody else uses the
+// process, that somebody does. mu is held.
+func (c *process) joined() {
+	if c.company != nil {
+		close(c.company)
+		c.company = nil
+	}
+}
+
+// others is closed when there is somebody whom it would hold up to wait for the
+// reader of a request. It is nil where nobody else can be.
+func (c *process) others(p *pending) <-chan struct{} {
+	if !c.shared {
+		return nil
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.company == nil {
+		c.company = make(chan struct{})
+	}
+	company := c.company
+	beside := len(c.asked)
+	if c.asked[p.id] == p {
+		beside--
+	}
+	if beside > 0 || len(c.sessions) > 1 {
+		c.joined()
+	}
+	return company
 }
 
 // drop counts a request out, and tells whether it had no answer yet. mu is held.
@@ -494,13 +593,22 @@ func (p *pending) leave() {
 	case !open:
 	case p.first:
 		p.c.end(errStdioLeft, true)
-	case p.c.modern:
-		p.c.aside([]byte(`{"jsonrpc":"2.0","method":"notifications/cancelled","params":{"requestId":` + p.id + `,"reason":"nobody waits for the answer"}}`))
+	default:
+		p.cancel()
 	}
 	p.box.fail(io.ErrClosedPipe)
 }
 
-// fault is the end of the process, or of the request, as a fault.
+// cancel tells a server without sessions that nobody waits for the answer.
+func (p *pending) cancel() {
+	if p.c.modern {
+		p.c.aside([]byte(`{"jsonrpc":"2.0","method":"notifications/cancelled","params":{"requestId":` + p.id + `,"reason":"nobody waits for the answer"}}`))
+	}
+}
+
+// fault is the end of the process, or of the request, as a fault. What comes as
+// a [stdioEnd] does after the writer's end, so that what the line says of how
+// much was written is final.
 func (p *pending) fault(err error, l *line) *Fault {
 	end := new(stdioEnd)
 	f := new(Fault)
@@ -545,10 +653,12 @@ func (p *pending) send(ctx context.Context, connected func()) (letter, error) {
 func (p *pending) only(ctx context.Context, connected func()) ([]byte, error) {
 	defer p.leave()
 	l, err := p.send(ctx, connected)
+	heard := new(line)
+	heard.wrote.Store(1)
 	for err == nil && !l.last {
 		p.box.pop()
 		if l, err = p.box.next(ctx); err != nil {
-			err = p.fault(err, &line{})
+			err = p.fault(err, heard)
 		}
 	}
 	return l.raw, err
@@ -566,10 +676,13 @@ func (c *process) post(req *http.Request, msg *jsonrpc.Message, change func(*pen
 		case <-l.done:
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)
-		case <-c.gone:
+		case <-c.gone: // and the writer before it
 		}
-		if l.wrote.Load() < int64(len(l.b)) {
+		switch n := l.wrote.Load(); {
+		case n == 0:
 			return nil, errLost
+		case n < int64(len(l.b)): // enough, maybe, for who reads a last line without an end
+			return nil, faultf(Broken, "the server's process has ended while it was written to")
 		}
 		return response(http.StatusAccepted, nil), nil
 	}
@@ -688,10 +801,16 @@ func (c *process) message(raw []byte) {
 		p.put(letter{raw: raw})
 	case msg.IsRequest() && c.shared:
 		// Whom should it be put to?
-		c.log().Warn("a request of a server that all share is refused: it was made while not just one call was in flight", "method", clip(msg.Method(), maxWords))
+		if c.noise.Allow() {
+			c.log().Warn("a request of a server that is shared is refused: it was made while not just one call was in flight", "method", clip(msg.Method(), maxWords))
+		}
 		c.aside(jsonrpc.ErrorResponse(msg.ID().Raw(), jsonrpc.CodeInternalError, "nobody can be asked: the server is shared, and not just one request is in flight", nil))
-	case known || c.modern:
+	case known:
 		c.log().Debug("a message of the server is late: what it belongs to is over", "method", clip(msg.Method(), maxWords))
+	case c.modern:
+		if c.noise.Allow() {
+			c.log().Warn("a message of the server is dropped: it does not say which call it belongs to, and not just one is in flight", "method", clip(msg.Method(), maxWords))
+		}
 	default:
 		c.outside(raw)
 	}
@@ -756,22 +875,26 @@ func (c *process) outside(raw []byte) {
 		if c.shared {
 			wait = 0 // the others should not
 		}
-		if !s.box.put(letter{raw: raw}, wait, c.ending) {
+		if !s.box.put(letter{raw: raw}, wait, c.ending, nil) {
 			c.log().Error("a session at a server ends: it has said too much that was not read", "id", s.id)
 			s.leave(errStdioSlow)
 		}
 	}
 }
 
-// put gives a message to who waits for the request.
+// put gives a message to who waits for the request, who may be held up by the
+// client's, or by the log. It ends the request when that would hold up others.
 func (p *pending) put(l letter) {
-	if p.box.put(l, p.c.s.timing.stall, p.c.ending) {
+	if p.box.put(l, 0, nil, nil) || p.box.put(l, p.c.s.timing.stall, p.c.ending, p.c.others(p)) {
 		return
 	}
 	p.c.mu.Lock()
-	p.c.drop(p)
+	open := p.c.drop(p)
 	p.c.mu.Unlock()
 	p.box.fail(errStdioSlow)
+	if open {
+		p.cancel()
+	}
 }
 
 // garbage is a line that is no message. If it seems to be the answer to a

@@ -31,7 +31,7 @@ type stdioTiming struct {
 	pause  time.Duration // before a server that ended by itself is started again; doubles
 	pauses time.Duration // the longest
 	well   time.Duration // what has run so long was well
-	idle   time.Duration // until a process ends that all share and nobody uses
+	idle   time.Duration // until a process ends that many share and nobody uses
 }
 
 var defaultStdioTiming = stdioTiming{
@@ -62,10 +62,10 @@ const (
 // ends with end, or by itself.
 type process struct {
 	s       *stdio
-	tenant  string // whose session it serves; "" if it serves all
+	tenant  string // whose calls it serves; "": all, or the gateway's own
 	session string // likewise; for the log
-	shared  bool
-	modern  bool // no session: revision 2026-07-28
+	shared  bool   // by many calls that are of no session of its own
+	modern  bool   // no session: revision 2026-07-28
 	began   time.Time
 
 	cmd                   *exec.Cmd
@@ -73,17 +73,17 @@ type process struct {
 
 	turn   chan struct{} // who holds it may hand a line to the writer
 	lines  chan *line
-	ending chan struct{} // closed by end
-	exited chan struct{} // closed when the process has
-	gone   chan struct{} // closed when nothing of it is left
-	read   sync.WaitGroup
-	spoke  atomic.Bool // it has said something of the protocol
-	needed atomic.Bool // it was asked more than what it is
+	ending chan struct{}  // closed by end
+	exited chan struct{}  // closed when the process has
+	gone   chan struct{}  // closed when nothing of it is left
+	pipes  sync.WaitGroup // who reads from it and writes to it
+	spoke  atomic.Bool    // it has said something of the protocol
+	needed atomic.Bool    // it was asked more than what it is
 
 	words string // the last line of its standard error; of supervise, when all is read
 
 	asides chan struct{}
-	noise  *rate.Limiter // what is no message
+	noise  *rate.Limiter // of the log: what is no message, or nobody's
 
 	mu       sync.Mutex
 	running  bool // stop may be called
@@ -94,6 +94,7 @@ type process struct {
 	tokens   map[string]*pending // by progress token as the process knows it, as JSON
 	sessions map[string]*stdioSession
 	numbered uint64
+	company  chan struct{}    // closed when somebody else comes; nil: nobody waits to know
 	opened   *jsonrpc.Message // the answer to initialize, when all share the process
 	idle     *time.Timer
 }
@@ -101,14 +102,15 @@ type process struct {
 // line is what is written to a process, with its end.
 type line struct {
 	b     []byte
-	done  chan struct{} // closed when all is written, or never will be
-	wrote atomic.Int64
+	done  chan struct{} // closed when the writer is through with it; never, if that ends before it takes it
+	wrote atomic.Int64  // bytes; final when done is closed, and when the writer has ended
 }
 
 var (
 	errStdioClosed  = errors.New("the session is closed")
 	errStdioLeft    = errors.New("nobody waited for the session that it was to open")
 	errStdioRefused = errors.New("it refused to open a session")
+	errStdioAsked   = errors.New("the gateway has asked it what it wanted to know")
 	errStdioIdle    = errors.New("nobody used it")
 	errStdioDown    = errors.New("the gateway is shutting down")
 	errStdioProbed  = errors.New("it does not speak revision " + mcpRevision)
@@ -152,16 +154,16 @@ func (s *stdio) start(ctx context.Context, c *process) error {
 	c.mu.Lock()
 	c.began, c.running = time.Now(), true
 	if c.shared && !c.over {
-		c.idle = time.AfterFunc(s.timing.idle, c.unused)
+		c.idle = time.AfterFunc(s.timing.idle, func() { c.unused() })
 	}
 	over := c.over
 	c.mu.Unlock()
 	if over { // the gateway is shutting down
 		c.stop()
 	}
-	c.read.Go(c.pump)
-	c.read.Go(c.hear)
-	s.wg.Go(c.writer)
+	c.pipes.Go(c.pump)
+	c.pipes.Go(c.hear)
+	c.pipes.Go(c.writer)
 	s.wg.Go(c.supervise)
 	return nil
 }
@@ -195,7 +197,10 @@ func (c *process) supervise() {
 	// Who has left its group may still hold the pipes.
 	until := time.Now().Add(c.s.timing.drain)
 	_, _ = c.stdout.SetReadDeadline(until), c.stderr.SetReadDeadline(until)
-	c.read.Wait()
+	// Also for the writer, who is told by end that there is no more to do: only
+	// then it is certain how much of a line was written, and a call of which
+	// nothing was may be made again.
+	c.pipes.Wait()
 	c.stdout.Close()
 	c.stderr.Close()
 
@@ -286,8 +291,9 @@ func (c *process) stop() {
 // is none any more is as good.
 func signalGroup(cmd *exec.Cmd, sig syscall.Signal) { _ = syscall.Kill(-cmd.Process.Pid, sig) }
 
-// unused ends a process that all share and nobody uses.
-func (c *process) unused() {
+// unused ends a process that many share if nobody uses it, and says whether it
+// has.
+func (c *process) unused() bool {
 	c.mu.Lock()
 	idle := len(c.asked) == 0 && len(c.sessions) == 0 && !c.over
 	c.over = c.over || idle
@@ -295,6 +301,7 @@ func (c *process) unused() {
 	if idle {
 		c.end(errStdioIdle, true)
 	}
+	return idle
 }
 
 // used starts or stops the time after which a shared process ends. mu is held.
@@ -453,14 +460,18 @@ func readLine(r *bufio.Reader, most int) (b []byte, cut bool, err error) {
 
 func (c *process) log() *slog.Logger {
 	log := c.s.log.With("server", c.s.server)
-	if !c.shared {
-		log = log.With("tenant", c.tenant, "session", c.session)
+	if c.tenant != "" {
+		log = log.With("tenant", c.tenant)
+	}
+	if c.session != "" {
+		log = log.With("session", c.session)
 	}
 	return log
 }
 
 // place counts a process in, unless there are too many, or the server has failed
-// and is left alone for now. Where others are about to end it waits for one.
+// and is left alone for now. Where others are about to end it waits for one, and
+// if none is, one that nobody uses has to.
 func (s *stdio) place(ctx context.Context, c *process) error {
 	late := time.NewTimer(s.timing.stop + s.timing.term + s.timing.drain)
 	defer late.Stop()
@@ -478,18 +489,28 @@ func (s *stdio) place(ctx context.Context, c *process) error {
 			return nil
 		}
 		var soon <-chan struct{}
+		var spare []*process
 		if err.Kind == Busy {
 			for other := range s.children {
+				if c.tenant != "" && other.tenant != c.tenant && len(s.children) < s.most {
+					continue
+				}
 				select {
 				case <-other.ending:
-					if c.tenant == "" || other.tenant == c.tenant || len(s.children) >= s.most {
-						soon = other.gone
-					}
+					soon = other.gone
 				default:
+					if other.shared {
+						spare = append(spare, other)
+					}
 				}
 			}
 		}
 		s.mu.Unlock()
+		for _, other := range spare {
+			if soon == nil && other.unused() {
+				soon = other.gone
+			}
+		}
 		if soon == nil {
 			return err
 		}
@@ -524,7 +545,7 @@ func (s *stdio) allowed(c *process) *Fault {
 	switch share := max(s.most/2, 1); {
 	case len(s.children) >= s.most:
 		return faultf(Busy, "%d processes of the server run, no more may", len(s.children))
-	case !c.shared && of >= share:
+	case (c.tenant != "" || !c.shared) && of >= share:
 		return faultf(Busy, "%d processes of the server run for the tenant, no more may", of)
 	}
 	return nil
@@ -572,13 +593,14 @@ func (s *stdio) left(c *process, how error, wished bool) *stdioEnd {
 			delete(s.sessions, id)
 		}
 	}
-	for _, shared := range []**process{&s.modern, &s.legacy} {
-		if *shared == c {
-			*shared = nil
-		}
+	if s.legacy.c == c {
+		s.legacy.c = nil
+	}
+	if at := s.modern[c.tenant]; at != nil && at.c == c {
+		at.c = nil
 	}
 	end := &stdioEnd{how: how}
-	key, spoke := "", c.spoke.Load()
+	key, spoke := "", c.spoke.Load() // of what the gateway asks for itself it is "" as well
 	if spoke {
 		key = c.tenant
 	}

@@ -122,7 +122,7 @@ type MCPConfig struct {
 	Command   []string            `yaml:"command" json:"command,omitempty"`     // program, looked for in PATH unless it has a slash, and arguments; started when first needed
 	Env       map[string]EnvValue `yaml:"env" json:"env,omitempty"`             // what the process sees beside PATH, HOME, TMPDIR and LANG of the gateway
 	Cwd       string              `yaml:"cwd" json:"cwd,omitempty"`             // where it runs; default the directory of the configuration file
-	Process   string              `yaml:"process" json:"process,omitempty"`     // session, the default: one for each session of revisions that have some; server: one for all
+	Process   string              `yaml:"process" json:"process,omitempty"`     // session, the default: one for each session of revisions that have some, one for each tenant of 2026-07-28; server: one for all
 	Processes int                 `yaml:"processes" json:"processes,omitempty"` // at once, half of them for one tenant; default 64; more are refused
 }
 

@@ -129,13 +129,20 @@ func agentToken(env Env, file string) (string, error) {
 
 // newConnectTransport makes connections of which it soon shows that they are
 // dead, as they are after a laptop has slept or changed its network.
+//
+// They are HTTP/1.1 only. What a peer resets with PROTOCOL_ERROR net/http sends
+// again by itself over HTTP/2, though it may have been carried out. Over HTTP/1.1
+// it sends a POST again only when nothing of it was written to a connection that
+// had been used before.
 func newConnectTransport() *http.Transport {
+	var http1 http.Protocols
+	http1.SetHTTP1(true)
 	dialer := &net.Dialer{Timeout: connectDial, KeepAliveConfig: net.KeepAliveConfig{
 		Enable: true, Idle: connectKeepAlive, Interval: connectKeepAlive / 3, Count: 4,
 	}}
 	return &http.Transport{
 		Proxy: http.ProxyFromEnvironment, DialContext: dialer.DialContext, TLSHandshakeTimeout: connectDial,
 		MaxIdleConnsPerHost: 16, IdleConnTimeout: connectIdle, ResponseHeaderTimeout: connectHeader,
-		DisableCompression: true, ForceAttemptHTTP2: true,
+		DisableCompression: true, Protocols: &http1,
 	}
 }

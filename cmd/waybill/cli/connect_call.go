@@ -142,12 +142,15 @@ func (c *carried) carryModern() ([]byte, error) {
 	for {
 		resp, err := r.reach(c.ctx, c.until, r.modernHeader(c.m, params), c.m.Raw(), c.got, c.wrote)
 		var answer []byte
+		bad := false
 		if err == nil {
+			bad = resp.StatusCode == http.StatusBadRequest
 			answer, err = c.read(resp, &x)
 		}
 		switch {
-		case err == nil && !looked && c.method == "tools/call" && mismatched(answer):
-			// It was refused before anybody looked at what it is to do.
+		case err == nil && bad && !looked && c.method == "tools/call" && mismatched(answer):
+			// It was refused before anybody looked at what it is to do: that is
+			// what the status says, the code alone may come of who has begun.
 			looked = true
 			if more := r.lookUp(c); len(more) > 0 {
 				params = more
