@@ -9,7 +9,6 @@ import (
 	"slices"
 	"strconv"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/cenkalti/backoff/v4"
@@ -54,13 +53,14 @@ const (
 	maxTaskID = 1 << 10 // of a server's
 
 	// How often a server is asked how its task stands: as it says, within these.
-	pollLeast = 100 * time.Millisecond
+	pollLeast = 250 * time.Millisecond
 	pollMost  = time.Minute
 	poll      = time.Second
 
 	taskTime   = 30 * time.Second // of one request about a server's task
 	revokeTime = 3 * time.Second  // likewise, while the call's ending waits
 	taskFails  = 5                // answers in a row that cannot be used, before it is given up
+	taskGrace  = 30 * time.Second // in which a server's task ends that its client has taken back
 
 	resultTask  = "task"
 	resultInput = "input_required"
@@ -152,7 +152,7 @@ func (r *run) mayTask(parent context.Context, ctx context.Context) (done func())
 		r.task.close() // waits for the timer's function
 		leave()
 		if r.task.told {
-			r.d.tasks.open.Add(-1)
+			r.d.tasks.dismiss(r.e.Tenant)
 		}
 	}
 }
@@ -212,14 +212,13 @@ func (r *run) tell(ctx context.Context, status string, body []byte) (bool, error
 	case t.away:
 		t.due = true
 		return false, nil
-	case r.d.tasks.open.Add(1) > maxTasks:
-		r.d.tasks.open.Add(-1)
+	case !r.d.tasks.admit(r.e.Tenant, false):
 		return false, nil
 	}
 	ctx, cancel := sure(ctx, r.d.endTime())
 	defer cancel()
 	if _, err := r.emit(ctx, r.e.Next(r.tasked(status, 0), body)); err != nil {
-		r.d.tasks.open.Add(-1)
+		r.d.tasks.dismiss(r.e.Tenant)
 		t.err = fmt.Errorf("making the call a task: %w", err)
 		return false, t.err
 	}
@@ -262,10 +261,35 @@ func (r *run) stands(ctx context.Context, status string, round int, body []byte)
 type tasks struct {
 	draining chan struct{} // closed when the process is being stopped
 	drain    sync.Once
-	open     atomic.Int64 // how many calls are tasks
 
-	mu   sync.Mutex
-	runs map[callKey][]*task
+	mu      sync.Mutex
+	runs    map[callKey][]*task
+	open    int                    // how many calls are tasks
+	tenants map[schemas.Tenant]int // how many of them; each may have half
+}
+
+// admit counts a task in, if there is room for it, or if it must be.
+func (t *tasks) admit(tenant schemas.Tenant, must bool) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !must && (t.open >= maxTasks || t.tenants[tenant] >= maxTasks/2) {
+		return false
+	}
+	if t.tenants == nil {
+		t.tenants = make(map[schemas.Tenant]int)
+	}
+	t.open++
+	t.tenants[tenant]++
+	return true
+}
+
+func (t *tasks) dismiss(tenant schemas.Tenant) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.open--
+	if t.tenants[tenant]--; t.tenants[tenant] == 0 {
+		delete(t.tenants, tenant)
+	}
 }
 
 // Drain gives tasks back that others can go on with, while calls that are under
@@ -345,7 +369,7 @@ func (r *run) stood(events []schemas.Event) {
 			t.mu.Lock()
 			if !t.told {
 				t.told = true
-				r.d.tasks.open.Add(1) // more than maxTasks, if it must be
+				r.d.tasks.admit(r.e.Tenant, true) // more than maxTasks, if it must be
 			}
 			fresh := d.Index >= t.index
 			t.index = max(t.index, d.Index+1)
@@ -597,10 +621,15 @@ func (r *run) follow(ctx context.Context) (ending, error) {
 	life, stop := context.WithDeadlineCause(t.parent, time.Now().Add(r.deadline().Sub(r.d.opt.Now())), errDeadline)
 	defer stop()
 	wished, told := ctx.Done(), false
+	var since time.Time // that the client has taken it back
 	var fails int
 	pauses := backoff.NewExponentialBackOff(backoff.WithInitialInterval(pollLeast), backoff.WithMaxInterval(pollMost/2), backoff.WithMaxElapsedTime(0))
 	for {
-		if _, wish := wishOf(ctx); wish && !told { // a restarted process hears it again
+		reason, wish := wishOf(ctx)
+		if wish && since.IsZero() {
+			since = time.Now()
+		}
+		if wish && !told { // a restarted process hears it again
 			msg, err := r.about(life, "tasks/cancel", t.id, nil)
 			told = err == nil && !msg.Error().Exists()
 			wished = nil
@@ -609,6 +638,8 @@ func (r *run) follow(ctx context.Context) (ending, error) {
 		switch f := new(Fault); {
 		case err == nil && end.data != nil:
 			return end, nil
+		case wish && time.Since(since) > taskGrace:
+			return cancelled(reason + "; the server goes on with its task"), nil
 		case err == nil:
 			fails = 0
 			pauses.Reset()

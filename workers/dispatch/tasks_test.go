@@ -134,7 +134,7 @@ func TestRefusedTask(t *testing.T) {
 	r.log, asked, released = &memLog{}, nil, 0
 	r.opt.Load, r.opt.Past = r.log.load, r.log.past
 	r.d.opt.Load, r.d.opt.Past = r.log.load, r.log.past
-	r.d.tasks.open.Store(maxTasks)
+	r.d.tasks.open = maxTasks
 	r.handle(r.method("tools/call", "write", body, authorized(func(a *schemas.Authorized) { a.TaskUntil = time.Now().Add(time.Hour) })))
 	r.want("unknown")
 	if !slices.Equal(asked, []string{"tools/call write", "tasks/cancel t7"}) || released != 2 {
