@@ -878,6 +878,7 @@ func (c *process) outside(raw []byte) {
 		if !s.box.put(letter{raw: raw}, wait, c.ending, nil) {
 			c.log().Error("a session at a server ends: it has said too much that was not read", "id", s.id)
 			s.leave(errStdioSlow)
+			s.box.fail(errStdioSlow) // so that nothing of what it still says waits for a reader
 		}
 	}
 }

@@ -63,6 +63,15 @@ func serveStdio(how string) int {
 		defer out.Unlock()
 		fmt.Println(s)
 	}
+	if is("stays") {
+		signal.Ignore(syscall.SIGTERM)
+	}
+	if _, file, ok := strings.Cut(how, "deaf:"); ok { // the first is
+		if f, err := os.OpenFile(file, os.O_CREATE|os.O_EXCL, 0o600); err == nil {
+			_ = f.Close()
+			select {}
+		}
+	}
 	answers := map[string]chan string{}
 	in := bufio.NewReader(os.Stdin)
 	for {
@@ -147,6 +156,23 @@ func serveStdio(how string) int {
 				untilThere(arg)
 				result(`{"text":"` + name + `"}`)
 			}()
+		case name == "mutter": // of its call, when the file arg is there, without saying so
+			progress(1)
+			go func() {
+				untilThere(arg)
+				for range 10 {
+					say(`{"jsonrpc":"2.0","method":"notifications/message","params":{"level":"info","data":"of whom I cannot say"}}`)
+				}
+				_ = os.WriteFile(arg+".said", nil, 0o600)
+			}()
+		case name == "chatter": // for ever
+			go func() {
+				for {
+					say(`{"jsonrpc":"2.0","method":"notifications/message","params":{"level":"info","data":"blah"}}`)
+				}
+			}()
+		case name == "hush":
+			_ = os.Stdout.Close()
 		case name == "env":
 			b, _ := json.Marshal(os.Environ())
 			dir, _ := os.Getwd()
@@ -155,7 +181,7 @@ func serveStdio(how string) int {
 			result(`{"pid":"` + strconv.Itoa(os.Getpid()) + `","got":` + string(m.Raw()) + `}`)
 		}
 	}
-	if is("stubborn") {
+	if is("stubborn") || is("stays") {
 		select {}
 	}
 	return 0

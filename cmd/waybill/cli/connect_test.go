@@ -4,6 +4,8 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -626,3 +628,53 @@ func FuzzConnect(f *testing.F) {
 type roundTripper func(*http.Request) (*http.Response, error)
 
 func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
+// A call is made again with other headers only when the status says that it was
+// refused for those: the code alone may come from who has begun it.
+func TestConnectMismatch(t *testing.T) {
+	for _, status := range []int{http.StatusOK, http.StatusBadRequest} {
+		c := connectTo(t, quick, func(c *connected, w http.ResponseWriter, r *http.Request, m *jsonrpc.Message) {
+			switch {
+			case m.Method() == "tools/list":
+				answer(w, m, `{"tools":[{"name":"x","inputSchema":{"type":"object","properties":{"a":{"type":"string","x-mcp-header":"A"}}}}]}`)
+			case r.Header.Get("Mcp-Param-A") == "1":
+				answer(w, m, `{}`)
+			default:
+				w.Header().Set("Content-Type", "application/json")
+				w.WriteHeader(status)
+				_, _ = w.Write(jsonrpc.ErrorResponse(m.ID().Raw(), jsonrpc.CodeHeaderMismatch, "Header mismatch", nil))
+			}
+		})
+		c.say(modernLine("1", "tools/call", `"name":"x","arguments":{"a":"1"},`))
+		want, calls := `"result":{}`, 2
+		if status == http.StatusOK {
+			want, calls = `"code":-32020`, 1
+		}
+		c.hear(`"id":1`, want)
+		if n := c.count("POST tools/call"); n != calls {
+			t.Errorf("after HTTP %d the call was sent %d times, want %d", status, n, calls)
+		}
+		c.end()
+	}
+}
+
+// Where a gateway offers HTTP/2 it is not taken: see newConnectTransport.
+func TestConnectHTTP1(t *testing.T) {
+	protos := make(chan string, 1)
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { protos <- r.Proto }))
+	server.EnableHTTP2 = true
+	server.StartTLS()
+	t.Cleanup(server.Close)
+	transport := newConnectTransport()
+	defer transport.CloseIdleConnections()
+	transport.TLSClientConfig = &tls.Config{RootCAs: x509.NewCertPool()}
+	transport.TLSClientConfig.RootCAs.AddCert(server.Certificate())
+	resp, err := (&http.Client{Transport: transport}).Post(server.URL, "application/json", strings.NewReader("{}"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = resp.Body.Close()
+	if proto := <-protos; proto != "HTTP/1.1" {
+		t.Errorf("it speaks %s", proto)
+	}
+}
