@@ -138,9 +138,12 @@ func (s *taskServer) serve(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusAccepted)
 		return
 	}
-	name := m.Params.TaskID
-	if m.Method == "tools/call" {
+	name := ""
+	switch m.Method { // those that have a name in a header; tasks/result is no method of this revision
+	case "tools/call":
 		name = m.Params.Name
+	case "tasks/get", "tasks/update", "tasks/cancel":
+		name = m.Params.TaskID
 	}
 	if r.Header.Get("Mcp-Method") != m.Method || name != "" && r.Header.Get("Mcp-Name") != name {
 		w.Header().Set("Content-Type", "application/json")
