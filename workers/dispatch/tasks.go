@@ -269,26 +269,26 @@ type tasks struct {
 }
 
 // admit counts a task in, if there is room for it, or if it must be.
-func (t *tasks) admit(tenant schemas.Tenant, must bool) bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if !must && (t.open >= maxTasks || t.tenants[tenant] >= maxTasks/2) {
+func (s *tasks) admit(tenant schemas.Tenant, must bool) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !must && (s.open >= maxTasks || s.tenants[tenant] >= maxTasks/2) {
 		return false
 	}
-	if t.tenants == nil {
-		t.tenants = make(map[schemas.Tenant]int)
+	if s.tenants == nil {
+		s.tenants = make(map[schemas.Tenant]int)
 	}
-	t.open++
-	t.tenants[tenant]++
+	s.open++
+	s.tenants[tenant]++
 	return true
 }
 
-func (t *tasks) dismiss(tenant schemas.Tenant) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.open--
-	if t.tenants[tenant]--; t.tenants[tenant] == 0 {
-		delete(t.tenants, tenant)
+func (s *tasks) dismiss(tenant schemas.Tenant) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.open--
+	if s.tenants[tenant]--; s.tenants[tenant] == 0 {
+		delete(s.tenants, tenant)
 	}
 }
 
