@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"waybill.dev/schemas"
@@ -18,6 +19,11 @@ import (
 
 // guest is a client without sessions in one that the gateway has opened for it.
 // It outlives that session where the server loses it.
+//
+// Locks are taken in this order: sessions.mu, guest.mu, errand.mu, parking.mu.
+// Whoever holds one takes none that stands before it, so that under errand.mu
+// nobody can ask the guest anything that its mu guards, nor spawn. session.mu and
+// subscription.mu are taken last of all, and nothing is under them.
 type guest struct {
 	t    *sessions
 	m    *mcpServer
@@ -30,11 +36,12 @@ type guest struct {
 	leveling chan struct{} // holds one: who sets the level
 	wishing  chan struct{} // holds one: who subscribes
 
+	server atomic.Pointer[hosted] // what the server said of itself, last; nil: nothing yet
+
 	mu      sync.Mutex
 	busy    int // calls, exchanges and subscriptions
 	gone    bool
 	idle    *time.Timer
-	server  *hosted             // what the server said of itself, last
 	mirrors map[string][]mirror // what tools repeat in headers, as far as they were listed
 	errands []*errand           // the oldest first
 	pending []*query            // asked outside of any call
@@ -113,7 +120,7 @@ func (g *guest) fail(s *session) {
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.gone = g.gone || g.server == nil
+	g.gone = g.gone || g.server.Load() == nil
 }
 
 // roomFor makes room for one more session of a client at a server, of which each
@@ -190,7 +197,7 @@ func (g *guest) enter() bool {
 func (g *guest) leave() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.busy--; g.busy > 0 || g.gone {
+	if g.busy--; g.busy > 0 || g.gone || g.t.ctx.Err() != nil {
 		return
 	}
 	if g.idle == nil {
@@ -289,8 +296,8 @@ func (g *guest) open(ctx context.Context, s *session) error {
 	if v := m.Result().Get("serverInfo"); v.Kind() == jsonrpc.Object {
 		h.info = v.Raw()
 	}
+	g.server.Store(h)
 	g.mu.Lock()
-	g.server = h
 	g.pending = nil // those of a session that is lost
 	g.mu.Unlock()
 	s.initialized = true
@@ -302,15 +309,9 @@ func (g *guest) open(ctx context.Context, s *session) error {
 	return nil
 }
 
-func (g *guest) hosted() *hosted {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return g.server
-}
-
 // tail is the _meta that every result has, as a further member of it.
 func (g *guest) tail() []byte {
-	h := g.hosted()
+	h := g.server.Load()
 	if h == nil || h.info == nil {
 		return nil
 	}
@@ -355,7 +356,7 @@ func (g *guest) aside(ctx context.Context, s *session, method string, params []b
 // one. What it says beyond the level of one of them is left out there. A server
 // that does not take it logs as it likes.
 func (g *guest) setLevel(ctx context.Context, s *session, e *errand, level int) {
-	h := g.hosted()
+	h := g.server.Load()
 	if h == nil || !h.caps.Get("logging").Exists() {
 		return
 	}
@@ -409,20 +410,13 @@ func (g *guest) asked(ctx context.Context, s *session, call schemas.CallID, msg 
 	var over []*query
 	g.mu.Lock()
 	for _, e := range g.errands {
-		if e.asks && (e.is(call) || to == nil && !e.alone) {
-			to = e
+		own := e.is(call)
+		if e.asks && (own || to == nil && !e.alone) {
+			to, q.own = e, own
 		}
 	}
 	if to == nil {
-		g.pending = append(g.pending, q)
-		size := 0
-		for _, q := range g.pending {
-			size += len(q.params)
-		}
-		for len(g.pending) > 1 && (len(g.pending) > maxPending || size > int(g.m.maxAnswer)/2) {
-			size -= len(g.pending[0].params)
-			over, g.pending = append(over, g.pending[0]), g.pending[1:]
-		}
+		over = g.keep(q)
 	}
 	g.mu.Unlock()
 	if to != nil && !to.add(q) {
@@ -431,6 +425,21 @@ func (g *guest) asked(ctx context.Context, s *session, call schemas.CallID, msg 
 	for _, q := range over {
 		s.refuse(ctx, q.id, "too many requests wait for the client already")
 	}
+}
+
+// keep lets a question wait for the next call that can ask it, and returns those
+// for which there is no room any more. mu is held.
+func (g *guest) keep(q *query) (over []*query) {
+	g.pending = append(g.pending, q)
+	size := 0
+	for _, q := range g.pending {
+		size += len(q.params)
+	}
+	for len(g.pending) > 1 && (len(g.pending) > maxPending || size > int(g.m.maxAnswer)/2) {
+		size -= len(g.pending[0].params)
+		over, g.pending = append(over, g.pending[0]), g.pending[1:]
+	}
+	return over
 }
 
 // reply answers a server.

@@ -173,6 +173,9 @@ func (m *mcpServer) newClient(ctx context.Context, c Call, progress func([]byte)
 		return Answer{}, faultf(Invalid, "the request: %w", err)
 	}
 	e := g.newErrand(c, b, mayAsk[c.Requested.Method])
+	if st != nil {
+		e.round = st.Round
+	}
 	if e.waits() {
 		if answer, ok := e.park(c); ok {
 			return answer, nil // nothing is sent until that is answered
@@ -243,7 +246,10 @@ func (e *errand) goOn(ctx context.Context, c Call, level int, token []byte, prog
 	if err != nil || parked {
 		return answer, err
 	}
-	return e.g.translate(answer, c, e.bound)
+	e.mu.Lock()
+	round := e.round + 1
+	e.mu.Unlock()
+	return e.g.translate(answer, c, e.bound, round)
 }
 
 // wanted tells whether a call with this level is given a message.
@@ -311,7 +317,9 @@ func sessionBody(m *jsonrpc.Message, st *state) ([]byte, error) {
 
 // oneWay passes a notification on to the sessions that are open: those whose
 // members changed, and all that is not about the client's own sessions, which it
-// has none of. Where none is open nobody has to know.
+// has none of. Where none is open nobody has to know. A fault of one session does
+// not keep the others from hearing it; once one has, or may have, the fault is
+// none after which it would be said again to all.
 func (m *mcpServer) oneWay(ctx context.Context, c Call, msg *jsonrpc.Message) (Answer, error) {
 	accepted := Answer{Status: http.StatusAccepted, Local: true}
 	switch c.Requested.Method {
@@ -322,18 +330,34 @@ func (m *mcpServer) oneWay(ctx context.Context, c Call, msg *jsonrpc.Message) (A
 	if err != nil {
 		return Answer{}, faultf(Invalid, "the request: %w", err)
 	}
-	for _, s := range m.sessions.visited(m, idOfSession(c.Event)) {
+	all := m.sessions.visited(m, idOfSession(c.Event))
+	reached, again := 0, true
+	var failed error
+	for _, s := range all {
 		g := s.guest
 		if !g.enter() {
 			continue
 		}
 		err := g.notify(ctx, s, c, body)
 		g.leave()
-		if err != nil {
-			return Answer{}, err
+		if err == nil {
+			reached++
+			continue
 		}
-		accepted.Local = false
+		f := new(Fault)
+		unheard := errors.As(err, &f) && verdicts[f.Kind].again
+		if failed == nil || again && !unheard {
+			failed = err
+		}
+		again = again && unheard
 	}
+	switch {
+	case failed != nil && reached > 0:
+		return Answer{}, faultf(Broken, "%d of the client's %d sessions at the server have heard it: %w", reached, len(all), failed)
+	case failed != nil:
+		return Answer{}, failed
+	}
+	accepted.Local = reached == 0
 	return accepted, nil
 }
 
@@ -354,7 +378,7 @@ func (g *guest) notify(ctx context.Context, s *session, c Call, body []byte) err
 
 // discover answers server/discover.
 func (g *guest) discover(c Call) (Answer, error) {
-	h := g.hosted()
+	h := g.server.Load()
 	v, err := jsonrpc.Parse(h.result, jsonrpc.Limits{Bytes: len(h.result), Depth: answerDepth, AllowCaseVariants: true})
 	if err != nil || v.Kind() != jsonrpc.Object {
 		return Answer{}, faultf(Garbled, "what the server said of itself: %w", cmpErr(err))
@@ -386,7 +410,7 @@ func cmpErr(err error) error {
 
 // identify says in a result's _meta which server it is of.
 func (g *guest) identify(p *jsonrpc.Patch, result jsonrpc.Value) {
-	h := g.hosted()
+	h := g.server.Load()
 	if h == nil || h.info == nil {
 		return
 	}
@@ -400,8 +424,9 @@ func (g *guest) identify(p *jsonrpc.Patch, result jsonrpc.Value) {
 	}
 }
 
-// translate makes the answer of a session one for its guest.
-func (g *guest) translate(a Answer, c Call, b binding) (Answer, error) {
+// translate makes the answer of a session one for its guest. round counts what
+// the client has been asked, should the answer ask.
+func (g *guest) translate(a Answer, c Call, b binding, round int) (Answer, error) {
 	fault := func(err error) (Answer, error) {
 		if a.Release != nil {
 			a.Release(func() {})
@@ -421,7 +446,7 @@ func (g *guest) translate(a Answer, c Call, b binding) (Answer, error) {
 		a.ErrorCode = jsonrpc.CodeInvalidParams
 		p.Replace(m.Error().Get("code"), []byte("-32602"))
 	case jsonrpc.CodeURLElicitationRequired:
-		return g.byURL(a, c, m, b)
+		return g.byURL(a, c, m, b, round)
 	}
 	result := m.Result()
 	if result.Kind() == jsonrpc.Object {
@@ -430,7 +455,10 @@ func (g *guest) translate(a Answer, c Call, b binding) (Answer, error) {
 			p.Set(result, "resultType", []byte(`"complete"`))
 		}
 		if a.Result == inputRequired {
-			st := state{Owner: g.m.parking.owner, Expires: g.m.parking.now().Add(serverState).UTC(), Again: true, Keep: true}
+			if round > maxTurns {
+				return fault(errRounds)
+			}
+			st := state{Owner: g.m.parking.owner, Round: round, Expires: g.m.parking.now().Add(serverState).UTC(), Again: true, Keep: true}
 			if v := result.Get("requestState"); v.Exists() {
 				text, ok := v.Text()
 				if !ok || len(text) > maxServerState {
@@ -462,7 +490,7 @@ const codeNoResource = -32002
 // byURL makes of an error that says that the user has to go to some URLs first
 // (2025-11-25, client/elicitation) an answer that asks for it. The retry makes
 // the call anew.
-func (g *guest) byURL(a Answer, c Call, m *jsonrpc.Message, b binding) (Answer, error) {
+func (g *guest) byURL(a Answer, c Call, m *jsonrpc.Message, b binding, round int) (Answer, error) {
 	list := m.Error().Get("data", "elicitations")
 	caps, err := jsonrpc.Parse(g.caps, jsonrpc.Limits{Bytes: len(g.caps), Depth: answerDepth, AllowCaseVariants: true})
 	if err != nil || !caps.Get("elicitation", "url").Exists() || !mayAsk[c.Requested.Method] || list.Kind() != jsonrpc.Array {
@@ -471,9 +499,15 @@ func (g *guest) byURL(a Answer, c Call, m *jsonrpc.Message, b binding) (Answer, 
 		own.Release, own.Local = a.Release, false
 		return own, nil
 	}
-	text, err := g.m.parking.seal(state{Owner: g.m.parking.owner, Expires: g.m.parking.now().Add(serverState).UTC(), Again: true}, b)
+	text, err := g.m.parking.seal(state{Owner: g.m.parking.owner, Round: round, Expires: g.m.parking.now().Add(serverState).UTC(), Again: true}, b)
+	if round > maxTurns {
+		err = errRounds
+	}
 	if err != nil {
-		return Answer{}, faultf(Garbled, "sealing a requestState: %w", err)
+		if a.Release != nil {
+			a.Release(func() {})
+		}
+		return Answer{}, faultf(Garbled, "asking for what the server's error names: %w", err)
 	}
 	out := []byte(`{"resultType":"input_required","inputRequests":{`)
 	n := 0

@@ -3,8 +3,11 @@ package dispatch
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"net"
 	"net/http"
 	"runtime"
 	"slices"
@@ -151,6 +154,12 @@ func (r *rig) answered(e schemas.Event) (*schemas.Completed, jsonrpc.Value) {
 	return end.Data.(*schemas.Completed), m.Root()
 }
 
+// oneWay is a notification of a client without sessions.
+func (r *rig) oneWay(method string) schemas.Event {
+	return r.method(method, "", `{"jsonrpc":"2.0","method":"`+method+`","params":{"_meta":{"io.modelcontextprotocol/protocolVersion":"2026-07-28"}}}`,
+		authorized(func(a *schemas.Authorized) { a.OneWay = true }))
+}
+
 // stateOf is what an answer that asks gives out, and its questions.
 func (r *rig) stateOf(v jsonrpc.Value) (state string, keys []string) {
 	r.t.Helper()
@@ -249,13 +258,10 @@ func TestNewClientMethods(t *testing.T) {
 	r.ends(e, "bad_answer")
 
 	// One-way messages go to the session that there is.
-	oneWay := func(method string) {
-		e := r.method(method, "", `{"jsonrpc":"2.0","method":"`+method+`","params":{"_meta":{"io.modelcontextprotocol/protocolVersion":"2026-07-28"}}}`, authorized(func(a *schemas.Authorized) { a.OneWay = true }))
+	for _, method := range []string{"notifications/roots/list_changed", "notifications/cancelled", "notifications/x"} {
+		e := r.oneWay(method)
 		r.handle(e)
 		r.ends(e, "completed")
-	}
-	for _, method := range []string{"notifications/roots/list_changed", "notifications/cancelled", "notifications/x"} {
-		oneWay(method)
 	}
 	if h.came("notifications/roots/list_changed") != 1 || h.came("notifications/cancelled") != 0 || h.came("notifications/x") != 1 {
 		t.Errorf("%v", h.log)
@@ -578,6 +584,9 @@ func TestParkedCancelled(t *testing.T) {
 	if got := h.body("notifications/cancelled"); !strings.Contains(got, string(first.Call)) {
 		t.Errorf("%s", got)
 	}
+	if a := <-h.answer("7"); !strings.Contains(a, "nobody has answered in time") {
+		t.Errorf("the question was answered with %s", a)
+	}
 	if done, _ := r.answered(r.modern("tools/call", "ask", allCaps, retry(state, `"elicitation/create-1":`+accept))); done.ErrorCode != -32602 {
 		t.Errorf("%+v", done)
 	}
@@ -849,5 +858,60 @@ func TestGuestIsNotTakenOver(t *testing.T) {
 	h.await(t, "GET", 1)
 	if keys := r.opt.Owners.Owned(t.Context(), "a"); len(keys) != 0 {
 		t.Errorf("who takes over finds %v", keys)
+	}
+}
+
+// unreached is a network over which some sessions' notifications do not get out.
+type unreached struct {
+	http.RoundTripper
+	mu    sync.Mutex
+	heard map[string]int // by session, what got out
+	lost  map[string]int // how often nothing does
+}
+
+func (u *unreached) RoundTrip(req *http.Request) (*http.Response, error) {
+	u.mu.Lock()
+	id := req.Header.Get("Mcp-Session-Id")
+	if u.lost[id] > 0 {
+		u.lost[id]--
+		u.mu.Unlock()
+		return nil, &net.OpError{Op: "dial", Err: errors.New("no route")}
+	}
+	u.heard[id]++
+	u.mu.Unlock()
+	return u.RoundTripper.RoundTrip(req)
+}
+
+// A notification that one session has heard is not said to it again because
+// another could not be reached; one that none has heard is.
+func TestNewClientNotifiesOnce(t *testing.T) {
+	h := &host{}
+	r := newHost(t, h)
+	r.answered(r.modern("tools/list", "", `{}`, `}}`))
+	r.answered(r.modern("tools/list", "", allCaps, `}}`))
+	h.await(t, "GET", 2)
+	m := r.d.upstreams["s"].mcp
+	u := &unreached{RoundTripper: m.transport}
+	m.transport = u
+	for _, c := range []struct {
+		lost, heard map[string]int
+		end         string
+	}{
+		{map[string]int{"up-1": 9}, map[string]int{"up-2": 1}, "unknown"},
+		{map[string]int{"up-2": 9}, map[string]int{"up-1": 1}, "unknown"},
+		{map[string]int{"up-1": 1, "up-2": 1}, map[string]int{"up-1": 1, "up-2": 1}, "completed"},
+		{map[string]int{}, map[string]int{"up-1": 1, "up-2": 1}, "completed"},
+	} {
+		u.mu.Lock()
+		u.heard, u.lost = map[string]int{}, maps.Clone(c.lost)
+		u.mu.Unlock()
+		e := r.oneWay("notifications/roots/list_changed")
+		r.handle(e)
+		r.ends(e, c.end)
+		u.mu.Lock()
+		if !maps.Equal(u.heard, c.heard) {
+			t.Errorf("lost %v: heard %v, want %v", c.lost, u.heard, c.heard)
+		}
+		u.mu.Unlock()
 	}
 }

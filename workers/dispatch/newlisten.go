@@ -154,7 +154,7 @@ func (g *guest) listen(ctx context.Context, s *session, c Call, m *jsonrpc.Messa
 		granted = append(append(append(granted, '"'), name+`":`...), value...)
 	}
 	now, told := g.streamed(ctx)
-	caps := g.hosted().caps
+	caps := g.server.Load().caps
 	if now != streamNone {
 		for _, name := range listenable {
 			of := listens[name]

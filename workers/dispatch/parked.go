@@ -30,7 +30,8 @@ const (
 	maxParked       = 1024     // exchanges
 	maxParkedTenant = 256      // of them of one tenant
 	maxParkedBytes  = 64 << 20 // of questions, together
-	maxOpen         = 64       // questions of one exchange
+	maxOpen         = 64       // questions of one exchange that have no answer
+	maxTurns        = 100      // in which one exchange asks, or one call that is made anew for each
 )
 
 // errParked ends an exchange for which nobody has come back.
@@ -38,6 +39,9 @@ var errParked = &wish{"nobody has answered in time"}
 
 // errAlone ends one in which the server asks something of nobody.
 var errAlone = &wish{"the server asks something, and nobody can answer"}
+
+// errRounds ends one that would ask for ever.
+var errRounds = fmt.Errorf("the server has asked for input %d times", maxTurns)
 
 // parking is the table of the exchanges that can be gone on with.
 type parking struct {
@@ -59,7 +63,8 @@ func newParking(opt Options, owner string) (*parking, error) {
 	return &parking{sealer: s, owner: owner, now: opt.Now, of: map[string]*errand{}, tenants: map[schemas.Tenant]int{}}, nil
 }
 
-// put takes an exchange in, if there is room.
+// put takes an exchange in, or what waits of it, if there is room. The caller holds
+// its mu.
 func (p *parking) put(e *errand, size int) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -101,6 +106,7 @@ func (p *parking) get(id string) *errand {
 type query struct {
 	key    string
 	s      *session // in which it was asked
+	own    bool     // within the exchange that holds it; else outside of any call
 	id     []byte   // as the server wrote it
 	method string
 	params []byte // as the server wrote them; nil: none
@@ -149,8 +155,9 @@ type errand struct {
 	numbered int
 	open     []*query // that have no answer
 	put      int      // of these have been put to the client, the first ones
-	bytes    int      // of them
+	bytes    int      // of all of them
 	timer    *time.Timer
+	unhook   func() bool // from the end of the process, if nothing else would notice that
 }
 
 // newErrand makes one to which the caller is attached.
@@ -233,25 +240,38 @@ func (e *errand) abandon() {
 	close(e.abandoned)
 }
 
-// finish takes it out of the tables.
+// finish takes it out of the tables. No question is left without an answer: what
+// was asked outside of it goes to the next call, unless the client was given its
+// time for it, and the rest is refused.
 func (e *errand) finish() {
-	e.p.drop(e)
-	e.g.mu.Lock()
-	e.g.errands = slices.DeleteFunc(e.g.errands, func(o *errand) bool { return o == e })
-	e.g.mu.Unlock()
 	e.mu.Lock()
+	late := e.over
 	e.over = true
 	open := e.open
-	e.open = nil
+	e.open, e.put, e.bytes = nil, 0, 0
 	if e.timer != nil {
 		e.timer.Stop()
 	}
-	sent := e.sent
+	if e.unhook != nil {
+		e.unhook()
+	}
 	e.mu.Unlock()
-	if !sent { // they are not this exchange's own, so somebody waits for them
-		for _, q := range open {
-			q.refuse("nobody has answered in time")
+	e.p.drop(e)
+	var refused []*query
+	e.g.mu.Lock()
+	e.g.errands = slices.DeleteFunc(e.g.errands, func(o *errand) bool { return o == e })
+	for _, q := range open {
+		switch {
+		case q.s.ctx.Err() != nil: // its session is lost, and who waits for it too
+		case late || q.own:
+			refused = append(refused, q)
+		default:
+			refused = append(refused, e.g.keep(q)...)
 		}
+	}
+	e.g.mu.Unlock()
+	for _, q := range refused {
+		q.refuse("nobody has answered in time")
 	}
 	e.stop(nil)
 	e.g.leave()
@@ -263,6 +283,9 @@ func (e *errand) add(q *query) bool {
 	defer e.mu.Unlock()
 	size := len(q.params) + 256
 	if e.over || len(e.open) >= maxOpen || e.bytes+size > int(e.g.m.maxAnswer)/2 {
+		return false
+	}
+	if !e.attached && !e.p.put(e, e.bytes+size) { // it is parked, and what waits is counted
 		return false
 	}
 	e.numbered++
@@ -360,43 +383,64 @@ func (e *errand) follow(ctx context.Context, c Call, progress func([]byte) error
 }
 
 // park puts the questions to the client and lets go of the exchange. Where there
-// is no room it refuses them in the client's place, and the exchange goes on.
+// is no room, or it was asked often enough, it refuses them in the client's place,
+// and the exchange goes on; so it does where the server has withdrawn them.
 func (e *errand) park(c Call) (Answer, bool) {
-	e.mu.Lock()
-	size := e.bytes
-	e.mu.Unlock()
-	if !e.p.put(e, size) {
-		e.mu.Lock()
-		open := e.open[e.put:]
-		e.open = e.open[:e.put]
-		e.mu.Unlock()
-		for _, q := range open {
-			q.refuse("too many calls wait for their clients already")
-		}
-		return Answer{}, false
+	answer, parked, refused, why := e.tryPark(c)
+	for _, q := range refused {
+		q.refuse(why)
 	}
+	return answer, parked
+}
+
+// tryPark is park without refusing.
+func (e *errand) tryPark(c Call) (answer Answer, parked bool, refused []*query, why string) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if len(e.open) > e.put { // not the same questions again
+	switch {
+	case len(e.open) == 0:
+		return Answer{}, false, nil, ""
+	case e.round >= maxTurns:
+		why = errRounds.Error()
+	case !e.p.put(e, e.bytes):
+		why = "too many calls wait for their clients already"
+	default:
 		e.round++
 		e.put = len(e.open)
+		var err error
+		if answer, err = e.ask(c); err != nil {
+			e.g.log().Error("a question cannot be put to the client", "call", c.ID, "error", err)
+			why = "the question cannot be put to the client"
+		}
 	}
-	answer, err := e.ask(c)
-	if err != nil {
-		e.g.log().Error("a question cannot be put to the client", "call", c.ID, "error", err)
-		return Answer{}, false
+	if why != "" {
+		// The caller has them to itself: others come into e.open meanwhile.
+		refused = e.open
+		e.open, e.put, e.bytes = nil, 0, 0
+		return Answer{}, false, refused, why
 	}
 	e.attached = false
-	if e.g.t.ctx.Err() != nil {
+	switch {
+	case !e.sent: // no goroutine waits that would notice the end
+		if e.unhook == nil {
+			e.unhook = context.AfterFunc(e.g.t.ctx, func() { e.expire(-1) })
+		}
+	case e.g.t.ctx.Err() != nil:
 		e.over = true
 		close(e.abandoned)
+		return answer, true, nil, ""
 	}
-	if e.timer == nil {
-		e.timer = time.AfterFunc(e.g.t.timing.park, e.expire)
-	} else {
-		e.timer.Reset(e.g.t.timing.park)
+	e.rest()
+	return answer, true, nil, ""
+}
+
+// rest gives the client its time, from now on. mu is held.
+func (e *errand) rest() {
+	if e.timer != nil {
+		e.timer.Stop()
 	}
-	return answer, true
+	round := e.round
+	e.timer = time.AfterFunc(e.g.t.timing.park, func() { e.expire(round) })
 }
 
 // last is the answer that asks, of an exchange that ends with it.
@@ -453,10 +497,11 @@ func (e *errand) ask(c Call) (Answer, error) {
 // inputRequired is the type of a result that asks.
 const inputRequired = "input_required"
 
-// expire gives up an exchange for which nobody comes back.
-func (e *errand) expire() {
+// expire gives up an exchange for which nobody comes back in a round, or in any if
+// that is -1.
+func (e *errand) expire(round int) {
 	e.mu.Lock()
-	if e.attached || e.over {
+	if e.attached || e.over || round >= 0 && round != e.round {
 		e.mu.Unlock()
 		return
 	}
@@ -506,7 +551,7 @@ func (e *errand) attach(c Call, round int, responses jsonrpc.Value) (answers []a
 	if len(answers) == 0 && e.put > 0 {
 		a, err := e.ask(c)
 		if err == nil {
-			e.timer.Reset(e.g.t.timing.park)
+			e.rest()
 		}
 		return nil, &a, err
 	}
@@ -516,7 +561,6 @@ func (e *errand) attach(c Call, round int, responses jsonrpc.Value) (answers []a
 		e.bytes += len(q.params) + 256
 	}
 	e.attached = true
-	e.round++
 	e.timer.Stop()
 	return answers, nil, nil
 }
@@ -541,7 +585,7 @@ func (e *errand) bring(answers []answered) {
 	}
 }
 
-// refuse answers a server in place of the client.
+// refuse answers a server in place of the client. No mu is held.
 func (q *query) refuse(why string) {
 	q.s.t.spawn(func() { q.s.refuse(q.s.ctx, q.id, why) })
 }
