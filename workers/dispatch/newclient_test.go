@@ -73,7 +73,10 @@ func (h *host) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 		b, _ := io.ReadAll(req.Body)
 		req.Body = io.NopCloser(bytes.NewReader(b))
 		if m, err := jsonrpc.Decode(b, jsonrpc.Limits{Depth: 512}); err == nil && m.IsResponse() {
-			h.answer(string(m.ID().Raw())) <- string(b)
+			select {
+			case h.answer(string(m.ID().Raw())) <- string(b):
+			case <-req.Context().Done():
+			}
 		}
 	}
 	h.legacyServer.ServeHTTP(w, req)
