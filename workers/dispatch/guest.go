@@ -393,6 +393,32 @@ func (g *guest) setLevel(ctx context.Context, s *session, e *errand, level int) 
 	}
 }
 
+// How well a question suits an exchange. One that is of no call that is known goes
+// to where a client waits, before one that has yet to come back, and may not: which
+// of them it is asked in the server knows alone, and it finds its answer by the id.
+const (
+	fitsLater = 1 + iota // its client may come back
+	fitsNow              // its client waits for it
+	fitsOwn              // it is asked in this very call
+)
+
+func (e *errand) fits(call schemas.CallID) int {
+	switch {
+	case !e.asks:
+		return 0
+	case e.is(call):
+		return fitsOwn
+	case e.alone:
+		return 0
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.attached {
+		return fitsNow
+	}
+	return fitsLater
+}
+
 // asked takes what the server asks, within a call or outside of any.
 func (g *guest) asked(ctx context.Context, s *session, call schemas.CallID, msg *jsonrpc.Message) {
 	id := bytes.Clone(msg.ID().Raw())
@@ -409,12 +435,13 @@ func (g *guest) asked(ctx context.Context, s *session, call schemas.CallID, msg 
 	var to *errand
 	var over []*query
 	g.mu.Lock()
+	best := 0
 	for _, e := range g.errands {
-		own := e.is(call)
-		if e.asks && (own || to == nil && !e.alone) {
-			to, q.own = e, own
+		if fit := e.fits(call); fit > best {
+			to, best = e, fit
 		}
 	}
+	q.own = best == fitsOwn
 	if to == nil {
 		over = g.keep(q)
 	}
