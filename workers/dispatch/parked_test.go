@@ -55,6 +55,20 @@ func TestParkedLocks(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// Under the guest's mu others wait for the exchange's: not the other way around.
+	e.add(&query{s: s, id: []byte("1"), method: "roots/list"})
+	put := make(chan bool, 1)
+	g.mu.Lock()
+	go func() { _, ok := e.park(c); put <- ok }()
+	select {
+	case ok := <-put:
+		if !ok {
+			t.Error("it is not parked")
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("what is put to the client waits for the guest's mu")
+	}
+	g.mu.Unlock()
 	const times = 2000
 	var all sync.WaitGroup
 	all.Go(func() {
@@ -234,7 +248,11 @@ func TestParkedClose(t *testing.T) {
 	_, v = r.answered(r.modern("tools/call", "t", allCaps, `}}`))
 	r.stateOf(v)
 	g.mu.Lock()
-	parked := slices.Clone(g.errands)
+	parked := slices.DeleteFunc(slices.Clone(g.errands), func(e *errand) bool {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		return e.attached // the list's, which is just ending
+	})
 	g.mu.Unlock()
 	if len(parked) != 2 || len(over) != 0 || h.came("tools/call") != 1 {
 		t.Fatalf("%d are parked; sent %v", len(parked), h.log)
