@@ -1,7 +1,6 @@
 package dispatch
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -329,7 +328,7 @@ func (m *mcpServer) ownerOf(c Call) (key, owner string) {
 		}
 		return key, ""
 	}
-	if m.parking == nil || !mayAsk[c.Requested.Method] || !bytes.Contains(c.Body, []byte(statePrefix)) {
+	if m.parking == nil || !mayAsk[c.Requested.Method] || !mayHoldState(c.Body) {
 		return "", ""
 	}
 	body, _, err := mcpBody(c)

@@ -1,6 +1,7 @@
 package dispatch
 
 import (
+	"bytes"
 	"cmp"
 	"crypto/aes"
 	"crypto/cipher"
@@ -56,6 +57,12 @@ const (
 	maxState       = 96 << 10
 	maxServerState = 64 << 10
 )
+
+// mayHoldState tells cheaply of most requests that they have no requestState: its
+// name stands there, or one that is written with an escape.
+func mayHoldState(body []byte) bool {
+	return bytes.Contains(body, []byte("requestState")) || bytes.Contains(body, []byte(`\u`))
+}
 
 // binding is what a requestState is for.
 type binding struct {
