@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"os"
 	"os/exec"
 	"runtime"
@@ -49,6 +50,10 @@ const (
 	// stdioEnds is how much of the beginning and of the end of a line that is
 	// too long is looked at for whose it is.
 	stdioEnds = 1 << 10
+
+	// stdioEndless is how much longer than a message may be a line gets, of which
+	// no more than the ends are kept, before its process is ended.
+	stdioEndless = 64 << 20
 
 	// stdioAside is how many messages that nobody waits for may be on their way
 	// to one process.
@@ -399,7 +404,7 @@ func (c *process) hear() {
 	left := 0
 	var last []byte
 	for {
-		b, _, err := readLine(r, stdioWords)
+		b, _, err := readLine(r, stdioWords, math.MaxInt)
 		if b = bytes.TrimSpace(b); len(b) > 0 {
 			last = append(last[:0], b...)
 			if few.Allow() {
@@ -427,12 +432,16 @@ func (c *process) hear() {
 func (c *process) pump() {
 	r := bufio.NewReaderSize(c.stdout, stdioPipe)
 	for {
-		b, cut, err := readLine(r, c.s.limit)
+		b, cut, err := readLine(r, c.s.limit, c.s.limit+stdioEndless)
 		switch {
 		case cut:
 			c.tooLong(b)
 		case len(bytes.TrimSpace(b)) > 0:
 			c.message(b)
+		}
+		if errors.Is(err, errEndless) {
+			c.end(err, false)
+			return
 		}
 		if err != nil {
 			c.end(errors.New("it has closed its standard output"), false)
@@ -441,12 +450,18 @@ func (c *process) pump() {
 	}
 }
 
-// readLine reads a line, without its end. Of one that is longer than most it
+// errEndless: a line that is longer than any that is waited for to end.
+var errEndless = fmt.Errorf("it has written a line of more than %d MiB and not ended it", stdioEndless>>20)
+
+// readLine reads a line, without its end, up to endless bytes ([errEndless]). Of one that is longer than most it
 // returns the beginning and the end, stdioEnds of each, and says so. What stands
 // last may be a line that nothing ends.
-func readLine(r *bufio.Reader, most int) (b []byte, cut bool, err error) {
-	for {
+func readLine(r *bufio.Reader, most, endless int) (b []byte, cut bool, err error) {
+	for n := 0; ; {
 		part, err := r.ReadSlice('\n')
+		if n += len(part); n > endless {
+			return b, true, errEndless
+		}
 		b = append(b, bytes.TrimSuffix(part, []byte("\n"))...)
 		if cut = cut || len(b) > most; cut && len(b) > 2*stdioEnds {
 			b = append(b[:stdioEnds], b[len(b)-stdioEnds:]...)

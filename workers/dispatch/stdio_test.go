@@ -904,10 +904,13 @@ func TestReadLine(t *testing.T) {
 		cut  bool
 		err  error
 	}{{"x", false, nil}, {"", false, nil}, {long[:1024] + long[len(long)-1024:], true, nil}, {"end", false, io.EOF}} {
-		b, cut, err := readLine(r, 4000)
+		b, cut, err := readLine(r, 4000, 10_000)
 		if string(b) != want.text || cut != want.cut || !errors.Is(err, want.err) {
 			t.Errorf("%.20q %d %v %v, want %.20q", b, len(b), cut, err, want.text)
 		}
+	}
+	if b, _, err := readLine(bufio.NewReaderSize(strings.NewReader(strings.Repeat("a", 20_000)), 16), 4000, 10_000); !errors.Is(err, errEndless) || len(b) > 4000 {
+		t.Errorf("%d bytes of a line without end: %v", len(b), err)
 	}
 }
 
