@@ -4,3 +4,7 @@ package test
 
 // slowdown is how much slower than the built program a test's gateway may be.
 const slowdown = 1
+
+// manyKills is how often the gateway is killed; with the race detector each takes
+// five times as long.
+const manyKills = 50

@@ -35,11 +35,11 @@ const within = 10 * time.Second * slowdown
 
 // Promises 1 to 3 over crashes: 64 callers, and a gateway that is killed 50
 // times and started again on the same data.
-func TestKills(t *testing.T) { kills(t, 50) }
+func TestKills(t *testing.T) { kills(t, manyKills) }
 
 // The same with a log of which 1 % of the publishes fail, and a further 1 % fail
 // after they were stored.
-func TestKillsWithFaults(t *testing.T) { kills(t, 50, gateway.Faults(0.01, 0.01)) }
+func TestKillsWithFaults(t *testing.T) { kills(t, manyKills, gateway.Faults(0.01, 0.01)) }
 
 func kills(t *testing.T, n int, env ...string) {
 	seed := uint64(time.Now().UnixNano())
