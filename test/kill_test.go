@@ -33,8 +33,8 @@ import (
 // work in that time; slowdown allows for that.)
 const within = 10 * time.Second * slowdown
 
-// Promises 1 to 3 over crashes: 64 callers, and a gateway that is killed 50
-// times and started again on the same data.
+// Promises 1 to 3 over crashes: 64 callers, and a gateway that is killed
+// manyKills times and started again on the same data.
 func TestKills(t *testing.T) { kills(t, manyKills) }
 
 // The same with a log of which 1 % of the publishes fail, and a further 1 % fail

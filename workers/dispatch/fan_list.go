@@ -131,7 +131,7 @@ func (q *question) request(method string, params []byte) ([]byte, error) {
 	b.Write(params)
 	if meta := q.m.Params().Get("_meta"); meta.Kind() == jsonrpc.Object {
 		raw := meta.Raw()
-		extensions := meta.Get("io.modelcontextprotocol/clientCapabilities", "extensions")
+		extensions := meta.Get(metaCaps, "extensions")
 		if meta.Get("progressToken").Exists() || extensions.Get("io.modelcontextprotocol/tasks").Exists() {
 			own, err := jsonrpc.Parse(raw, jsonrpc.Limits{Bytes: len(raw)})
 			if err != nil {
@@ -139,7 +139,7 @@ func (q *question) request(method string, params []byte) ([]byte, error) {
 			}
 			p := own.Patch().Remove(own, "progressToken")
 			// Nobody takes a task for the answer to what a front asks.
-			if extensions := own.Get("io.modelcontextprotocol/clientCapabilities", "extensions"); extensions.Kind() == jsonrpc.Object {
+			if extensions := own.Get(metaCaps, "extensions"); extensions.Kind() == jsonrpc.Object {
 				p.Remove(extensions, "io.modelcontextprotocol/tasks")
 			}
 			if raw = p.Bytes(); raw == nil {

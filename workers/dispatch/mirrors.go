@@ -11,8 +11,7 @@ type Mirrors []mirror
 // MirrorsOf reads them from a tool's definition, as tools/list has it. The error
 // says what is wrong with the definition.
 func MirrorsOf(tool jsonrpc.Value) (Mirrors, error) {
-	found, err := mirrors(tool)
-	return found, err
+	return mirrors(tool)
 }
 
 // Headers are the headers of a call with these arguments.

@@ -62,9 +62,8 @@ const (
 	taskFails  = 5                // answers in a row that cannot be used, before it is given up
 	taskGrace  = 30 * time.Second // in which a server's task ends that its client has taken back
 
-	resultTask  = "task"
-	resultInput = "input_required"
-	working     = "working"
+	resultTask = "task"
+	working    = "working"
 )
 
 // errThinking: the server has asked, within a task, and its place is given to
@@ -456,13 +455,13 @@ func (r *run) becomes(ctx context.Context, a Answer) error {
 		}
 		t.id, t.every = id, pollOf(msg.Result())
 		return errFollow
-	case a.Result == resultInput && r.task != nil && r.task.close():
+	case a.Result == inputRequired && r.task != nil && r.task.close():
 		msg, err := jsonrpc.Decode(a.Body, jsonrpc.Limits{Bytes: len(a.Body), Depth: answerDepth, AllowCaseVariants: true})
 		if err != nil {
 			return faultf(Garbled, "what it asks: %w", err)
 		}
 		r.task.round++
-		if err := r.stands(ctx, resultInput, r.task.round, a.Body); err != nil {
+		if err := r.stands(ctx, inputRequired, r.task.round, a.Body); err != nil {
 			if f := new(Fault); !errors.As(err, &f) {
 				r.lastLog = err
 			}
@@ -738,7 +737,7 @@ func (r *run) standing(ctx context.Context) (end ending, wait time.Duration, err
 		return ending{data: &schemas.Completed{Status: 200, ErrorCode: int(code)}, body: append(append(body, of.Raw()...), '}')}, 0, nil
 	case "cancelled":
 		return cancelled("the server has cancelled its task"), 0, nil
-	case working, resultInput:
+	case working, inputRequired:
 	default:
 		return end, wait, faultf(Garbled, "a task that is %q", clip(status, maxResultType))
 	}
@@ -752,7 +751,7 @@ func (r *run) standing(ctx context.Context) (end ending, wait time.Duration, err
 	open := slices.DeleteFunc(slices.Clone(keys), func(k string) bool { return given[k] != nil })
 	now := working
 	if len(open) > 0 {
-		now = resultInput
+		now = inputRequired
 	}
 	slices.Sort(open)
 	if this := fmt.Sprintf("%s %q %q", now, message, open); this != t.last {

@@ -28,7 +28,7 @@ func asleep(t *testing.T, lost bool, more ...schemas.Payload) (*run, *memLog) {
 	for _, p := range slices.Concat([]schemas.Payload{
 		&schemas.Started{Attempt: 1, By: "a"},
 		&schemas.Tasked{Index: 0, By: "a", Status: working},
-		&schemas.Tasked{Index: 1, By: "a", Status: resultInput, Round: 1},
+		&schemas.Tasked{Index: 1, By: "a", Status: inputRequired, Round: 1},
 	}, more) {
 		var body []byte
 		if p, ok := p.(*schemas.Tasked); ok && p.Round > 0 {
@@ -51,7 +51,7 @@ func asleep(t *testing.T, lost bool, more ...schemas.Payload) (*run, *memLog) {
 // A paused run does not claim a round that it has no request for: another has gone
 // on meanwhile.
 func TestStaleRound(t *testing.T) {
-	second := []schemas.Payload{&schemas.Started{Attempt: 2, By: "b"}, &schemas.Tasked{Index: 2, By: "b", Status: resultInput, Round: 2}}
+	second := []schemas.Payload{&schemas.Started{Attempt: 2, By: "b"}, &schemas.Tasked{Index: 2, By: "b", Status: inputRequired, Round: 2}}
 	third := append(slices.Clone(second), &schemas.Started{Attempt: 3, By: "b"})
 	for name, c := range map[string]struct {
 		more []schemas.Payload
@@ -160,7 +160,7 @@ func TestAnswersDoNotWait(t *testing.T) {
 		}
 		return l.emit(ctx, e)
 	}
-	if err := r.stands(t.Context(), resultInput, 2, wantsRoots); err != nil {
+	if err := r.stands(t.Context(), inputRequired, 2, wantsRoots); err != nil {
 		t.Fatal(err)
 	}
 	if !heard || r.task.given("1.", []string{"k"})["k"] == nil {

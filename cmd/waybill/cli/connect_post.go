@@ -89,7 +89,7 @@ func (r *relay) send(ctx context.Context, method string, h http.Header, body []b
 	if body != nil {
 		req.ContentLength = int64(len(body))
 		req.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(body)), nil }
-		req.Body, _ = req.GetBody()
+		req.Body = io.NopCloser(bytes.NewReader(body))
 	}
 	reached := false
 	resp, err := r.http.Do(req.WithContext(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
