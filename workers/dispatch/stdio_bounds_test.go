@@ -201,19 +201,8 @@ func TestStdioSlowReaderAlone(t *testing.T) {
 			nothingLeft(t)
 			r, s, words := stdioRig(t, "")
 			s.timing.stall = time.Hour
-			reading, stuck := make(chan struct{}, 1), make(chan struct{})
 			e := r.call("progress", metered("1"), with("x", strconv.Itoa(3*mailboxLetters)))
-			done := make(chan error, 1)
-			go func() {
-				done <- r.d.Handle(context.Background(), e, func(ctx context.Context, e schemas.Event) (schemas.Receipt, error) {
-					if e.Kind() == schemas.KindProgressed {
-						poke(reading)
-						<-stuck
-					}
-					return r.log.emit(ctx, e)
-				})
-			}()
-			<-reading
+			free := r.unread(e)
 			becomes(t, "no more is taken", func() bool {
 				s.mu.Lock()
 				c := s.modern["acme"].c
@@ -233,8 +222,7 @@ func TestStdioSlowReaderAlone(t *testing.T) {
 				r.handle(other)
 				r.ends(other, "completed")
 			}
-			close(stuck)
-			if err := <-done; err != nil {
+			if err := free(); err != nil {
 				t.Fatal(err)
 			}
 			if alone {

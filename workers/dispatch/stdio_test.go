@@ -713,15 +713,10 @@ func TestStdioFlood(t *testing.T) {
 	}
 }
 
-// Who does not read holds the process up for a while, and fails then; the
-// process lives on, and what others ask of it is answered.
-func TestStdioSlowReader(t *testing.T) {
-	nothingLeft(t)
-	r, s, _ := stdioRig(t, "")
-	s.timing.stall = 200 * time.Millisecond
-	reading, stuck := make(chan struct{}, 1), make(chan struct{})
-	e := r.legacy("progress", metered("1"), with("x", strconv.Itoa(3*mailboxLetters)))
-	done := make(chan error, 1)
+// unread handles a call and takes its first message, and no more until free is
+// called, which returns what Handle has.
+func (r *rig) unread(e schemas.Event) (free func() error) {
+	reading, stuck, done := make(chan struct{}, 1), make(chan struct{}), make(chan error, 1)
 	go func() {
 		done <- r.d.Handle(context.Background(), e, func(ctx context.Context, e schemas.Event) (schemas.Receipt, error) {
 			if e.Kind() == schemas.KindProgressed {
@@ -732,11 +727,24 @@ func TestStdioSlowReader(t *testing.T) {
 		})
 	}()
 	<-reading
+	return func() error {
+		close(stuck)
+		return <-done
+	}
+}
+
+// Who does not read holds the process up for a while, and fails then; the
+// process lives on, and what others ask of it is answered.
+func TestStdioSlowReader(t *testing.T) {
+	nothingLeft(t)
+	r, s, _ := stdioRig(t, "")
+	s.timing.stall = 200 * time.Millisecond
+	e := r.legacy("progress", metered("1"), with("x", strconv.Itoa(3*mailboxLetters)))
+	free := r.unread(e)
 	other := r.legacy("read")
 	r.handle(other)
 	r.ends(other, "completed")
-	close(stuck)
-	if err := <-done; err != nil {
+	if err := free(); err != nil {
 		t.Fatal(err)
 	}
 	if detail := r.ends(e, "unknown").Data.(*schemas.Failed).Detail; !strings.Contains(detail, errStdioSlow.Error()) {
