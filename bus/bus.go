@@ -87,6 +87,9 @@ type Log struct {
 	stuck  atomic.Pointer[string] // which work stands still
 	pasts  pasts
 	acks   *acks
+
+	life context.Context // until Close
+	end  context.CancelFunc
 }
 
 // Open connects a role to the log. The streams must be there ([Setup]).
@@ -119,18 +122,23 @@ func Open(ctx context.Context, o Options) (*Log, error) {
 		return nil, fmt.Errorf("connect %s to the log: %w", o.Role, err)
 	}
 	l.nc, l.acks = nc, newAcks(nc, closed)
+	l.life, l.end = context.WithCancel(context.Background())
+	l.pasts.busy = make(chan struct{}, pastReadings)
 	if l.js, err = jetstream.New(nc); err == nil {
 		l.stream, err = l.js.Stream(ctx, events)
 	}
 	if err != nil {
-		nc.Close()
+		l.Close()
 		return nil, fmt.Errorf("open the log as %s: %w", o.Role, err)
 	}
 	return l, nil
 }
 
 // Close drops the connection. Run, Ask and Listen must have returned.
-func (l *Log) Close() { l.nc.Close() }
+func (l *Log) Close() {
+	l.end()
+	l.nc.Close()
+}
 
 // Connected tells whether the log can be reached now.
 func (l *Log) Connected() bool { return l.nc.IsConnected() }

@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"iter"
-	"strings"
-	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -25,22 +23,29 @@ func (l *Log) Read(ctx context.Context, f Filter, from uint64) iter.Seq2[schemas
 // which is most of the work.
 func (l *Log) read(ctx context.Context, f Filter, from uint64, wanted func(schemas.EventID) bool) iter.Seq2[schemas.Event, error] {
 	return func(yield func(schemas.Event, error) bool) {
-		fail := func(err error) { yield(schemas.Event{}, err) }
 		last, err := l.Last(ctx)
 		if err != nil {
-			fail(err)
+			yield(schemas.Event{}, err)
 			return
 		}
-		if last == 0 || from > last {
+		at := max(from, 1) - 1
+		l.readTo(ctx, f, &at, last, wanted)(yield)
+	}
+}
+
+// readTo is read of what comes after at, up to last; at is moved along, so that it
+// is known how far a reading came that broke off.
+func (l *Log) readTo(ctx context.Context, f Filter, at *uint64, last uint64, wanted func(schemas.EventID) bool) iter.Seq2[schemas.Event, error] {
+	return func(yield func(schemas.Event, error) bool) {
+		if *at >= last {
 			return
 		}
-		at := max(from, 1) - 1 // what has been seen, up to here
-		more, err := l.readAt(ctx, f, last, &at, wanted, yield)
-		if err == nil && more && at < last && l.o.Replicas > 1 {
-			_, err = l.readRest(ctx, f, last, at, wanted, yield)
+		more, err := l.readAt(ctx, f, last, at, wanted, yield)
+		if err == nil && more && *at < last && l.o.Replicas > 1 {
+			_, err = l.readRest(ctx, f, last, *at, wanted, yield)
 		}
 		if err != nil {
-			fail(err)
+			yield(schemas.Event{}, err)
 		}
 	}
 }
@@ -181,118 +186,6 @@ func (l *Log) Latest(ctx context.Context, t schemas.Tenant, s schemas.SessionKey
 	e, err := decode(m.Subject, m.Header, m.Data)
 	e.Seq, e.Stored = m.Sequence, m.Time.UTC()
 	return e, err
-}
-
-// Past is a [schemas.Past]: what the log holds of e's call from its request
-// on, or from e on when that is not known.
-//
-// Calls of a session that ask at the same time share one reading. After a crash
-// all that were open ask at once, and each would read what the others did too.
-func (l *Log) Past(ctx context.Context, e schemas.Event) ([]schemas.Event, error) {
-	from := e.Seq
-	if a, ok := e.Data.(*schemas.Authorized); ok && a.RequestedSeq < from {
-		from = a.RequestedSeq
-	}
-	r, line, leave := l.pasts.join(Filter{Tenant: e.Tenant, Session: e.Session}, e.Call, from)
-	defer leave()
-	select {
-	case <-r.done: // another read it for us
-	case line.turn <- struct{}{}:
-		l.pasts.close(line, r)
-		select {
-		case <-r.done: // a moment ago
-		default:
-			r.err = l.readPast(ctx, line.of, r)
-			close(r.done)
-		}
-		<-line.turn
-	case <-ctx.Done():
-		return nil, fmt.Errorf("past of call %s: %w", e.Call, ctx.Err())
-	}
-	if r.err != nil {
-		return nil, fmt.Errorf("past of call %s: %w", e.Call, r.err)
-	}
-	return r.calls[e.Call], nil
-}
-
-func (l *Log) readPast(ctx context.Context, of Filter, r *reading) error {
-	asked := func(id schemas.EventID) bool {
-		call, _, _ := strings.Cut(string(id), "/")
-		_, ok := r.calls[schemas.CallID(call)]
-		return ok
-	}
-	for p, err := range l.read(ctx, of, r.from, asked) {
-		if errors.Is(err, ErrUndecodable) {
-			continue
-		}
-		if err != nil {
-			return err
-		}
-		r.calls[p.Call] = append(r.calls[p.Call], p)
-	}
-	return nil
-}
-
-// pasts are the sessions whose past is being read.
-type pasts struct {
-	mu    sync.Mutex
-	lines map[string]*pastLine
-}
-
-// pastLine is a session's line of readings: one at a time, and what is asked
-// meanwhile is for the next.
-type pastLine struct {
-	of    Filter
-	turn  chan struct{} // of one place: who is in it reads
-	next  *reading      // owned by pasts.mu; who asks joins it until it begins; may be nil
-	users int           // owned by pasts.mu
-}
-
-// reading is one look at the log for several calls. from and calls belong to
-// pasts.mu until it begins, then to who reads, and after done to all, unchanged.
-type reading struct {
-	from  uint64
-	calls map[schemas.CallID][]schemas.Event
-	err   error
-	done  chan struct{}
-}
-
-// join finds the reading that has not begun, which will see all that is stored
-// by now.
-func (p *pasts) join(of Filter, call schemas.CallID, from uint64) (*reading, *pastLine, func()) {
-	key := string(of.Tenant) + "." + string(of.Session)
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	line := p.lines[key]
-	if line == nil {
-		line = &pastLine{of: of, turn: make(chan struct{}, 1)}
-		if p.lines == nil {
-			p.lines = map[string]*pastLine{}
-		}
-		p.lines[key] = line
-	}
-	line.users++
-	if line.next == nil {
-		line.next = &reading{from: from, calls: map[schemas.CallID][]schemas.Event{}, done: make(chan struct{})}
-	}
-	line.next.from = min(line.next.from, from)
-	line.next.calls[call] = nil
-	return line.next, line, func() {
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		if line.users--; line.users == 0 {
-			delete(p.lines, key)
-		}
-	}
-}
-
-// close lets nobody join a reading any more.
-func (p *pasts) close(line *pastLine, r *reading) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if line.next == r {
-		line.next = nil
-	}
 }
 
 // Counts tells how many events a session has, by kind.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -473,4 +474,48 @@ func TestPast(t *testing.T) {
 	if _, err := l.Past(t.Context(), request("x")); err != nil {
 		t.Errorf("after that: %v", err)
 	}
+}
+
+// What is asked for again is what was found before and what came since, each once;
+// and who asks from further back learns of all since then.
+func TestPastGrows(t *testing.T) {
+	w := start(t, embed.Options{})
+	edge, pol := w.open(bus.Options{Role: bus.RoleEdge}), w.open(bus.Options{Role: bus.RolePolicy})
+	l := w.open(bus.Options{Role: bus.RoleDispatch})
+	e := request("grows")
+	past := func(from uint64, want ...schemas.Kind) {
+		t.Helper()
+		asks := e
+		asks.Seq = from
+		found, err := l.Past(t.Context(), asks)
+		var kinds []schemas.Kind
+		for _, f := range found {
+			kinds = append(kinds, f.Kind())
+		}
+		if err != nil || !slices.Equal(kinds, want) {
+			t.Errorf("past from %d: %v, %v; want %v", from, kinds, err, want)
+		}
+	}
+	for i := range 3 { // others of the session, before it
+		if _, err := edge.Publish(t.Context(), request(fmt.Sprint("other", i))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	past(1)
+	r, err := edge.Publish(t.Context(), e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	past(r.Seq, schemas.KindRequested)
+	past(r.Seq+1, schemas.KindRequested) // what is known may be more than what was asked for
+	e.Seq = r.Seq
+	if err := permit(t.Context(), e, pol.Publish); err != nil {
+		t.Fatal(err)
+	}
+	past(r.Seq, schemas.KindRequested, schemas.KindAuthorized)
+	past(1, schemas.KindRequested, schemas.KindAuthorized)
+	if _, err := l.Publish(t.Context(), e.Next(&schemas.Failed{Code: schemas.FailInternal}, nil)); err != nil {
+		t.Fatal(err)
+	}
+	past(r.Seq, schemas.KindRequested, schemas.KindAuthorized, schemas.KindFailed)
 }
