@@ -7,6 +7,7 @@
 //	Listen    hear events from now on                         (listen.go)
 //	Batch     take all events in order, in contiguous batches (batch.go)
 //	Read      the past                                        (read.go)
+//	System    what the gateway is made of, beside its calls   (system.go)
 //
 // Begin with [Open]. The server may be the embedded one (bus/embed) or an
 // external cluster; nothing here can tell the difference.
@@ -62,6 +63,9 @@ type Options struct {
 	// Fault is a door for tests: it is asked before and after each publish
 	// and may fail it, so that "failed" and "failed but stored" are both tried.
 	Fault func(e schemas.Event, stored bool) error
+
+	// FaultSystem is the same door for records ([Log.System]).
+	FaultSystem func(kind, name string, stored bool) error
 }
 
 // Defaults and limits of the log.
@@ -199,15 +203,6 @@ func (o Options) events() jetstream.StreamConfig {
 		c.Duplicates = c.MaxAge
 	}
 	return c
-}
-
-func (o Options) system() jetstream.StreamConfig {
-	return jetstream.StreamConfig{
-		Name: system, Description: "what the gateway is made of: registry, policy, approvals",
-		Subjects:  []string{"sys.>"},
-		DenyPurge: true, AllowDirect: true, Duplicates: Duplicates,
-		Storage: jetstream.FileStorage, Replicas: max(o.Replicas, 1), MaxConsumers: -1,
-	}
 }
 
 // dead is for dead letters. They come of what others did, so they are bounded:

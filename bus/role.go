@@ -16,13 +16,14 @@ const (
 	RolePolicy   Role = "policy"
 	RoleDispatch Role = "dispatch"
 	RoleProject  Role = "project"
+	RoleOperator Role = "operator" // carries out what people order through the admin API
 	RoleAdmin    Role = "admin"    // sets up the streams; no part of a running call
 	RoleObserver Role = "observer" // reads, for auditors and tests; stores nothing
 )
 
 // Roles lists them all.
 func Roles() []Role {
-	return []Role{RoleEdge, RolePolicy, RoleDispatch, RoleProject, RoleAdmin, RoleObserver}
+	return []Role{RoleEdge, RolePolicy, RoleDispatch, RoleProject, RoleOperator, RoleAdmin, RoleObserver}
 }
 
 // writes is the table of kinds that a role may store.
@@ -39,6 +40,16 @@ var writes = map[Role][]schemas.Kind{
 		schemas.KindCancelled, schemas.KindLate, schemas.KindConnected, schemas.KindAsked, schemas.KindNotified,
 		schemas.KindRouted,
 	},
+}
+
+// records is the table of kinds of records ([System]) that a role may store.
+// Who may store any may store contents too, which count only by their digest.
+//
+// A grant is an operator's alone: policy cannot approve what it holds.
+var records = map[Role][]string{
+	RolePolicy:   {"policy"},
+	RoleDispatch: {"tool"},
+	RoleOperator: {"policy", "approval", "tool"},
 }
 
 // durables are the consumers that a role works through. Nobody else may pull
@@ -87,6 +98,12 @@ func (r Role) Permissions() Subjects {
 	}
 	for _, k := range writes[r] {
 		p.Publish = append(p.Publish, "ev.*.*."+string(k)+".*")
+	}
+	for _, k := range records[r] {
+		p.Publish = append(p.Publish, "sys."+k+".*")
+	}
+	if len(records[r]) > 0 {
+		p.Publish = append(p.Publish, "sys."+contentKind+".*")
 	}
 	if r == RoleDispatch {
 		p.Publish = append(p.Publish, "$KV."+owners+".>") // see Leases; reading it is everybody's
