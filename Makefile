@@ -40,7 +40,8 @@ help: ## List the targets
 .PHONY: build
 build: need-go $(ENGINE) ## Build bin/waybill, and bin/chserve with ClickHouse's library beside it
 	@mkdir -p bin
-	CGO_ENABLED=0 go build -trimpath -o bin/ ./cmd/...
+	go build -trimpath -o bin/ ./cmd/waybill
+	CGO_ENABLED=0 go build -trimpath -o bin/ ./cmd/chserve
 
 bin/libchdb.so: | $(CHDB)
 	@mkdir -p bin

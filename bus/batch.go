@@ -16,8 +16,12 @@ type Events struct {
 	Events      []schemas.Event
 }
 
+// batchBytes is what the messages of a batch may have together, headers
+// included; what a reader holds while what it writes to is away.
+const batchBytes = 16 << 20
+
 // Batch gives the whole log, in order and without gaps, to take: at most max
-// events at a time, fewer when wait has passed. A batch is acknowledged when
+// events at a time, fewer when wait has passed or 16 MiB are full. A batch is acknowledged when
 // take has returned nil; until then it is given again, after a pause, and
 // after a restart. There must be one such puller for each name.
 //
@@ -48,7 +52,7 @@ func (l *Log) batches(ctx context.Context, name string, max int, wait time.Durat
 		return err
 	}
 	for ctx.Err() == nil {
-		got, err := c.Fetch(max, jetstream.FetchMaxWait(wait))
+		got, err := c.Fetch(max, jetstream.FetchMaxWait(wait), jetstream.FetchMaxBytes(batchBytes))
 		if err != nil {
 			return err
 		}
@@ -86,7 +90,7 @@ func (l *Log) batches(ctx context.Context, name string, max int, wait time.Durat
 				break
 			}
 			l.o.Log.Warn("batch not taken, trying again", "name", name, "first", b.First, "last", b.Last, "error", err)
-			if !pause(ctx, min(time.Second<<min(n, 5), 20*time.Second)) {
+			if !pause(ctx, min(100*time.Millisecond<<min(n, 8), 10*time.Second)) {
 				return nil
 			}
 			if err := last.InProgress(); err != nil {

@@ -147,6 +147,16 @@ func (l *Log) Close() {
 // Connected tells whether the log can be reached now.
 func (l *Log) Connected() bool { return l.nc.IsConnected() }
 
+// Identity tells this log from one that is begun anew in its place, whose
+// sequences are other events'. It stays over restarts.
+func (l *Log) Identity(ctx context.Context) (string, error) {
+	info, err := l.stream.Info(ctx)
+	if err != nil {
+		return "", fmt.Errorf("identity of the log: %w", err)
+	}
+	return info.Created.UTC().Format(time.RFC3339Nano), nil
+}
+
 // Setup makes the streams, or brings their settings up to date. It needs the
 // admin role.
 func Setup(ctx context.Context, o Options) error {

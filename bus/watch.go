@@ -110,6 +110,9 @@ const patienceWithWork = 10 * time.Second
 func stands(still map[string]standstill, lags []Lag, now time.Time) *string {
 	var why *string
 	for _, lag := range lags {
+		if lag.Consumer == durables[RoleProject] {
+			continue // no call waits for the record
+		}
 		before, ok := still[lag.Consumer]
 		if !ok || lag.Waiting == 0 || lag.Reached != before.at {
 			still[lag.Consumer] = standstill{lag.Reached, now}

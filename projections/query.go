@@ -95,7 +95,11 @@ func timeless(ctx context.Context) (context.Context, context.CancelFunc) {
 func refusal(err error) error {
 	var e *clickhouse.Exception
 	if errors.As(err, &e) {
-		return fmt.Errorf("%w (code %d): %s", ErrQuery, e.Code, e.Message)
+		text := []rune(e.Message) // of a syntax error it lists all that could stand there
+		if len(text) > 400 {
+			text = append(text[:400], '…')
+		}
+		return fmt.Errorf("%w (code %d): %s", ErrQuery, e.Code, string(text))
 	}
 	return err
 }

@@ -62,8 +62,13 @@ func (d DSN) Options(_ context.Context, readOnly bool) (*clickhouse.Options, err
 	return o, nil
 }
 
+// starting is how long one waits for a server that is about to start.
+const starting = 10 * time.Second
+
 // open connects.
 func open(ctx context.Context, s Server, readOnly bool) (clickhouse.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, starting)
+	defer cancel()
 	o, err := s.Options(ctx, readOnly)
 	if err != nil {
 		return nil, err

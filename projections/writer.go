@@ -146,9 +146,7 @@ func (w *Writer) connect(ctx context.Context, first uint64) (err error) {
 	if w.log, err = w.o.Identity(ctx); err != nil {
 		return err
 	}
-	wait, cancel := context.WithTimeout(ctx, 10*time.Second)
-	defer cancel()
-	conn, err := open(wait, w.o.Server, false)
+	conn, err := open(ctx, w.o.Server, false)
 	if err != nil {
 		return err
 	}

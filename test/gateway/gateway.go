@@ -116,7 +116,7 @@ type Gateway struct {
 }
 
 // Config is a configuration for tests: one tenant and one anonymous agent who
-// may do everything, unless more (YAML, top level) says otherwise, as it must
+// may do everything, and no record, unless more (YAML, top level) says otherwise, as it must
 // where it has `servers:`. In it {dir} stands for the gateway's directory.
 func Config(more string) string {
 	if !strings.Contains(more, "tenants:") {
@@ -124,6 +124,9 @@ func Config(more string) string {
 	}
 	if !strings.Contains(more, "allow:") {
 		more += "\nallow: [{agents: ['*'], servers: ['*'], tools: ['*']}]\n"
+	}
+	if !strings.Contains(more, "clickhouse:") {
+		more += "\nclickhouse: false\n"
 	}
 	return more
 }

@@ -23,6 +23,7 @@ import (
 	"time"
 
 	"waybill.dev/bus"
+	"waybill.dev/projections"
 	"waybill.dev/schemas"
 )
 
@@ -35,7 +36,8 @@ import (
 //	GET /metrics                    Prometheus
 //	GET /debug/pprof/               token
 //	GET /api/v1/sessions            token; ?tenant=&limit=  one session per line (NDJSON), newest last
-//	GET /api/v1/sessions/S/events   token; one event per line, as schemas.Event is written
+//	GET /api/v1/sessions/S/events   token; ?from=clickhouse  one event per line, as schemas.Event is written
+//	GET /api/v1/query               token; ?sql=  what the record answers, see answerLine
 //	GET /api/v1/events              token; ?tenant=&session=&kind=  the same, live, until the client leaves
 const tokenFile = "admin.token"
 
@@ -74,6 +76,7 @@ func (g *gateway) addAdmin(ctx context.Context, ln net.Listener) error {
 		"GET /api/v1/sessions":                  a.sessions,
 		"GET /api/v1/sessions/{session}/events": a.session,
 		"GET /api/v1/events":                    a.events,
+		"GET /api/v1/query":                     a.query,
 	} {
 		mux.HandleFunc(pattern, a.guard(h))
 	}
@@ -379,9 +382,22 @@ func (a *admin) session(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "not a session's key", http.StatusBadRequest)
 		return
 	}
-	found := false
+	found, where := false, "log"
 	out := json.NewEncoder(w)
-	for e, err := range a.l.Read(r.Context(), bus.Filter{Session: key}, 0) {
+	events := a.l.Read(r.Context(), bus.Filter{Session: key}, 0)
+	switch from := r.URL.Query().Get("from"); from {
+	case "", "stream":
+	case "clickhouse":
+		if a.g.server == nil {
+			http.Error(w, noRecord, http.StatusNotFound)
+			return
+		}
+		where, events = "record", projections.Session(r.Context(), a.g.server, key)
+	default:
+		http.Error(w, "from: neither stream nor clickhouse", http.StatusBadRequest)
+		return
+	}
+	for e, err := range events {
 		if err != nil && !errors.Is(err, bus.ErrUndecodable) {
 			if !found {
 				a.fail(w, err)
@@ -402,7 +418,7 @@ func (a *admin) session(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	if !found {
-		http.Error(w, "no session "+strconv.Quote(string(key))+" in the log; `waybill sessions` lists them", http.StatusNotFound)
+		http.Error(w, "no session "+strconv.Quote(string(key))+" in the "+where+"; `waybill sessions` lists them", http.StatusNotFound)
 	}
 }
 

@@ -38,9 +38,10 @@ func commands() []command {
 		{"up", "[--config FILE] [--role ROLE]...", "run the gateway, or some of its roles", up},
 		{"config check", "[--config FILE] [--json]", "check the configuration and print what is in effect", configCheck},
 		{"sessions", "[--tenant T] [--limit N] [--json]", "list the sessions in the log, newest last", sessions},
-		{"replay", "SESSION [--full] [--json]", "print a session from the log, as a tree of calls", replay},
+		{"replay", "SESSION [--from F] [--full] [--json]", "print a session from the log or the record, as a tree of calls", replay},
 		{"audit tail", "[--tenant T] [--session S] [--kind K]... [--json]", "print events as they are stored", auditTail},
 		{"connect", "[--server NAME] [--url URL]", "be a stdio MCP server: the running gateway's, or one of its servers", connect},
+		{"query", "'SQL' | --list [--json | --csv]", "ask the record, in ClickHouse's SQL", query},
 		{"version", "", "print the version", version},
 	}
 }
@@ -49,7 +50,7 @@ func commands() []command {
 // mistake of theirs.
 func later() []string {
 	return []string{
-		"export", "import", "erase", "rebuild", "audit verify", "audit prove", "audit checkpoint", "query",
+		"export", "import", "erase", "rebuild", "audit verify", "audit prove", "audit checkpoint",
 		"policy check", "policy test", "policy explain", "approvals", "tools", "agents",
 	}
 }
@@ -147,7 +148,7 @@ func leading(args []string) (lead, rest []string) {
 	for n < len(args) && strings.HasPrefix(args[n], "-") {
 		switch flag := strings.TrimLeft(args[n], "-"); {
 		case strings.Contains(flag, "="):
-		case slices.Contains([]string{"json", "full", "log-json", "help", "h", "version"}, flag):
+		case slices.Contains([]string{"json", "csv", "list", "full", "log-json", "help", "h", "version"}, flag):
 		default:
 			n++ // and its value
 		}

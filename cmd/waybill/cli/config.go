@@ -47,7 +47,7 @@ type Config struct {
 	Origins []string `yaml:"origins" json:"origins,omitempty"` // web origins that may call
 
 	Bus        BusConfig      `yaml:"bus" json:"bus"`
-	ClickHouse any            `yaml:"clickhouse" json:"clickhouse,omitempty"` // false; the rest is not built yet
+	ClickHouse RecordConfig   `yaml:"clickhouse" json:"clickhouse,omitzero"` // the record; or false
 	Tenants    []TenantConfig `yaml:"tenants" json:"tenants,omitempty"`
 	Agents     []AgentConfig  `yaml:"agents" json:"agents,omitempty"`
 	Auth       AuthConfig     `yaml:"auth" json:"auth,omitzero"`
@@ -306,7 +306,7 @@ func parseConfig(b []byte, dir string) (*Config, error) {
 	if c.Limits.Task == (Duration{}) && c.Bus.MaxAge.bad == nil {
 		c.Limits.Task.Duration = min(time.Hour, c.Bus.MaxAge.Duration)
 	}
-	for _, p := range []*string{&c.Data, &c.Bus.Creds} {
+	for _, p := range []*string{&c.Data, &c.Bus.Creds, &c.ClickHouse.Launcher} {
 		*p = c.path(*p)
 	}
 	if e := c.Bus.Embedded; e != nil {
@@ -355,9 +355,7 @@ func (c *Config) check() error {
 		}
 	}
 	notBuilt("policies", c.Policies != nil)
-	if c.ClickHouse != nil && c.ClickHouse != false {
-		bad("clickhouse: not built yet (only `clickhouse: false`)")
-	}
+	c.ClickHouse.check(bad)
 	if e := c.Bus.Embedded; e != nil {
 		notBuilt("bus.embedded.cluster", len(e.Cluster) > 0)
 		if _, _, err := e.sync(); err != nil {

@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
+	"net/url"
 	"slices"
 	"strconv"
 	"strings"
@@ -22,6 +24,13 @@ func replay(ctx context.Context, env Env, args []string) error {
 	connect := clientFlags(fs)
 	full := fs.Bool("full", false, "print the bodies too")
 	asJSON := fs.Bool("json", false, "print one event per line, bodies included")
+	q := url.Values{}
+	fs.Func("from", "`F`, where the events are read: stream (the log, default) or clickhouse (the record)", func(s string) error {
+		if q.Set("from", s); s != "stream" && s != "clickhouse" {
+			return errors.New("there are stream and clickhouse")
+		}
+		return nil
+	})
 	rest, err := parse(env, fs, args)
 	if err != nil {
 		return err
@@ -38,10 +47,10 @@ func replay(ctx context.Context, env Env, args []string) error {
 	}
 	path := "/api/v1/sessions/" + rest[0] + "/events"
 	if *asJSON {
-		return copyLines(ctx, c, env, path, nil)
+		return copyLines(ctx, c, env, path, q)
 	}
 	s := newStory(*full)
-	for e, err := range lines[record](ctx, c, path, nil) {
+	for e, err := range lines[record](ctx, c, path, q) {
 		if err != nil {
 			return err
 		}

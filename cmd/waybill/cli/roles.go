@@ -20,6 +20,7 @@ import (
 	"waybill.dev/bus/embed"
 	"waybill.dev/edge"
 	"waybill.dev/edge/mcp"
+	"waybill.dev/projections"
 	"waybill.dev/schemas"
 	"waybill.dev/schemas/jsonrpc"
 	"waybill.dev/workers/dispatch"
@@ -30,6 +31,7 @@ import (
 // order in which a call passes them.
 //
 //	agent → edge → log → policy → log → dispatch → log → edge → agent
+//	               log → projections → ClickHouse
 //
 // A part is a blocking Run(ctx) error. The edges stop first, so that the calls
 // they hold can end; then the workers; the log's server is last.
@@ -46,8 +48,12 @@ type gateway struct {
 	agents         *mcp.Adapter
 	dispatcher     *dispatch.Dispatcher
 	metrics        *metrics
+	server         projections.Server      // of the record; nil without
+	engine         *projections.Engine     // the server, where it is the one inside
+	record         *projections.Writer     // nil in a process that does not write it
 	ready          map[string]*atomic.Bool // fixed before anything runs
 
+	guard    []string // what must have read the log before it may forget
 	dial     bus.Dialer
 	lost     uint64 // newest sequence before an unclean boot, or 0
 	instance string
@@ -64,6 +70,9 @@ func (g *gateway) run(ctx context.Context, started func(*gateway, net.Addr, net.
 	tune(g.env)
 	g.ready = map[string]*atomic.Bool{}
 	g.instance = string(schemas.NewReplica())
+	if err := g.findRecord(); err != nil {
+		return err
+	}
 	closeLog, err := g.openLog(ctx)
 	if err != nil {
 		return err
@@ -89,6 +98,7 @@ func (g *gateway) run(ctx context.Context, started func(*gateway, net.Addr, net.
 		{bus.RolePolicy, g.addPolicy},
 		{bus.RoleDispatch, g.addDispatch},
 		{bus.RoleEdge, g.addEdge},
+		{bus.RoleProject, g.addRecord},
 	} {
 		if !g.roles[role.name] {
 			continue
@@ -178,8 +188,8 @@ func (g *gateway) options(r bus.Role) bus.Options {
 	return bus.Options{
 		Dial: g.dial, Role: r, Replicas: g.c.Bus.Replicas,
 		MaxBytes: g.c.Bus.MaxBytes, MaxAge: g.c.Bus.MaxAge.Duration,
-		Leases: g.c.Bus.URL != "",
-		Log:    g.log, Fault: g.fault,
+		Guard: g.guard, Leases: g.c.Bus.URL != "",
+		Log: g.log, Fault: g.fault,
 	}
 }
 

@@ -13,7 +13,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"runtime/debug"
-	"slices"
 	"strings"
 
 	"waybill.dev/bus"
@@ -29,19 +28,14 @@ func up(ctx context.Context, env Env, args []string) error {
 	fs.TextVar(&level, "log-level", level, "`LEVEL` of the process log: debug, info, warn or error")
 	asJSON := fs.Bool("log-json", false, "write the process log as JSON")
 	roles := map[bus.Role]bool{}
-	fs.Func("role", "`ROLE` to run: all, edge, policy or dispatch; may be repeated (default: all)", func(s string) error {
-		all := []bus.Role{bus.RoleEdge, bus.RolePolicy, bus.RoleDispatch}
+	fs.Func("role", "`ROLE` to run: all, edge, policy, dispatch or project; may be repeated (default: all)", func(s string) error {
 		switch r := bus.Role(s); {
 		case s == "all":
-			for _, r := range all {
-				roles[r] = true
-			}
-		case slices.Contains(all, r):
+			roles = everyRole()
+		case everyRole()[r]:
 			roles[r] = true
-		case r == bus.RoleProject:
-			return fmt.Errorf("not built yet")
 		default:
-			return fmt.Errorf("no such role; there are all, edge, policy and dispatch")
+			return fmt.Errorf("no such role; there are all, edge, policy, dispatch and project")
 		}
 		return nil
 	})
@@ -49,17 +43,22 @@ func up(ctx context.Context, env Env, args []string) error {
 		return err
 	}
 	if len(roles) == 0 {
-		roles = map[bus.Role]bool{bus.RoleEdge: true, bus.RolePolicy: true, bus.RoleDispatch: true}
+		roles = everyRole()
 	}
 	c, err := loadConfig(*file)
 	if err != nil {
 		return err
 	}
-	if c.Bus.URL == "" && len(roles) < 3 {
+	if c.Bus.URL == "" && len(roles) < len(everyRole()) {
 		return usagef("--role: one role alone needs a log that others reach too: set bus.url")
 	}
 	g := &gateway{c: c, env: env, roles: roles, log: newLog(env.Stderr, level, *asJSON)}
 	return g.run(ctx, func(g *gateway, public, admin net.Addr) { banner(env.Stdout, g, *file, public, admin) })
+}
+
+// everyRole is what a process does that is told nothing else.
+func everyRole() map[bus.Role]bool {
+	return map[bus.Role]bool{bus.RoleEdge: true, bus.RolePolicy: true, bus.RoleDispatch: true, bus.RoleProject: true}
 }
 
 // Test is what a test may put between the program's parts.
@@ -76,7 +75,7 @@ func Up(ctx context.Context, file string, env Env, test Test) error {
 	}
 	g := &gateway{
 		c: c, env: env, fault: test.Fault, log: newLog(env.Stderr, slog.LevelInfo, false),
-		roles: map[bus.Role]bool{bus.RoleEdge: true, bus.RolePolicy: true, bus.RoleDispatch: true},
+		roles: everyRole(),
 	}
 	return g.run(ctx, func(g *gateway, public, admin net.Addr) { banner(env.Stdout, g, file, public, admin) })
 }
@@ -136,7 +135,12 @@ func banner(w io.Writer, g *gateway, file string, public, admin net.Addr) {
 	} else {
 		p("  log            %s", filepath.Join(g.c.Data, "log"))
 	}
-	if !g.roles[bus.RoleProject] {
+	switch {
+	case g.engine != nil:
+		p("  record         ClickHouse inside; by curl: curl \"$(cat %s)\" -d 'SHOW TABLES'", shellQuote(g.engine.URLFile()))
+	case g.server != nil:
+		p("  record         ClickHouse at clickhouse.dsn")
+	default:
 		p("  projections    off: the log keeps %s or %d MB, whichever is less; older events are gone", g.c.Bus.MaxAge, g.c.Bus.MaxBytes>>20)
 	}
 	for _, n := range g.c.notes() {
