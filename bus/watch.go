@@ -57,6 +57,30 @@ func (l *Log) Status(ctx context.Context) (Status, error) {
 	return s, nil
 }
 
+// Age is how long ago the oldest event was stored that a durable consumer has
+// not settled; nothing for one that has settled all.
+func (l *Log) Age(ctx context.Context, name string) (time.Duration, error) {
+	c, err := l.stream.Consumer(ctx, name)
+	if errors.Is(err, jetstream.ErrConsumerNotFound) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("age of what waits for %s: %w", name, err)
+	}
+	info := c.CachedInfo()
+	if info.NumPending == 0 && info.NumAckPending == 0 {
+		return 0, nil
+	}
+	m, err := l.stream.GetMsg(ctx, info.AckFloor.Stream+1, jetstream.WithGetMsgSubject("ev.>")) // or the next that is left
+	if errors.Is(err, jetstream.ErrMsgNotFound) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("age of what waits for %s: %w", name, err)
+	}
+	return max(0, time.Since(m.Time)), nil
+}
+
 // Watch keeps the refusal rule: while the unread events of a guarded consumer
 // hold more than 80 % of what the log may hold, Ask takes no new call, so that
 // nothing ages out unread. And it notices work that stands still ([Log.Stuck]).

@@ -36,10 +36,11 @@ type Writer struct {
 	o      WriterOptions
 	tables []Table
 
-	// Owned by Take, which runs once at a time.
+	turn  sync.Mutex // of Prepare and Take, for these:
 	conn  clickhouse.Conn
 	log   string            // identity
 	marks map[string]uint64 // by table: the greatest sequence that it has
+	gap   bool              // it has not been looked whether the log goes on where the record ends
 
 	mu    sync.Mutex
 	stats Stats
@@ -83,6 +84,8 @@ const insertTime = time.Minute
 // error it has to be called with the same again; it is not known what of it is
 // written.
 func (w *Writer) Take(ctx context.Context, first, last uint64, events []schemas.Event) error {
+	w.turn.Lock()
+	defer w.turn.Unlock()
 	err := w.take(ctx, first, last, events)
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -104,8 +107,34 @@ func (w *Writer) Take(ctx context.Context, first, last uint64, events []schemas.
 	return nil
 }
 
+// Prepare makes the tables, as soon as there is a server, so that they can be
+// asked before anything has happened. Take does the same where it comes first.
+func (w *Writer) Prepare(ctx context.Context) {
+	for wait := 100 * time.Millisecond; ; wait = min(2*wait, 10*time.Second) {
+		w.turn.Lock()
+		var err error
+		if w.conn == nil {
+			err = w.connect(ctx)
+		}
+		w.turn.Unlock()
+		if err == nil || ctx.Err() != nil {
+			return
+		}
+		w.o.Log.Warn("the record's tables cannot be made, trying again", "in", wait, "error", err)
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(wait):
+		}
+	}
+}
+
 // Close lets the connection go.
-func (w *Writer) Close() { w.close() }
+func (w *Writer) Close() {
+	w.turn.Lock()
+	defer w.turn.Unlock()
+	w.close()
+}
 
 func (w *Writer) close() {
 	if w.conn != nil {
@@ -116,10 +145,14 @@ func (w *Writer) close() {
 
 func (w *Writer) take(ctx context.Context, first, last uint64, events []schemas.Event) error {
 	if w.conn == nil {
-		if err := w.connect(ctx, first); err != nil {
+		if err := w.connect(ctx); err != nil {
 			return err
 		}
 	}
+	if had := w.marks["events_v1"]; w.gap && had > 0 && first > had+1 {
+		w.o.Log.Warn("events are missing in the record: the log did not keep them, or could not read them", "after_sequence", had, "before_sequence", first)
+	}
+	w.gap = false
 	for len(events) > 0 {
 		n := 1
 		for n < len(events) && month(events[n]) == month(events[0]) {
@@ -142,7 +175,7 @@ func month(e schemas.Event) int {
 }
 
 // connect makes the tables where they are missing and asks them what they have.
-func (w *Writer) connect(ctx context.Context, first uint64) (err error) {
+func (w *Writer) connect(ctx context.Context) (err error) {
 	if w.log, err = w.o.Identity(ctx); err != nil {
 		return err
 	}
@@ -168,10 +201,7 @@ func (w *Writer) connect(ctx context.Context, first uint64) (err error) {
 		}
 		marks[t.Name] = seq
 	}
-	if had := marks["events_v1"]; had > 0 && first > had+1 {
-		w.o.Log.Warn("events are missing in the record: the log did not keep them, or could not read them", "after_sequence", had, "before_sequence", first)
-	}
-	w.conn, w.marks = conn, marks
+	w.conn, w.marks, w.gap = conn, marks, true
 	return nil
 }
 

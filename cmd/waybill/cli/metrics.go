@@ -16,6 +16,7 @@ import (
 	sdk "go.opentelemetry.io/otel/sdk/metric"
 
 	"waybill.dev/bus"
+	"waybill.dev/projections"
 	"waybill.dev/schemas"
 )
 
@@ -232,6 +233,7 @@ func (m *metrics) watchLog(l *bus.Log) error {
 	events := gauge("waybill.log.events", "{event}", "Events in the log.")
 	bytes := gauge("waybill.log.size", "By", "Bytes in the log.")
 	depth := gauge("waybill.queue.depth", "{event}", "Events that a kind of work has not settled.")
+	behind := gauge("waybill.queue.size", "By", "Bytes of the log from the oldest event on that a kind of work has not settled.")
 	refusing := gauge("waybill.log.refusing", "", "1 while new calls are refused because the log is not read.")
 	if errs != nil {
 		return errs
@@ -246,7 +248,9 @@ func (m *metrics) watchLog(l *bus.Log) error {
 		o.ObserveInt64(events, int64(s.Events))
 		o.ObserveInt64(bytes, int64(s.Bytes))
 		for _, lag := range s.Lags {
-			o.ObserveInt64(depth, int64(lag.Events), metric.WithAttributes(attribute.String("work", lag.Consumer)))
+			work := metric.WithAttributes(attribute.String("work", lag.Consumer))
+			o.ObserveInt64(depth, int64(lag.Events), work)
+			o.ObserveInt64(behind, int64(lag.Bytes), work)
 		}
 		var full int64
 		if s.Refusing != "" {
@@ -254,6 +258,38 @@ func (m *metrics) watchLog(l *bus.Log) error {
 		}
 		o.ObserveInt64(refusing, full)
 		return nil
-	}, events, bytes, depth, refusing)
+	}, events, bytes, depth, behind, refusing)
+	return err
+}
+
+// watchRecord adds how the record is being written.
+func (m *metrics) watchRecord(w *projections.Writer, l *bus.Log) error {
+	rows, err := m.meter.Int64ObservableCounter("waybill.record.rows", metric.WithDescription("Rows written to the record by this process, by table."), metric.WithUnit("{row}"))
+	if err != nil {
+		return err
+	}
+	failed, err := m.meter.Int64ObservableCounter("waybill.record.failures", metric.WithDescription("Tries to write to the record that failed; they are repeated."), metric.WithUnit("{try}"))
+	if err != nil {
+		return err
+	}
+	lag, err := m.meter.Float64ObservableGauge("waybill.record.lag", metric.WithDescription("Age of the oldest event that is not in the record."), metric.WithUnit("s"))
+	if err != nil {
+		return err
+	}
+	_, err = m.meter.RegisterCallback(func(ctx context.Context, o metric.Observer) error {
+		s := w.Stats()
+		for table, n := range s.Rows {
+			o.ObserveInt64(rows, int64(n), metric.WithAttributes(attribute.String("table", table)))
+		}
+		o.ObserveInt64(failed, int64(s.Failed))
+		ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+		defer cancel()
+		age, err := l.Age(ctx, consumer)
+		if err != nil {
+			return err
+		}
+		o.ObserveFloat64(lag, age.Seconds())
+		return nil
+	}, rows, failed, lag)
 	return err
 }

@@ -173,7 +173,7 @@ func yamlKeys(t reflect.Type) []string {
 		var keys []string
 		for i := range t.NumField() {
 			f := t.Field(i)
-			if key, _, _ := strings.Cut(f.Tag.Get("yaml"), ","); key != "" {
+			if key, _, _ := strings.Cut(f.Tag.Get("yaml"), ","); key != "" && key != "-" {
 				keys = append(keys, append(yamlKeys(f.Type), key)...)
 			}
 		}

@@ -146,7 +146,7 @@ func (g *gateway) findRecord() error {
 		case r.Embedded:
 			return errors.New("clickhouse: " + err.Error() + "; `make build` puts the launcher and its library beside the program")
 		default:
-			g.log.Warn("no record is kept", "cause", "there is no ClickHouse", "do", "run `make build`, or set clickhouse.dsn; `clickhouse: false` ends this message")
+			g.log.Info("no record is kept: there is no ClickHouse; run `make build`, which puts it beside the program, or set clickhouse.dsn (`clickhouse: false` ends this message)")
 			return nil
 		}
 		if g.roles[bus.RoleProject] {
@@ -183,6 +183,9 @@ func (g *gateway) addRecord(ctx context.Context, _ net.Listener) error {
 		return err
 	}
 	g.record = projections.NewWriter(projections.WriterOptions{Server: g.server, Identity: l.Identity, Now: time.Now, Log: g.log})
+	if err := g.metrics.watchRecord(g.record, l); err != nil {
+		return err
+	}
 	g.workers = append(g.workers, part{"record", func(ctx context.Context) error {
 		defer g.record.Close()
 		var running errgroup.Group
@@ -190,6 +193,7 @@ func (g *gateway) addRecord(ctx context.Context, _ net.Listener) error {
 		if g.engine != nil {
 			running.Go(func() error { return g.engine.Run(serving) })
 		}
+		running.Go(func() error { g.record.Prepare(ctx); return nil })
 		err := l.Batch(ctx, consumer, batchEvents, batchWait, func(ctx context.Context, b bus.Events) error {
 			return g.record.Take(ctx, b.First, b.Last, b.Events)
 		})
