@@ -264,10 +264,10 @@ type Answer struct {
 // Meta is the `_meta` member that every request of revision 2026-07-28 needs.
 const Meta = `"_meta":{"io.modelcontextprotocol/protocolVersion":"2026-07-28","io.modelcontextprotocol/clientCapabilities":{}}`
 
-// Post sends a body to a server's endpoint with the headers that mirror a
+// Post sends a body to the endpoint of a server, or of all for "", with the headers that mirror a
 // request for method and name; header lines "Name: value" come on top.
 func (g *Gateway) Post(ctx context.Context, server, method, name, body string, header ...string) (Answer, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, g.URL+"/mcp/"+server, strings.NewReader(body))
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, strings.TrimSuffix(g.URL+"/mcp/"+server, "/"), strings.NewReader(body))
 	if err != nil {
 		return Answer{}, err
 	}

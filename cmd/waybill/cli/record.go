@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"net"
 	"net/url"
@@ -19,7 +20,7 @@ import (
 // other, or nowhere (false). Without the key it is the one inside, where its
 // launcher is beside the program.
 type RecordConfig struct {
-	Off      bool   `yaml:"-" json:"off,omitempty"`             // clickhouse: false
+	Off      bool   `yaml:"-" json:"-"`                         // clickhouse: false
 	Embedded bool   `yaml:"embedded" json:"embedded,omitempty"` // the one inside
 	Launcher string `yaml:"launcher" json:"launcher,omitempty"` // its program; default chserve beside waybill
 	HTTP     string `yaml:"http" json:"http,omitempty"`         // its HTTP address, on 127.0.0.1; default a free port
@@ -29,7 +30,7 @@ type RecordConfig struct {
 
 // Place is a DSN: a text without a password, or a secret.
 type Place struct {
-	Text   string `yaml:"-" json:"text,omitempty"`
+	Text   string `yaml:"-" json:"-"`
 	Secret `yaml:",inline" json:"secret,omitzero"`
 }
 
@@ -41,6 +42,14 @@ func (p *Place) UnmarshalYAML(decode func(any) error) error {
 	}
 	p.Text = ""
 	return decode(&p.Secret)
+}
+
+// MarshalJSON writes it as it is read.
+func (p Place) MarshalJSON() ([]byte, error) {
+	if p.Text != "" {
+		return json.Marshal(p.Text)
+	}
+	return json.Marshal(p.Secret)
 }
 
 // check finds what is wrong.
@@ -80,6 +89,15 @@ func (r *RecordConfig) UnmarshalYAML(decode func(any) error) error {
 	type plain RecordConfig
 	*r = RecordConfig{}
 	return decode((*plain)(r))
+}
+
+// MarshalJSON writes it as it is read.
+func (r RecordConfig) MarshalJSON() ([]byte, error) {
+	if r.Off {
+		return []byte("false"), nil
+	}
+	type plain RecordConfig
+	return json.Marshal(plain(r))
 }
 
 // check finds what is wrong.
