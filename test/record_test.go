@@ -289,3 +289,50 @@ func kill(t *testing.T, pid int, sig syscall.Signal) {
 		t.Errorf("signal %s: %v", sig, err)
 	}
 }
+
+// When what is not recorded fills the log, calls are refused, nothing is lost,
+// and it goes on by itself.
+func TestRecordLimit(t *testing.T) {
+	u := upstream.Start(t)
+	g := gateway.Start(t, gateway.Config(
+		"clickhouse: {embedded: true, launcher: "+peers.ClickHouse(t)+"}\nbus: {max_bytes: 67108864}\nservers:\n"+
+			gateway.Server("counter", u.URL, "deadline: 20s")))
+	eventually(t, g, "SELECT count() AS n FROM events", `{"n":0}`)
+	pid := engineOf(t, g)
+	kill(t, pid, syscall.SIGSTOP)
+	defer kill(t, pid, syscall.SIGCONT)
+	post := func(i int) gateway.Answer {
+		t.Helper()
+		pad := 100_000
+		if i < 40 { // most of it quickly; the last part in steps that are small beside what is left
+			pad = 400_000
+		}
+		a, err := g.Post(t.Context(), "counter", "tools/call", "count", fmt.Sprintf(
+			`{"jsonrpc":"2.0","id":"l%d","method":"tools/call","params":{"name":"count","arguments":{"key":"l%[1]d","pad":%q},%s}}`,
+			i, strings.Repeat("x", pad), gateway.Meta))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return a
+	}
+	i, a := 0, gateway.Answer{Status: http.StatusOK}
+	for ; a.Status == http.StatusOK && i < 2000; i++ {
+		a = post(i)
+	}
+	if a.Status != http.StatusServiceUnavailable || a.Header.Get("Retry-After") == "" {
+		t.Fatalf("call %d: %d %v %.300s", i, a.Status, a.Header, a.Body)
+	}
+	if lost := len(u.Effects()) - (i - 1); lost != 0 {
+		t.Errorf("%d calls were refused and carried out", lost)
+	}
+	kill(t, pid, syscall.SIGCONT)
+	tick := time.NewTicker(200 * time.Millisecond)
+	defer tick.Stop()
+	for begun := time.Now(); a.Status != http.StatusOK; <-tick.C {
+		if i++; time.Since(begun) > time.Minute*slowdown {
+			t.Fatalf("calls are refused still: %d %s", a.Status, a.Body)
+		}
+		a = post(i)
+	}
+	sameAsLog(t, g)
+}
