@@ -40,7 +40,8 @@ type Requested struct {
 
 // Authorized: policy lets the call go on. It says all that dispatch needs.
 // Body: the request again when it has at most [InlineBody] bytes; else it is
-// read at RequestedSeq and must have the digest.
+// read at RequestedSeq and must have the digest. What a rule ordered to be
+// redacted is not in it, and then it is always here.
 type Authorized struct {
 	Requested
 	Decision
@@ -49,17 +50,29 @@ type Authorized struct {
 	BodySize     int       `json:"body_size,omitempty"`   // set when the body stayed behind
 	BodySHA256   string    `json:"body_sha256,omitempty"` // hex; set when the body stayed behind
 	Only         []string  `json:"only,omitzero"`         // patterns ([Match]) of what a list may show the caller; nil: all of it; empty: nothing
+	Each         bool      `json:"each,omitempty"`        // of these, only what the policy that decided says of each name may be shown
 }
 
 // InlineBody is the size in bytes up to which a request's body travels with
 // its authorization. Every stored copy of a byte costs about 2 ns of CPU.
 const InlineBody = 4096
 
-// Decision is how policy came to its word.
+// Decision is how policy came to its word. It is a function of the request, of
+// Facts and of the policy that it names, so that it can be found again.
 type Decision struct {
 	N      int    `json:"n"`                // 1; the next after held
 	Rule   string `json:"rule,omitempty"`   // what decided; "" for default deny
 	Reason string `json:"reason,omitempty"` // for operators, not for the caller
+
+	Matches     []string          `json:"matches,omitempty"`      // the rules that spoke, in order of their names; at most 32
+	MatchesMore int               `json:"matches_more,omitempty"` // how many besides
+	Obligations []string          `json:"obligations,omitempty"`  // what was ordered with the permission: tag pii, redact to.iban
+	Facts       map[string]string `json:"facts,omitempty"`        // what policy knew beyond the request, and used
+
+	PolicySHA256 string `json:"policy_sha256,omitempty"` // hex; of the bundle of rules, whole
+	ToolSHA256   string `json:"tool_sha256,omitempty"`   // hex; of the tool's definition, where that is known
+	ArgsSHA256   string `json:"args_sha256,omitempty"`   // hex; of the arguments of tools/call, as the request has them
+	Approval     string `json:"approval,omitempty"`      // what a person was asked, and may have granted: the same for the same call of the same caller
 }
 
 // Denied ends a call that policy refused. Body: none.
@@ -68,10 +81,14 @@ type Denied struct {
 	Decision
 }
 
-// Held: a person has to approve the call first.
+// Held: a person has to approve the call first. The next decision, with a higher
+// N, follows from what that one says, or from silence at Expires.
 type Held struct {
+	Target
 	Decision
-	Expires time.Time `json:"expires,omitzero"`
+	RequestedSeq uint64    `json:"requested_seq,omitempty"` // where the log has the request
+	RequestedAt  time.Time `json:"requested_at,omitzero"`   // when the log had it
+	Expires      time.Time `json:"expires,omitzero"`
 }
 
 // Started is the claim on a call that must not happen twice, stored before the
