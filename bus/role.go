@@ -30,7 +30,7 @@ func Roles() []Role {
 var writes = map[Role][]schemas.Kind{
 	RoleEdge: {
 		schemas.KindRequested, schemas.KindCancel, schemas.KindOpened, schemas.KindClosed,
-		schemas.KindAnswered, schemas.KindNotified, schemas.KindAttached,
+		schemas.KindAnswered, schemas.KindNotified, schemas.KindAttached, schemas.KindCaused,
 	},
 	RolePolicy: {
 		schemas.KindAuthorized, schemas.KindDenied, schemas.KindHeld, schemas.KindFailed,

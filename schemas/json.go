@@ -28,7 +28,9 @@ type envelope struct {
 	Root    CallID     `json:"root,omitempty"`   // the first call of the tree; the call itself at the top
 	Agent   Agent      `json:"agent"`
 	Edge    Replica    `json:"edge,omitempty"`  // the edge process that waits for the answer
-	Trace   string     `json:"trace,omitempty"` // W3C traceparent of the call
+	Trace   string     `json:"trace,omitempty"` // W3C traceparent with which the call was made
+
+	TraceState string `json:"tracestate,omitempty"` // W3C tracestate that came with it
 }
 
 // said is the body in the written form.
@@ -51,7 +53,7 @@ func (e Event) written() written {
 		envelope: envelope{
 			V: Version, Kind: e.Kind(), ID: e.ID(), Seq: e.Seq, Stored: e.Stored, Time: e.Time,
 			Tenant: e.Tenant, Session: e.Session, Call: e.Call, Parent: e.Parent, Root: e.Root,
-			Agent: e.Agent, Edge: e.Edge, Trace: e.Trace,
+			Agent: e.Agent, Edge: e.Edge, Trace: e.Trace, TraceState: e.TraceState,
 		},
 		Data: e.Data,
 	}
@@ -110,7 +112,7 @@ func (e *Event) UnmarshalString(s string) error {
 	}
 	*e = Event{
 		Tenant: w.Tenant, Session: w.Session, Call: w.Call, Parent: w.Parent, Root: w.Root,
-		Agent: w.Agent, Edge: w.Edge, Time: w.Time, Trace: w.Trace, Data: w.Data,
+		Agent: w.Agent, Edge: w.Edge, Time: w.Time, Trace: w.Trace, TraceState: w.TraceState, Data: w.Data,
 		Body: w.Base64, Seq: w.Seq, Stored: w.Stored,
 	}
 	if w.Body != nil {

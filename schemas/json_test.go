@@ -108,9 +108,10 @@ func samples() []Event {
 		}
 		full := Event{
 			Tenant: "acme", Session: "s1", Call: "c1", Parent: "c0", Root: "c0", Agent: "researcher", Edge: "e1",
-			Time:  time.Date(2026, 7, 28, 12, 0, 0, 5000, time.UTC),
-			Trace: "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
-			Data:  data, Body: []byte(`{"n": 1E400, "s": "<é>"}`), Seq: 9007199254740993,
+			Time:       time.Date(2026, 7, 28, 12, 0, 0, 5000, time.UTC),
+			Trace:      "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+			TraceState: "rojo=00f067aa0ba902b7",
+			Data:       data, Body: []byte(`{"n": 1E400, "s": "<é>"}`), Seq: 9007199254740993,
 			Stored: time.Date(2026, 7, 28, 12, 0, 0, 7000, time.UTC),
 		}
 		data = kinds[k]()
@@ -160,8 +161,11 @@ func drawEvent(t *rapid.T) Event {
 	data := kinds[rapid.SampledFrom(sortedKinds()).Draw(t, "kind")]()
 	fill(reflect.ValueOf(data).Elem(), "",
 		func(f string) string {
-			if f == "ID" || f == "By" { // part of the event's ID
+			switch f {
+			case "ID", "By": // part of the event's ID
 				return printable.Draw(t, f)
+			case "Call", "Session", "Agent":
+				return token.Draw(t, f)
 			}
 			return text.Draw(t, f)
 		},
@@ -177,7 +181,7 @@ func drawEvent(t *rapid.T) Event {
 		Tenant: Tenant(token.Draw(t, "tenant")), Session: SessionKey(token.Draw(t, "session")),
 		Parent: CallID(maybe.Draw(t, "parent")), Root: CallID(maybe.Draw(t, "root")),
 		Agent: Agent(token.Draw(t, "agent")), Edge: Replica(maybe.Draw(t, "edge")),
-		Time: when("time"), Trace: text.Draw(t, "trace"), Data: data,
+		Time: when("time"), Trace: text.Draw(t, "trace"), TraceState: text.Draw(t, "tracestate"), Data: data,
 		Body: rapid.OneOf(
 			rapid.Just([]byte(nil)), rapid.SliceOf(rapid.Byte()), rapid.Map(text, func(s string) []byte { return []byte(s) }),
 		).Draw(t, "body"),

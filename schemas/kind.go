@@ -26,6 +26,7 @@ const (
 	KindCancelled  Kind = "cancelled"
 	KindCancel     Kind = "cancel"    // a wish; the call's owner ends it
 	KindLate       Kind = "late"      // an answer that came after the ending
+	KindCaused     Kind = "caused"    // the server that carries the call out has made another, in another session
 	KindRouted     Kind = "routed"    // a call is handed to the process that alone can carry it out, or back to the one that waits
 	KindOpened     Kind = "opened"    // session
 	KindClosed     Kind = "closed"    // session
@@ -50,6 +51,7 @@ var kinds = map[Kind]func() Payload{
 	KindCancelled:  func() Payload { return &Cancelled{} },
 	KindCancel:     func() Payload { return &Cancel{} },
 	KindLate:       func() Payload { return &Late{} },
+	KindCaused:     func() Payload { return &Caused{} },
 	KindRouted:     func() Payload { return &Routed{} },
 	KindOpened:     func() Payload { return &Opened{} },
 	KindClosed:     func() Payload { return &Closed{} },

@@ -36,7 +36,15 @@ type Requested struct {
 	// Alias is the name as the caller wrote it, where the endpoint has another
 	// than the server ([Front]): the body has this one, Target.Name the server's.
 	Alias string `json:"alias,omitempty"`
+
+	// Back is set where a server that carries out the parent call made this one,
+	// through an edge like any caller; not where the gateway made it by itself.
+	Back bool `json:"back,omitempty"`
 }
+
+// Within tells whether the gateway made the call by itself, for the call that is
+// its parent.
+func (r *Requested) Within(e Event) bool { return e.Parent != "" && !r.Back }
 
 // Authorized: policy lets the call go on. It says all that dispatch needs.
 // Body: the request again when it has at most [InlineBody] bytes; else it is
@@ -132,6 +140,8 @@ type Summary struct {
 	Chunks       int       `json:"chunks,omitempty"`        // progressed events before this ending
 	ChunksSHA256 string    `json:"chunks_sha256,omitempty"` // hex; of their bodies, each after its length in 8 bytes, big endian
 	By           string    `json:"by,omitempty"`            // the claimant
+	Revision     string    `json:"revision,omitempty"`      // of the protocol, as requested
+	Back         bool      `json:"back,omitempty"`          // as requested
 }
 
 // Completed: the upstream answered, be it with an error of its own.
@@ -165,6 +175,15 @@ type Cancelled struct {
 // Cancel is the wish that a call end. Body: the client's message, if it was one.
 type Cancel struct {
 	Reason string `json:"reason,omitempty"`
+}
+
+// Caused: a server that carries out the call has called the gateway for it, in
+// another session. It stands in the call's own session, so that who reads that
+// finds the other; what is there of it says the other call itself.
+type Caused struct {
+	Call    CallID     `json:"call,omitempty"`
+	Session SessionKey `json:"session,omitempty"`
+	Agent   Agent      `json:"agent,omitempty"` // as which the server called
 }
 
 // Late keeps an answer that came after the call's ending. Body: the answer.
@@ -259,6 +278,7 @@ func (*Failed) Kind() Kind     { return KindFailed }
 func (*Cancelled) Kind() Kind  { return KindCancelled }
 func (*Cancel) Kind() Kind     { return KindCancel }
 func (*Late) Kind() Kind       { return KindLate }
+func (*Caused) Kind() Kind     { return KindCaused }
 func (*Routed) Kind() Kind     { return KindRouted }
 func (*Opened) Kind() Kind     { return KindOpened }
 func (*Closed) Kind() Kind     { return KindClosed }
@@ -289,6 +309,7 @@ func (p *Failed) id(e Event) EventID     { return EventID(e.Call) + end }
 func (p *Cancelled) id(e Event) EventID  { return EventID(e.Call) + end }
 func (p *Cancel) id(e Event) EventID     { return EventID(e.Call) + "/cancel" }
 func (p *Late) id(e Event) EventID       { return EventID(e.Call) + EventID("/late/"+p.By) }
+func (p *Caused) id(e Event) EventID     { return EventID(e.Call) + EventID("/caused/"+p.Call) }
 func (p *Routed) id(e Event) EventID {
 	if p.Back {
 		return EventID(e.Call) + EventID("/back/"+p.By)

@@ -42,9 +42,11 @@ type Event struct {
 	Agent   Agent
 	Edge    Replica   // the edge replica that waits for the answer; of a task, see Task
 	Time    time.Time // UTC, set by whoever emitted it; the log's own time is Stored
-	Trace   string    // W3C traceparent of the call, or ""
+	Trace   string    // W3C traceparent with which the call was made ([Traceparent]), or ""
 	Data    Payload   // decides Kind and ID; never nil
 	Body    []byte    // nil when the kind carries none
+
+	TraceState string // W3C tracestate that came with Trace ([Tracestate]), or ""
 
 	// Set by the log when the event is read from it; zero before.
 	Seq    uint64

@@ -46,6 +46,7 @@ func TestIDs(t *testing.T) {
 		{&Cancelled{}, "c1/end"},
 		{&Cancel{}, "c1/cancel"},
 		{&Late{By: "me"}, "c1/late/me"},
+		{&Caused{Call: "c2", Session: "s2"}, "c1/caused/c2"},
 		{&Attached{By: "g1", N: 2, Over: true}, "s1/attached/g1/2"},
 		{&Routed{To: "b", From: "a", By: "a.1"}, "c1/routed/a.1"},
 		{&Routed{To: "a", From: "b", By: "a.1", Back: true}, "c1/back/a.1"},

@@ -860,6 +860,7 @@ func (r *run) end(ctx context.Context, end ending) (schemas.Receipt, error) {
 		Target:      r.a.Target,
 		RequestedAt: r.a.RequestedAt, AuthorizedAt: r.e.Stored, UpstreamAt: r.upstreamAt,
 		Attempts: r.attempts, Chunks: r.chunks, ChunksSHA256: r.digest.hex(), By: r.by,
+		Revision: r.a.Revision, Back: r.a.Back,
 	}
 	switch p := end.data.(type) {
 	case *schemas.Completed:

@@ -149,7 +149,7 @@ func (p *Policy) refused(ctx context.Context, e schemas.Event, q *schemas.Reques
 		detail = "the log refuses the decision, which is no valid event"
 	}
 	_, err = emit(ctx, e.Next(&schemas.Failed{
-		Summary: schemas.Summary{Target: q.Target, RequestedAt: e.Stored}, Code: schemas.FailInvalid, Detail: detail,
+		Summary: summaryOf(e, q), Code: schemas.FailInvalid, Detail: detail,
 	}, nil))
 	return err
 }
@@ -169,9 +169,14 @@ func settled(past []schemas.Event, call schemas.CallID) bool {
 	return false
 }
 
+// summaryOf is what an ending of policy's repeats of the request.
+func summaryOf(e schemas.Event, q *schemas.Requested) schemas.Summary {
+	return schemas.Summary{Target: q.Target, RequestedAt: e.Stored, Revision: q.Revision, Back: q.Back}
+}
+
 // decision makes the payload and the body of what follows the request.
 func (p *Policy) decision(e schemas.Event, q *schemas.Requested, expired bool) (schemas.Payload, []byte) {
-	summary := schemas.Summary{Target: q.Target, RequestedAt: e.Stored}
+	summary := summaryOf(e, q)
 	if expired {
 		return &schemas.Failed{
 			Summary: summary, Code: schemas.FailExpired, Detail: "the deadline passed before policy decided",
