@@ -15,7 +15,7 @@ func calls() Table {
 		Columns: slices.Concat(ofCall(), targetColumns(), []Column{
 			{"outcome", "LowCardinality(String)"}, // completed, failed, denied, cancelled
 			{"code", "LowCardinality(String)"},    // why it failed
-			{"rule", "LowCardinality(String)"},    // that denied it
+			{"rule", "LowCardinality(String)"},    // that let it go on, or denied it
 			{"reason", "String CODEC(ZSTD(1))"},
 			{"status", "UInt16"},    // of HTTP, from upstream
 			{"error_code", "Int32"}, // of the protocol, when the answer is an error
@@ -26,6 +26,7 @@ func calls() Table {
 			{"upstream_us", "UInt64 CODEC(T64, ZSTD(1))"},
 			{"attempts", "UInt16"},
 			{"chunks", "UInt32"},
+			{"request_bytes", "UInt32 CODEC(T64, ZSTD(1))"},
 			{"answer_bytes", "UInt32 CODEC(T64, ZSTD(1))"},
 			{"trace", "String CODEC(ZSTD(1))"},
 		}),
@@ -57,6 +58,9 @@ func calls() Table {
 			default:
 				return nil
 			}
+			if rule == "" {
+				rule = s.Permit
+			}
 			policy, queue, upstream := micros(s.RequestedAt, s.AuthorizedAt), micros(s.AuthorizedAt, s.UpstreamAt), micros(s.UpstreamAt, e.Stored)
 			if s.AuthorizedAt.IsZero() {
 				policy = micros(s.RequestedAt, e.Stored)
@@ -66,7 +70,7 @@ func calls() Table {
 			return slices.Concat(callRow(e), targetRow(s.Target), []any{
 				string(e.Kind()), code, rule, reason, uint16(status), int32(errorCode), at(s.RequestedAt),
 				micros(s.RequestedAt, e.Stored), policy, queue, upstream,
-				uint16(s.Attempts), uint32(s.Chunks), uint32(len(e.Body)), e.Trace,
+				uint16(s.Attempts), uint32(s.Chunks), uint32(s.RequestSize), uint32(len(e.Body)), e.Trace,
 			})
 		},
 	}

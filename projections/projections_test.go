@@ -87,12 +87,13 @@ func made(n int, base time.Time) []schemas.Event {
 		}
 		target := schemas.Target{Protocol: "mcp", Server: "files", Method: "tools/call", Name: "read"}
 		add(e.Next(&schemas.Requested{Target: target}, []byte(`{"name":"read"}`)))
-		s := schemas.Summary{Target: target, RequestedAt: base.Add(time.Duration(seq) * time.Millisecond)}
+		s := schemas.Summary{Target: target, Permit: "allow", RequestSize: 15, RequestedAt: base.Add(time.Duration(seq) * time.Millisecond)}
 		switch i % 4 {
 		case 0, 1:
 			s.AuthorizedAt, s.UpstreamAt, s.Attempts = s.RequestedAt.Add(time.Millisecond), s.RequestedAt.Add(2*time.Millisecond), 1
 			add(e.Next(&schemas.Completed{Summary: s, Status: 200}, []byte("{\"r\":\"\xff\"}")))
 		case 2:
+			s.Permit = ""
 			add(e.Next(&schemas.Denied{Summary: s, Decision: schemas.Decision{N: 1, Rule: "no", Reason: "because"}}, nil))
 		case 3:
 			add(e.Next(&schemas.Failed{Summary: s, Code: schemas.FailTimeout, Detail: "slow"}, nil))
@@ -131,15 +132,15 @@ func TestWriter(t *testing.T) {
 	}
 
 	for sql, want := range map[string]string{
-		"SELECT log, count(), uniqExact(seq), max(seq) FROM events_v1 GROUP BY log ORDER BY log":                                            "one 80 80 80;two 4 4 4",
-		"SELECT outcome, count() FROM calls_v1 WHERE log = 'one' GROUP BY outcome ORDER BY 1":                                               "completed 20;denied 10;failed 10",
-		"SELECT total_us, policy_us, queue_us, upstream_us, answer_bytes, status, trace_id FROM calls_v1 WHERE call = 'c1' AND log = 'one'": "1000 1000 1000 0 9 200 0af7651916cd43dd8448eb211c80319c",
-		"SELECT code, reason, rule, total_us FROM calls WHERE call IN ('c2', 'c3') ORDER BY call":                                           " because no 1000;timeout slow  1000",
-		"SELECT count(), countIf(parent != ''), countIf(root = call) FROM edges_v1 WHERE log = 'one'":                                       "40 20 20",
-		"SELECT root, caused, root_name FROM fan_out(hours=24) LIMIT 1":                                                                     "c0 1 read",
-		"SELECT depth, tools FROM longest_chains(hours=24) LIMIT 1":                                                                         "2 [files read files read]",
-		"SELECT agent, calls, caused, failed, denied, sessions FROM top_talkers(hours=24)":                                                  "researcher 40 20 10 10 3",
-		"SELECT hex(body) FROM events WHERE kind = 'completed' AND call = 'c0' LIMIT 1":                                                     "7B2272223A22FF227D",
+		"SELECT log, count(), uniqExact(seq), max(seq) FROM events_v1 GROUP BY log ORDER BY log":                                                                 "one 80 80 80;two 4 4 4",
+		"SELECT outcome, count() FROM calls_v1 WHERE log = 'one' GROUP BY outcome ORDER BY 1":                                                                    "completed 20;denied 10;failed 10",
+		"SELECT total_us, policy_us, queue_us, upstream_us, request_bytes, answer_bytes, rule, status, trace_id FROM calls_v1 WHERE call = 'c1' AND log = 'one'": "1000 1000 1000 0 15 9 allow 200 0af7651916cd43dd8448eb211c80319c",
+		"SELECT code, reason, rule, total_us FROM calls WHERE call IN ('c2', 'c3') ORDER BY call":                                                                " because no 1000;timeout slow allow 1000",
+		"SELECT count(), countIf(parent != ''), countIf(root = call) FROM edges_v1 WHERE log = 'one'":                                                            "40 20 20",
+		"SELECT root, caused, root_name FROM fan_out(hours=24) LIMIT 1":                                                                                          "c0 1 read",
+		"SELECT depth, tools FROM longest_chains(hours=24) LIMIT 1":                                                                                              "2 [files read files read]",
+		"SELECT agent, calls, caused, failed, denied, sessions FROM top_talkers(hours=24)":                                                                       "researcher 40 20 10 10 3",
+		"SELECT hex(body) FROM events WHERE kind = 'completed' AND call = 'c0' LIMIT 1":                                                                          "7B2272223A22FF227D",
 	} {
 		if got := strings.Join(ask(t, e, sql), ";"); got != want {
 			t.Errorf("%s:\n%s\nwant\n%s", sql, got, want)

@@ -20,7 +20,7 @@ func Questions() []Question {
 	return []Question{
 		q("top_talkers", "(hours=24)", "who calls most", `
 SELECT tenant, agent, count() AS calls, countIf(parent != '') AS caused, countIf(outcome = 'failed') AS failed,
-  countIf(outcome = 'denied') AS denied, uniqExact(session) AS sessions, sum(answer_bytes) AS bytes
+  countIf(outcome = 'denied') AS denied, uniqExact(session) AS sessions, sum(request_bytes) AS bytes_in, sum(answer_bytes) AS bytes_out
 FROM waybill.calls WHERE `+lately+` GROUP BY tenant, agent ORDER BY calls DESC, tenant, agent`),
 		q("error_rates", "(hours=24)", "which tools fail or are denied, and how often", `
 SELECT server, method, name, count() AS calls, countIf(outcome = 'failed') AS failed, countIf(outcome = 'denied') AS denied,

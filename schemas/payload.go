@@ -142,6 +142,8 @@ type Summary struct {
 	By           string    `json:"by,omitempty"`            // the claimant
 	Revision     string    `json:"revision,omitempty"`      // of the protocol, as requested
 	Back         bool      `json:"back,omitempty"`          // as requested
+	Permit       string    `json:"permit,omitempty"`        // the rule that let the call go on
+	RequestSize  int       `json:"request_size,omitempty"`  // of the request's body, in bytes
 }
 
 // Completed: the upstream answered, be it with an error of its own.

@@ -861,6 +861,7 @@ func (r *run) end(ctx context.Context, end ending) (schemas.Receipt, error) {
 		RequestedAt: r.a.RequestedAt, AuthorizedAt: r.e.Stored, UpstreamAt: r.upstreamAt,
 		Attempts: r.attempts, Chunks: r.chunks, ChunksSHA256: r.digest.hex(), By: r.by,
 		Revision: r.a.Revision, Back: r.a.Back,
+		Permit: r.a.Rule, RequestSize: max(len(r.e.Body), r.a.BodySize),
 	}
 	switch p := end.data.(type) {
 	case *schemas.Completed:

@@ -149,9 +149,14 @@ func (p *Policy) refused(ctx context.Context, e schemas.Event, q *schemas.Reques
 		detail = "the log refuses the decision, which is no valid event"
 	}
 	_, err = emit(ctx, e.Next(&schemas.Failed{
-		Summary: summaryOf(e, q), Code: schemas.FailInvalid, Detail: detail,
+		Summary: summary(e, q), Code: schemas.FailInvalid, Detail: detail,
 	}, nil))
 	return err
+}
+
+// summary is what is known of a call that policy ends.
+func summary(e schemas.Event, q *schemas.Requested) schemas.Summary {
+	return schemas.Summary{Target: q.Target, RequestedAt: e.Stored, RequestSize: len(e.Body), Revision: q.Revision, Back: q.Back}
 }
 
 // settled tells whether policy has nothing left to say of the call. A cancel
@@ -169,17 +174,11 @@ func settled(past []schemas.Event, call schemas.CallID) bool {
 	return false
 }
 
-// summaryOf is what an ending of policy's repeats of the request.
-func summaryOf(e schemas.Event, q *schemas.Requested) schemas.Summary {
-	return schemas.Summary{Target: q.Target, RequestedAt: e.Stored, Revision: q.Revision, Back: q.Back}
-}
-
 // decision makes the payload and the body of what follows the request.
 func (p *Policy) decision(e schemas.Event, q *schemas.Requested, expired bool) (schemas.Payload, []byte) {
-	summary := summaryOf(e, q)
 	if expired {
 		return &schemas.Failed{
-			Summary: summary, Code: schemas.FailExpired, Detail: "the deadline passed before policy decided",
+			Summary: summary(e, q), Code: schemas.FailExpired, Detail: "the deadline passed before policy decided",
 		}, nil
 	}
 	v := p.Decide(e)
@@ -189,7 +188,7 @@ func (p *Policy) decision(e schemas.Event, q *schemas.Requested, expired bool) (
 	}
 	word := schemas.Decision{N: 1, Rule: v.Rule, Reason: v.Reason}
 	if !v.Permit {
-		return &schemas.Denied{Summary: summary, Decision: word}, nil
+		return &schemas.Denied{Summary: summary(e, q), Decision: word}, nil
 	}
 	a := &schemas.Authorized{
 		Requested: *q, Decision: word, RequestedSeq: e.Seq, RequestedAt: e.Stored, Only: v.Only,

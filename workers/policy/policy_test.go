@@ -76,15 +76,15 @@ func TestHandle(t *testing.T) {
 			BodySize: len(large.Body), BodySHA256: hex.EncodeToString(digest[:]),
 		}, nil},
 		{"denied", no, time.Second, &schemas.Denied{
-			Summary:  schemas.Summary{Target: target(no), RequestedAt: no.Stored, Revision: "2026-07-28"},
+			Summary:  schemas.Summary{Target: target(no), RequestedAt: no.Stored, RequestSize: len(no.Body), Revision: "2026-07-28"},
 			Decision: schemas.Decision{N: 1, Reason: "no rule permits this call"},
 		}, nil},
 		{"expired", yes, time.Minute, &schemas.Failed{
-			Summary: schemas.Summary{Target: target(yes), RequestedAt: yes.Stored, Revision: "2026-07-28"},
+			Summary: schemas.Summary{Target: target(yes), RequestedAt: yes.Stored, RequestSize: len(yes.Body), Revision: "2026-07-28"},
 			Code:    schemas.FailExpired, Detail: "the deadline passed before policy decided",
 		}, nil},
 		{"expired before it could be denied", no, time.Hour, &schemas.Failed{
-			Summary: schemas.Summary{Target: target(no), RequestedAt: yes.Stored, Revision: "2026-07-28"},
+			Summary: schemas.Summary{Target: target(no), RequestedAt: yes.Stored, RequestSize: len(no.Body), Revision: "2026-07-28"},
 			Code:    schemas.FailExpired, Detail: "the deadline passed before policy decided",
 		}, nil},
 		{"old but in time", yes, 59 * time.Second, &schemas.Authorized{
