@@ -33,6 +33,11 @@ type Requested struct {
 	// then the call may go on as one.
 	TaskUntil time.Time `json:"task_until,omitzero"`
 
+	// TaskNow says that the caller takes nothing else for an answer (MCP 2025-11-25,
+	// which has tasks that their caller asks for): the call becomes a task before it
+	// is carried out.
+	TaskNow bool `json:"task_now,omitempty"`
+
 	// Alias is the name as the caller wrote it, where the endpoint has another
 	// than the server ([Front]): the body has this one, Target.Name the server's.
 	Alias string `json:"alias,omitempty"`
@@ -127,6 +132,10 @@ type Tasked struct {
 	Round       int       `json:"round,omitempty"` // which question of the call to which the upstream awaits the answer in a repeated call; 0: it has a task of its own
 	RequestedAt time.Time `json:"requested_at"`    // when the log had the request
 	Until       time.Time `json:"until,omitzero"`  // when the task ends in any case
+
+	// Session is, where the server has a task of its own in one of its sessions,
+	// that session's [Connected].By.
+	Session string `json:"session,omitempty"`
 }
 
 // Summary is what every ending repeats of its call, so that one event is
@@ -254,7 +263,8 @@ type Asked struct {
 // Answered is the agent's answer to Asked of the same ID; the first counts.
 // Body: the answer, verbatim. Of a task it answers what the task says that it
 // asks ([Tasked]), under an ID of its own; the first answer to each key counts.
-// Body: the request that brought it, verbatim.
+// Body: the request that brought it, verbatim; or, of revisions in which that is
+// a response, a tasks/update of the gateway's with what the response says.
 type Answered struct {
 	Target
 	ID string `json:"id"`
