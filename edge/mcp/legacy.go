@@ -136,6 +136,9 @@ func (a *Adapter) callLegacy(w http.ResponseWriter, r *http.Request, p edge.Prin
 		return
 	}
 	c.sse = c.sse && !oneWay
+	if !oneWay && revision >= revision2025Nov && ofCoreTask(req.Method) && a.coreTask(r.Context(), c, m, endpoint, req) {
+		return
+	}
 	c.call, c.id, c.request = schemas.NewCallID(now), id, req
 	e := s.event(req, m.Raw(), now)
 	e.Call, e.Root, e.Edge, e.Trace = c.call, c.call, a.o.Edge, trace(r.Header, readMeta(params.Get("_meta")))
@@ -147,6 +150,9 @@ func (a *Adapter) callLegacy(w http.ResponseWriter, r *http.Request, p edge.Prin
 	ctx, cancel := context.WithCancelCause(context.WithoutCancel(r.Context()))
 	defer cancel(nil)
 	c.cancel = cancel
+	if until, ok := a.wantsTask(params, now); ok && !oneWay && revision >= revision2025Nov && req.Method == "tools/call" {
+		req.TaskNow, req.TaskUntil = true, until
+	}
 	run := &running{event: e, stored: make(chan struct{}), ctx: ctx, cancel: cancel}
 	run.event.Body = nil
 	c.stored = run.stored
@@ -200,6 +206,10 @@ func (a *Adapter) takeBack(ctx context.Context, s *lasting, m *jsonrpc.Message) 
 	}
 	if run == nil {
 		return a.takeBackElsewhere(ctx, s, id, m)
+	}
+	if run.reads {
+		run.cancel(errTakenBack)
+		return nil
 	}
 	select {
 	case <-run.stored:
@@ -271,6 +281,9 @@ func (a *Adapter) answered(ctx context.Context, s *lasting, m *jsonrpc.Message) 
 	id, ok := m.ID().Text()
 	if !ok || id == "" || len(id) > maxQuestion || strings.ContainsFunc(id, func(r rune) bool { return r <= ' ' || r > '~' }) {
 		return unknown
+	}
+	if task, key, ok := cutQuestion(id); ok {
+		return a.answeredTask(ctx, s, m, task, key)
 	}
 	q, ok := s.question(id)
 	if q.answered {

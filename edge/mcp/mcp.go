@@ -46,7 +46,8 @@
 //  8. uris of resources in results of resources/read, tools/call and
 //     prompts/get, and in notifications/resources/updated: those of the front.
 //
-// Calls that become tasks, and what is changed there, are in tasks.go.
+// Calls that become tasks, and what is changed there, are in tasks.go and
+// coretasks.go.
 //
 // What the gateway answers by itself is in failures.go, and what it refuses
 // before it stores anything in check.go.
@@ -116,6 +117,9 @@ type Options struct {
 	// Task reads what is addressed to a task ([schemas.Event.Task]) after its first
 	// event, oldest first.
 	Task func(ctx context.Context, first schemas.Event) iter.Seq2[schemas.Event, error]
+	// Tasked reads the events of a tenant that say how tasks stand, those that are
+	// stored after a sequence, the oldest first.
+	Tasked func(ctx context.Context, t schemas.Tenant, after uint64) iter.Seq2[schemas.Event, error]
 	// TaskTime is how long a call may go on as a task; 0: none becomes one.
 	TaskTime time.Duration
 	// Tasks tells whether tools at the endpoint of this name may become tasks by
@@ -167,6 +171,11 @@ func New(o Options) *Adapter {
 	}
 	if o.Task == nil {
 		o.Task = func(context.Context, schemas.Event) iter.Seq2[schemas.Event, error] {
+			return func(func(schemas.Event, error) bool) {}
+		}
+	}
+	if o.Tasked == nil {
+		o.Tasked = func(context.Context, schemas.Tenant, uint64) iter.Seq2[schemas.Event, error] {
 			return func(func(schemas.Event, error) bool) {}
 		}
 	}

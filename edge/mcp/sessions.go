@@ -59,6 +59,7 @@ type running struct {
 	stored chan struct{} // closed when that is in the log
 	ctx    context.Context
 	cancel context.CancelCauseFunc
+	reads  bool // it is none: what is awaited is read from the log, and nothing has to be told that nobody waits
 	left   bool // owned by the session's mu: nobody waits for the answer here
 }
 

@@ -101,11 +101,21 @@ func (a *Adapter) findTask(ctx context.Context, p edge.Principal, front *schemas
 		return e, &cannotRead
 	}
 	t, ok := e.Data.(*schemas.Tasked)
-	if err != nil || !ok || t.Index != 0 || string(e.Call) != call || e.Tenant != p.Tenant || e.Agent != p.Agent ||
-		front == nil && t.Server != endpoint || front != nil && !slices.Contains(front.Servers, t.Server) {
+	if err != nil || !ok || t.Index != 0 || string(e.Call) != call || !ownTask(e, t, p, front, endpoint) {
 		return schemas.Event{}, &unknownTask
 	}
 	return e, nil
+}
+
+// ownTask tells whether a task is the caller's, and one of this endpoint.
+func ownTask(e schemas.Event, t *schemas.Tasked, p edge.Principal, front *schemas.Front, endpoint string) bool {
+	if e.Tenant != p.Tenant || e.Agent != p.Agent {
+		return false
+	}
+	if front == nil {
+		return t.Server == endpoint
+	}
+	return slices.Contains(front.Servers, t.Server)
 }
 
 // standing is how a task stands, as far as its events have been seen.
@@ -119,7 +129,11 @@ type standing struct {
 	front    string        // of the keys in it, see schemas.Tasked.Round
 	answered map[string]bool
 	end      schemas.Event
-	seen     uint64 // sequence
+
+	// What the server asks beside that, by schemas.Asked.ID, and has no answer to:
+	// only of a client that has a session.
+	questions map[string]schemas.Event
+	seen      uint64 // sequence
 }
 
 func newStanding(first schemas.Event) *standing {
@@ -139,11 +153,23 @@ func (s *standing) see(e schemas.Event) bool {
 		s.status = d.Status
 		if m, err := jsonrpc.Decode(e.Body, answerLimits); err == nil {
 			s.said, s.front = m.Result(), ""
+			if of := s.said.Get("task"); of.Kind() == jsonrpc.Object {
+				s.said = of // a task of 2025-11-25, as it was created
+			}
 			if d.Round > 0 {
 				s.front = strconv.Itoa(d.Round) + "."
 			}
 		}
+	case *schemas.Asked:
+		if s.questions == nil {
+			s.questions = map[string]schemas.Event{}
+		}
+		s.questions[d.ID] = e
 	case *schemas.Answered:
+		if _, ok := s.questions[d.ID]; ok {
+			delete(s.questions, d.ID)
+			break
+		}
 		m, err := jsonrpc.Decode(e.Body, answerLimits)
 		if err != nil {
 			return false
@@ -190,20 +216,20 @@ func (a *Adapter) stands(ctx context.Context, first schemas.Event) (*standing, *
 	return s, nil
 }
 
-// members writes the task as members of an object. Created, it is only said
-// that it is there.
-func (s *standing) members(a *Adapter, front *schemas.Front, created bool) []byte {
-	status, message := s.status, ""
-	var more []byte
-	add := func(name string, raw []byte) {
-		more = append(append(more, `,"`+name+`":`...), raw...)
-	}
+// outcome is what has become of a task, as its client is told it.
+type outcome struct {
+	status, message string
+	result, err     []byte // of the call; at most one of them, and none before it has ended or if it was cancelled
+	lost            bool   // whoever had to end it has not
+}
+
+func (s *standing) outcome(a *Adapter, front *schemas.Front) outcome {
+	o := outcome{status: s.status}
 	fail := func(raw []byte) {
-		status = "failed"
+		o.status, o.err = "failed", raw
 		if v, err := jsonrpc.Parse(raw, answerLimits); err == nil {
-			message, _ = v.Get("message").Text()
+			o.message, _ = v.Get("message").Text()
 		}
-		add("error", raw)
 	}
 	own := func(f reply) {
 		if m, err := jsonrpc.Decode(encode([]byte("1"), f, s.first.Call), answerLimits); err == nil {
@@ -212,22 +238,15 @@ func (s *standing) members(a *Adapter, front *schemas.Front, created bool) []byt
 	}
 	switch d := s.end.Data.(type) {
 	case nil:
-		message, _ = s.said.Get("statusMessage").Text()
-		asks := []byte{'{'}
-		for k, v := range s.asks() {
-			if len(asks) > 1 {
-				asks = append(asks, ',')
-			}
-			asks = append(append(append(asks, jsonrpc.Quote(k)...), ':'), v.Raw()...)
-		}
+		o.message, _ = s.said.Get("statusMessage").Text()
 		switch {
 		case !s.of.Until.IsZero() && a.o.Now().After(s.of.Until.Add(grace)):
-			own(lostTrack) // whoever had to end it has not
-		case created:
-		case len(asks) > 1:
-			add("inputRequests", append(asks, '}'))
-		case status == "input_required":
-			status = "working" // all is answered
+			own(lostTrack)
+			o.lost = true
+		case s.waits():
+			o.status = "input_required"
+		case s.status == "input_required":
+			o.status = "working" // all is answered
 		}
 	case *schemas.Completed:
 		m, err := jsonrpc.Decode(s.end.Body, answerLimits)
@@ -237,8 +256,7 @@ func (s *standing) members(a *Adapter, front *schemas.Front, created bool) []byt
 		case m.Error().Exists():
 			fail(m.Error().Raw())
 		default:
-			status = "completed"
-			add("result", taskResult(m, front, s.of.Target))
+			o.status, o.result = "completed", taskResult(m, front, s.of.Target)
 		}
 	case *schemas.Failed:
 		f, ok := failures[d.Code]
@@ -248,18 +266,59 @@ func (s *standing) members(a *Adapter, front *schemas.Front, created bool) []byt
 		f.reason = string(d.Code)
 		own(f)
 	case *schemas.Cancelled:
-		status, message = "cancelled", d.Reason
+		o.status, o.message = "cancelled", d.Reason
 	default:
 		own(failures[schemas.FailInternal])
 	}
+	return o
+}
 
+// waits tells whether the client is asked something.
+func (s *standing) waits() bool {
+	for range s.asks() {
+		return true
+	}
+	return !s.ended() && len(s.questions) > 0
+}
+
+// members writes the task as members of an object. Created, it is only said
+// that it is there.
+func (s *standing) members(a *Adapter, front *schemas.Front, created bool) []byte {
+	o := s.outcome(a, front)
+	var more []byte
+	add := func(name string, raw []byte) {
+		if raw != nil {
+			more = append(append(more, `,"`+name+`":`...), raw...)
+		}
+	}
+	switch {
+	case o.err != nil, o.result != nil:
+		add("error", o.err)
+		add("result", o.result)
+	case created:
+		o.status = s.status
+	case o.status == "input_required":
+		asks := []byte{'{'}
+		for k, v := range s.asks() {
+			if len(asks) > 1 {
+				asks = append(asks, ',')
+			}
+			asks = append(append(append(asks, jsonrpc.Quote(k)...), ':'), v.Raw()...)
+		}
+		add("inputRequests", append(asks, '}'))
+	}
+	return append(s.head(o, "ttlMs", "pollIntervalMs"), more...)
+}
+
+// head writes what tasks have in both eras, which differ in two names.
+func (s *standing) head(o outcome, ttlName, pollName string) []byte {
 	const iso = "2006-01-02T15:04:05.000Z"
 	b := append([]byte(`"taskId":`), jsonrpc.Quote(s.id)...)
-	b = append(b, `,"status":"`+status+`"`...)
-	if message != "" {
-		b = append(append(b, `,"statusMessage":`...), jsonrpc.Quote(message)...)
+	b = append(b, `,"status":"`+o.status+`"`...)
+	if o.message != "" {
+		b = append(append(b, `,"statusMessage":`...), jsonrpc.Quote(o.message)...)
 	}
-	b = append(b, `,"createdAt":"`+s.of.RequestedAt.UTC().Format(iso)+`","lastUpdatedAt":"`+s.updated.UTC().Format(iso)+`","ttlMs":`...)
+	b = append(b, `,"createdAt":"`+s.of.RequestedAt.UTC().Format(iso)+`","lastUpdatedAt":"`+s.updated.UTC().Format(iso)+`","`+ttlName+`":`...)
 	if s.of.Until.IsZero() {
 		b = append(b, "null"...)
 	} else {
@@ -267,11 +326,13 @@ func (s *standing) members(a *Adapter, front *schemas.Front, created bool) []byt
 		b = strconv.AppendInt(b, max(ttl, time.Second).Milliseconds(), 10)
 	}
 	every, ok := s.said.Get("pollIntervalMs").Int()
+	if !ok {
+		every, ok = s.said.Get("pollInterval").Int() // of the other era
+	}
 	if !ok || every <= 0 {
 		every = pollInterval
 	}
-	b = strconv.AppendInt(append(b, `,"pollIntervalMs":`...), every, 10)
-	return append(b, more...)
+	return strconv.AppendInt(append(b, `,"`+pollName+`":`...), every, 10)
 }
 
 // taskResult is the result of the call, as a task has it.

@@ -145,6 +145,8 @@ func (c *telling) emit(_ context.Context, e schemas.Event) (schemas.Receipt, err
 		}
 	case *schemas.Closed:
 		c.quit()
+	case *schemas.Tasked:
+		err = c.created(e)
 	case *schemas.Completed:
 		err = c.complete(e.Seq, d, e.Body)
 	case *schemas.Denied:

@@ -302,7 +302,10 @@ func (d *Dispatcher) handle(ctx context.Context, e schemas.Event, emit schemas.E
 	}
 	defer r.bound(stop)()
 
-	end, err := r.carry(ctx)
+	end, err := r.atOnce(ctx)
+	if err == nil && end.data == nil {
+		end, err = r.carry(ctx)
+	}
 	for errors.Is(err, errThinking) || errors.Is(err, errFollow) {
 		end, err = r.goesOn(ctx, err)
 	}

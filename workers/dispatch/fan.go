@@ -509,11 +509,20 @@ func (q *question) setLevel(ctx context.Context) Answer {
 
 // capabilities are what can be passed on to some server; which of them has what
 // is said by the lists.
+//
+// Tasks are the gateway's own, for whatever tool: those of the client's revision.
 func (q *question) capabilities() string {
-	if q.Exposed != nil {
-		return `{"tools":{"listChanged":true}}`
+	var tasks string
+	switch {
+	case q.modern:
+		tasks = `,"extensions":{"` + extensionTasks + `":{}}`
+	case q.c.Requested.Revision >= revisionOfTasks:
+		tasks = `,"tasks":` + string(coreTasks)
 	}
-	return `{"completions":{},"logging":{},"prompts":{"listChanged":true},"resources":{"listChanged":true,"subscribe":true},"tools":{"listChanged":true}}`
+	if q.Exposed != nil {
+		return `{"tools":{"listChanged":true}` + tasks + `}`
+	}
+	return `{"completions":{},"logging":{},"prompts":{"listChanged":true},"resources":{"listChanged":true,"subscribe":true},"tools":{"listChanged":true}` + tasks + `}`
 }
 
 // instructions do not name the servers: nobody has been asked yet which of them

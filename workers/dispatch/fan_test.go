@@ -504,7 +504,7 @@ func TestFrontView(t *testing.T) {
 	if got := w.result("v", "prompts/list", "", `{`+fanMeta+`}`); !strings.HasPrefix(got, `"result":{"prompts":[],`) {
 		t.Error(got)
 	}
-	if got := w.result("v", "server/discover", "", `{`+fanMeta+`}`); !strings.Contains(got, `"capabilities":{"tools":{"listChanged":true}}`) {
+	if got := w.result("v", "server/discover", "", `{`+fanMeta+`}`); !strings.Contains(got, `"capabilities":{"tools":{"listChanged":true},"extensions":{"io.modelcontextprotocol/tasks":{}}}`) {
 		t.Error(got)
 	}
 	r := w.call(context.Background(), "v", "tools/call", findTools, `{"name":"find_tools",`+fanMeta+`}`)
@@ -522,7 +522,7 @@ func TestFrontItself(t *testing.T) {
 	}{
 		{"ping", `{}`, `"result":{}`, []func(*schemas.Requested){older}},
 		{"initialize", `{"protocolVersion":"2025-11-25","capabilities":{},"clientInfo":{"name":"c","version":"1"}}`,
-			`"result":{"protocolVersion":"2025-11-25","capabilities":{"completions":{},"logging":{},"prompts":{"listChanged":true},"resources":{"listChanged":true,"subscribe":true},"tools":{"listChanged":true}},"serverInfo":{"name":"waybill","version":"1"},"instructions":"`,
+			`"result":{"protocolVersion":"2025-11-25","capabilities":{"completions":{},"logging":{},"prompts":{"listChanged":true},"resources":{"listChanged":true,"subscribe":true},"tools":{"listChanged":true},"tasks":{"list":{},"cancel":{},"requests":{"tools":{"call":{}}}}},"serverInfo":{"name":"waybill","version":"1"},"instructions":"`,
 			[]func(*schemas.Requested){older}},
 		{"server/discover", `{` + fanMeta + `}`, `"result":{"supportedVersions":["2026-07-28"],"capabilities":{`, nil},
 		{"initialize", `{` + fanMeta + `}`, `"error":{"code":-32601,`, nil},

@@ -17,6 +17,8 @@
 //     for want of them, Mcp-Param-*.
 //  3. A request that is sent again because the server wants input has another
 //     id, inputResponses and requestState.
+//     In a call that its client wants to be a task (params.task, which is left
+//     out) clientCapabilities have the extension io.modelcontextprotocol/tasks too.
 //  4. initialize becomes server/discover. ping, logging/setLevel,
 //     resources/subscribe, resources/unsubscribe and the notifications of the
 //     older revisions are not sent: this revision has none of them.
@@ -25,12 +27,14 @@
 //
 //  5. The result of server/discover becomes that of initialize: without
 //     supportedVersions, resultType, ttlMs and cacheScope, with protocolVersion
-//     and with serverInfo from its _meta; everything else stays.
+//     and with serverInfo from its _meta; everything else stays. To a client of
+//     2025-11-25 its capabilities have tasks, which the gateway has.
 //  6. resultType "input_required" is not passed on: what it asks for becomes
 //     requests to the client (asked), with an id and "jsonrpc" of the
 //     gateway's; method and params stay.
 //  7. outputSchema of a tool in tools/list is left out where its type is not
-//     "object", which these revisions do not allow.
+//     "object", which these revisions do not allow; execution.taskSupport is
+//     "optional" where a client of 2025-11-25 is not told of any.
 //  8. structuredContent that is no object is left out for the same reason; where
 //     content has no text, it is put there as text.
 //  9. The error -32602 to resources/read becomes -32002 where it says that there
@@ -114,6 +118,10 @@ func (m *mcpServer) oldClient(ctx context.Context, c Call, progress func([]byte)
 		return m.welcome(ctx, c)
 	case method == "ping" && !c.Requested.OneWay:
 		return local(c, nil), nil
+	case strings.HasPrefix(method, "tasks/") && !c.Requested.OneWay && c.Requested.TaskUntil.IsZero():
+		// Those of the gateway's own the edge knows, and the server has none of
+		// which this client could.
+		return rejected(c, jsonrpc.CodeInvalidParams, "Task not found"), nil
 	case c.Requested.OneWay && legacyNotifications[method] != "" && method != "notifications/initialized":
 		return Answer{Status: http.StatusAccepted, Local: true}, nil
 	}
@@ -466,6 +474,9 @@ func (m *mcpServer) introduction(discovered jsonrpc.Value, revision string) []by
 	if name, _ := info.Get("name").Text(); name == "" {
 		server = slices.Concat([]byte(`{"name":`), jsonrpc.Quote(m.name), []byte(`,"version":"unknown"}`))
 	}
+	if revision >= revisionOfTasks {
+		capabilities = withMember(capabilities, "tasks", coreTasks)
+	}
 	return slices.Concat(b, []byte(`,"capabilities":`), capabilities, []byte(`,"serverInfo":`), server, []byte(`}`))
 }
 
@@ -514,9 +525,11 @@ func (s *session) members() []member {
 }
 
 // meta is the _meta of a request that the gateway makes itself.
-func (s *session) meta() []byte {
+func (s *session) meta() []byte { return objectOfMembers(s.members()) }
+
+func objectOfMembers(members []member) []byte {
 	b := []byte{'{'}
-	for i, m := range s.members() {
+	for i, m := range members {
 		if i > 0 {
 			b = append(b, ',')
 		}
@@ -528,12 +541,23 @@ func (s *session) meta() []byte {
 // modernBody is the client's request as the server has to be asked it, but for
 // id and name. With given it is asked again, with these answers to what the
 // server wanted to know.
-func (s *session) modernBody(body []byte, given *inputs) ([]byte, error) {
-	msg, err := jsonrpc.Decode(body, jsonrpc.Limits{Bytes: len(body)})
+func (s *session) modernBody(c Call, given *inputs) ([]byte, error) {
+	msg, err := jsonrpc.Decode(c.Body, jsonrpc.Limits{Bytes: len(c.Body)})
 	if err != nil {
 		return nil, fmt.Errorf("the request: %w", err)
 	}
 	p, params := msg.Patch(), msg.Params()
+	members := s.members()
+	if !c.Requested.TaskUntil.IsZero() {
+		for i := range members {
+			if members[i].name == metaCaps {
+				members[i].raw = withExtension(members[i].raw)
+			}
+		}
+		if params.Get("task").Exists() {
+			p.Remove(params, "task")
+		}
+	}
 	switch meta := params.Get("_meta"); {
 	case !params.Exists():
 		object := slices.Concat([]byte(`{"_meta":`), s.meta(), given.members(), []byte(`}`))
@@ -542,11 +566,11 @@ func (s *session) modernBody(body []byte, given *inputs) ([]byte, error) {
 	case params.Kind() != jsonrpc.Object:
 		return nil, errParams
 	case !meta.Exists():
-		p.Set(params, "_meta", s.meta())
+		p.Set(params, "_meta", objectOfMembers(members))
 	case meta.Kind() != jsonrpc.Object:
 		return nil, errMeta
 	default:
-		for _, m := range s.members() {
+		for _, m := range members {
 			p.Set(meta, m.name, m.raw)
 		}
 	}
@@ -564,7 +588,7 @@ var (
 // sendModern asks the server once, as nth request of the call, with the headers that
 // repeat arguments. given is what it wanted to know; nil at first.
 func (s *session) sendModern(ctx context.Context, c Call, nth int, given *inputs, headers map[string]string, progress func([]byte) error) (Answer, error) {
-	body, err := s.modernBody(c.Body, given)
+	body, err := s.modernBody(c, given)
 	if err != nil {
 		return Answer{}, &Fault{Kind: Invalid, Err: err}
 	}
@@ -673,7 +697,8 @@ func (s *session) older(a Answer, c Call) (Answer, error) {
 	}
 	switch {
 	case !bytes.Contains(a.Body, []byte(`"`+string(c.ID)+`"`)):
-	case method == "tools/list" && has("outputSchema"), method == "tools/call" && has("structuredContent"), a.ErrorCode != 0:
+	case method == "tools/list" && (has("outputSchema") || c.Requested.Revision >= revisionOfTasks):
+	case method == "tasks/get" && has("structuredContent"), method == "tools/call" && has("structuredContent"), a.ErrorCode != 0:
 	default:
 		return a, nil
 	}
@@ -694,11 +719,26 @@ func (s *session) older(a Answer, c Call) (Answer, error) {
 				p.Remove(tool, "outputSchema")
 				changed = true
 			}
+			if c.Requested.Revision < revisionOfTasks || tool.Kind() != jsonrpc.Object {
+				continue
+			}
+			switch of := tool.Get("execution"); {
+			case !of.Exists():
+				p.Set(tool, "execution", []byte(`{"taskSupport":"optional"}`))
+				changed = true
+			case of.Kind() == jsonrpc.Object && !of.Get("taskSupport").Exists():
+				p.Set(of, "taskSupport", []byte(`"optional"`))
+				changed = true
+			}
 		}
-	case method == "tools/call":
-		if v := msg.Result().Get("structuredContent"); v.Exists() && v.Kind() != jsonrpc.Object {
-			p.Remove(msg.Result(), "structuredContent")
-			asText(p, msg.Result(), v)
+	case method == "tools/call", method == "tasks/get":
+		result := msg.Result()
+		if method == "tasks/get" {
+			result = result.Get("result")
+		}
+		if v := result.Get("structuredContent"); v.Exists() && v.Kind() != jsonrpc.Object {
+			p.Remove(result, "structuredContent")
+			asText(p, result, v)
 			changed = true
 		}
 	case method == "resources/read" && a.ErrorCode == jsonrpc.CodeInvalidParams && missing(msg.Error(), c.Requested.Name):

@@ -110,7 +110,8 @@ func (s *session) rounds(ctx context.Context, c Call, progress func([]byte) erro
 				continue
 			}
 		}
-		if answer.Result != inputRequired || !mayAsk[c.Requested.Method] {
+		// A task is asked by other means, when its client comes for it.
+		if answer.Result != inputRequired || !mayAsk[c.Requested.Method] || c.Requested.TaskNow {
 			release := answer.Release
 			answer.Release = func(h func()) {
 				if release != nil {

@@ -208,7 +208,7 @@ func TestOldClientOpens(t *testing.T) {
 	r.handle(e)
 	end := r.ends(e, "completed")
 	want := `{"jsonrpc":"2.0","id":"` + string(e.Call) + `","result":{"protocolVersion":"2025-11-25","instructions":"do","vendor":[1E400],"_meta":{"io.modelcontextprotocol/serverInfo":{"name":"plain","version":"1","z":1E400},"k":1},` +
-		`"capabilities":{"tools":{"listChanged":true},"resources":{"subscribe":true},"logging":{},"x":{"n":1E400}},"serverInfo":{"name":"plain","version":"1","z":1E400}}}`
+		`"capabilities":{"tools":{"listChanged":true},"resources":{"subscribe":true},"logging":{},"x":{"n":1E400},"tasks":{"list":{},"cancel":{},"requests":{"tools":{"call":{}}}}},"serverInfo":{"name":"plain","version":"1","z":1E400}}}`
 	if string(end.Body) != want {
 		t.Errorf("answered %s\nwant     %s", end.Body, want)
 	}
@@ -262,7 +262,7 @@ func TestIntroduction(t *testing.T) {
 		"2025-06-18": {`{"supportedVersions":["2026-07-28"],"capabilities":{},"instructions":null,"serverInfo":{"name":"n","version":"2"}}`,
 			`{"protocolVersion":"2025-06-18","capabilities":{},"serverInfo":{"name":"n","version":"2"}}`},
 		"2024-11-05": {`{"supportedVersions":["2026-07-28"],"_meta":{}}`,
-			`{"protocolVersion":"2025-11-25","_meta":{},"capabilities":{},"serverInfo":{"name":"s","version":"unknown"}}`},
+			`{"protocolVersion":"2025-11-25","_meta":{},"capabilities":{"tasks":{"list":{},"cancel":{},"requests":{"tools":{"call":{}}}}},"serverInfo":{"name":"s","version":"unknown"}}`},
 	} {
 		v, err := jsonrpc.Parse([]byte(c[0]), jsonrpc.Limits{})
 		if err != nil {
@@ -553,8 +553,8 @@ func TestOldClientCancels(t *testing.T) {
 // Answers that clients of the older revisions would not take.
 func TestOldClientAnswers(t *testing.T) {
 	for _, c := range []struct{ name, method, tool, answer, want string }{
-		{"schemas", "tools/list", "", `"result":{"tools":[{"name":"a","outputSchema":{"type":"array"},"x":1E400},{"name":"b","outputSchema":{"type":"object"}},{"name":"c","outputSchema":true}],"ttlMs":1,"resultType":"complete"}`,
-			`"result":{"tools":[{"name":"a","x":1E400},{"name":"b","outputSchema":{"type":"object"}},{"name":"c"}],"ttlMs":1,"resultType":"complete"}`},
+		{"schemas", "tools/list", "", `"result":{"tools":[{"name":"a","outputSchema":{"type":"array"},"x":1E400},{"name":"b","outputSchema":{"type":"object"}},{"name":"c","outputSchema":true,"execution":{"x":1}},{"name":"d","execution":{"taskSupport":"forbidden"}}],"ttlMs":1,"resultType":"complete"}`,
+			`"result":{"tools":[{"name":"a","x":1E400,"execution":{"taskSupport":"optional"}},{"name":"b","outputSchema":{"type":"object"},"execution":{"taskSupport":"optional"}},{"name":"c","execution":{"x":1,"taskSupport":"optional"}},{"name":"d","execution":{"taskSupport":"forbidden"}}],"ttlMs":1,"resultType":"complete"}`},
 		{"structured, said as text", "tools/call", "t", `"result":{"content":[{"type":"text","text":"[1E400]"}],"structuredContent":[1E400],"x":1}`,
 			`"result":{"content":[{"type":"text","text":"[1E400]"}],"x":1}`},
 		{"structured only", "tools/call", "t", `"result":{"structuredContent":[1E400,"\""],"content":[]}`,

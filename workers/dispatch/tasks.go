@@ -25,6 +25,9 @@ import (
 //     is then followed: asked how it stands (tasks/get), handed the client's
 //     answers (tasks/update), told to stop (tasks/cancel). That task's id is the
 //     gateway's alone;
+//   - at once, before it is carried out, when its client takes nothing else
+//     (schemas.Requested.TaskNow: the core tasks of 2025-11-25), unless client and
+//     server have that between themselves;
 //   - when a tool of Server.Tasks has not answered after Options.TaskPatience: then
 //     the request at the server simply goes on for longer.
 //
@@ -136,10 +139,11 @@ func (r *run) mayTask(parent context.Context, ctx context.Context) (done func())
 	if r.a.TaskUntil.IsZero() || r.a.Method != "tools/call" {
 		return func() {}
 	}
-	r.task = &task{answers: map[string][]byte{}, news: make(chan struct{}, 1), every: poll, parent: parent}
-	leave := r.d.tasks.enter(r.e, r.task)
+	t := &task{answers: map[string][]byte{}, news: make(chan struct{}, 1), every: poll, parent: parent}
+	r.task = t
+	leave := r.d.tasks.enter(r.e, t)
 	stop := func() bool { return false }
-	if r.up != nil && r.up.tasks(r.a.Name) {
+	if r.up != nil && r.up.tasks(r.a.Name) && !r.a.TaskNow {
 		stop = time.AfterFunc(r.d.opt.TaskPatience, func() {
 			if ctx.Err() == nil {
 				_, _ = r.tell(ctx, working, nil)
@@ -148,12 +152,42 @@ func (r *run) mayTask(parent context.Context, ctx context.Context) (done func())
 	}
 	return func() {
 		stop()
-		r.task.close() // waits for the timer's function
+		t.close() // waits for the timer's function
 		leave()
-		if r.task.told {
+		if t.told {
 			r.d.tasks.dismiss(r.e.Tenant)
 		}
 	}
+}
+
+// atOnce makes the call a task whose client takes nothing else for an answer. The
+// ending is that of a call that cannot become one, and is not carried out. Where
+// client and server have the task between themselves, it is none of ours.
+func (r *run) atOnce(ctx context.Context) (ending, error) {
+	if !r.a.TaskNow || r.task.isTask() || r.task == nil || r.up == nil {
+		return ending{}, nil
+	}
+	if !r.ownTask(ctx) {
+		r.task.close()
+		r.task = nil
+		return ending{}, nil
+	}
+	if ctx.Err() != nil || !r.a.Deadline.IsZero() && r.d.opt.Now().After(r.a.Deadline) {
+		return ending{}, nil // it will not be carried out, and there is no use for a task
+	}
+	is, err := r.tell(ctx, working, nil)
+	if err == nil && !is {
+		return r.never(ctx, schemas.FailOverloaded, "too many calls are tasks already")
+	}
+	return ending{}, err
+}
+
+// ownTask tells whether the task that a client of 2025-11-25 asks for is the
+// gateway's: at every front, where nobody else could say whose it is, and at
+// servers that have no such tasks, being of the other era. What is no MCP server
+// has not said that it has any.
+func (r *run) ownTask(ctx context.Context) bool {
+	return r.a.Alias != "" || r.up.mcp != nil && r.up.mcp.eraOf(ctx) == EraModern
 }
 
 // away leaves it to another process to make the call a task, until back.
@@ -599,7 +633,7 @@ func (r *run) about(ctx context.Context, method, id string, more []byte) (*jsonr
 		ID: r.e.Call, Event: r.e, Trace: r.e.Trace, Body: body, Connected: func() {}, Heard: func() {},
 		Requested: &schemas.Requested{
 			Target:   schemas.Target{Protocol: r.a.Protocol, Server: r.a.Server, Method: method, Name: id},
-			Revision: r.a.Revision,
+			Revision: r.a.Revision, TaskUntil: r.a.TaskUntil,
 		},
 	}, func([]byte) error { return nil })
 	if err != nil {

@@ -450,6 +450,9 @@ func (g *gateway) addEdge(ctx context.Context, ln net.Listener) error {
 		Task: func(ctx context.Context, first schemas.Event) iter.Seq2[schemas.Event, error] {
 			return l.Read(ctx, bus.Filter{Tenant: first.Tenant, Session: first.Session, To: first.Edge}, first.Seq+1)
 		},
+		Tasked: func(ctx context.Context, t schemas.Tenant, after uint64) iter.Seq2[schemas.Event, error] {
+			return l.Read(ctx, bus.Filter{Tenant: t, Kinds: []schemas.Kind{schemas.KindTasked}}, after+1)
+		},
 		TaskTime: g.c.Limits.Task.Duration, Tasks: g.c.tasksAt(),
 		Fronts: g.c.fronts(),
 		SessionLimits: mcp.SessionLimits{
