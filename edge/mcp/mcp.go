@@ -198,7 +198,7 @@ func New(o Options) *Adapter {
 			return nil
 		}
 	}
-	a := &Adapter{o: o, fronts: map[string]*schemas.Front{}, sessions: newSeen(maxSeen), table: newTable(o.SessionLimits)}
+	a := &Adapter{o: o, fronts: map[string]*schemas.Front{}, sessions: newSeen(maxSeen, time.Hour), table: newTable(o.SessionLimits)}
 	a.fronts[schemas.Gateway] = &schemas.Front{Name: schemas.Gateway} // of no server, unless told
 	for _, f := range o.Fronts {
 		a.fronts[f.Name] = f

@@ -95,16 +95,28 @@ func wellFormed(s string) bool {
 const maxSeen = 1 << 16
 
 // seen is a set that forgets what was not asked for in a long while: when one
-// generation is full it becomes the old one, and the old one is dropped.
+// generation is full, or has had its time, it becomes the old one, and the old one
+// is dropped.
 type seen struct {
-	most int
+	most  int
+	lasts time.Duration // a generation
 
-	mu       sync.Mutex // guards both
+	mu       sync.Mutex // guards what follows
 	now, old map[schemas.SessionKey]struct{}
+	since    time.Time // when age began the generation
 }
 
-func newSeen(most int) *seen {
-	return &seen{most: most, now: map[schemas.SessionKey]struct{}{}}
+func newSeen(most int, lasts time.Duration) *seen {
+	return &seen{most: most, lasts: lasts, now: map[schemas.SessionKey]struct{}{}}
+}
+
+// age ends a generation that has had its time.
+func (s *seen) age(now time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if now.Sub(s.since) >= s.lasts {
+		s.old, s.now, s.since = s.now, map[schemas.SessionKey]struct{}{}, now
+	}
 }
 
 func (s *seen) has(k schemas.SessionKey) bool {

@@ -370,6 +370,9 @@ func (l SessionLimits) withDefaults() SessionLimits {
 	return l
 }
 
+// lateFor is how long it is remembered at least that a session has ended.
+const lateFor = 5 * time.Minute
+
 // table is the sessions that this process knows.
 type table struct {
 	limits SessionLimits
@@ -388,7 +391,7 @@ type principal struct {
 
 func newTable(l SessionLimits) *table {
 	return &table{
-		limits: l.withDefaults(), gone: newSeen(maxSeen), all: map[schemas.SessionKey]*lasting{},
+		limits: l.withDefaults(), gone: newSeen(maxSeen, lateFor), all: map[schemas.SessionKey]*lasting{},
 		agents: map[principal]int{}, tenants: map[schemas.Tenant]int{},
 	}
 }
@@ -614,6 +617,9 @@ func (a *Adapter) Run(ctx context.Context) error {
 			return fmt.Errorf("hear of sessions: %w", err)
 		case <-t.C:
 			a.sweep(ctx)
+			now := a.o.Now()
+			a.sessions.age(now)
+			a.table.gone.age(now)
 		}
 	}
 }

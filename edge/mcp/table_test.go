@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	"waybill.dev/schemas"
 )
@@ -62,7 +63,9 @@ func TestTraceparent(t *testing.T) {
 
 // The set of seen sessions is bounded and keeps what is in use.
 func TestSeen(t *testing.T) {
-	s := newSeen(10)
+	s := newSeen(10, time.Minute)
+	at := time.Now()
+	s.age(at)
 	s.add("mine")
 	for i := range 1000 {
 		s.add(schemas.SessionKey(fmt.Sprint(i)))
@@ -75,5 +78,16 @@ func TestSeen(t *testing.T) {
 	}
 	if s.has("1") {
 		t.Error("not forgotten")
+	}
+	s.age(at.Add(59 * time.Second))
+	s.age(at.Add(time.Minute))
+	s.age(at.Add(119 * time.Second))
+	if !s.has("mine") {
+		t.Error("forgotten before its time")
+	}
+	s.age(at.Add(2 * time.Minute)) // it was asked for since
+	s.age(at.Add(3 * time.Minute))
+	if n := len(s.now) + len(s.old); n != 0 {
+		t.Errorf("%d are remembered that nobody has asked for", n)
 	}
 }
