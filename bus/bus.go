@@ -54,7 +54,7 @@ type Options struct {
 	Replicas int           // of the streams; default 1. Three in a cluster
 	MaxBytes int64         // of EVENTS; default 4 GiB
 	MaxAge   time.Duration // of EVENTS; default 24 h
-	Guard    []string      // durable consumers whose unread events must not age out: new calls are refused first
+	Guard    []string      // durable consumers whose unread events must not be dropped, see Log.Watch
 	Leases   bool          // several processes share the log: Setup makes what they need to own things ([Log.Leases])
 	LeaseTTL time.Duration // after which a process that says nothing owns nothing any more; default 15 s, in whole seconds
 	AckWait  time.Duration // after which work of a silent worker is given to another; default 5 s
@@ -169,7 +169,11 @@ func Setup(ctx context.Context, o Options) error {
 	if err != nil {
 		return err
 	}
-	streams := []jetstream.StreamConfig{o.events(), o.system(), o.dead()}
+	kept, err := o.kept(ctx, js)
+	if err != nil {
+		return err
+	}
+	streams := []jetstream.StreamConfig{kept, o.system(), o.dead()}
 	if o.Leases {
 		streams = append(streams, o.owners(), o.keys())
 	}
@@ -190,6 +194,29 @@ func Setup(ctx context.Context, o Options) error {
 		}
 	}
 	return nil
+}
+
+// kept is events(), with aging suspended where it is: what nobody has read may be
+// older than that by now. Watch lets it go on.
+func (o Options) kept(ctx context.Context, js jetstream.JetStream) (jetstream.StreamConfig, error) {
+	c := o.events()
+	if len(o.Guard) == 0 {
+		return c, nil
+	}
+	for {
+		s, err := js.Stream(ctx, events)
+		switch {
+		case err == nil:
+			if s.CachedInfo().Config.MaxAge == 0 {
+				c.MaxAge = 0
+			}
+			return c, nil
+		case errors.Is(err, jetstream.ErrStreamNotFound):
+			return c, nil
+		case !passing(err), !pause(ctx, 200*time.Millisecond):
+			return c, fmt.Errorf("how long the log keeps events: %w", err)
+		}
+	}
 }
 
 func (o Options) events() jetstream.StreamConfig {

@@ -1,6 +1,7 @@
 package projections_test
 
 import (
+	"flag"
 	"fmt"
 	"runtime"
 	"slices"
@@ -11,10 +12,13 @@ import (
 	"waybill.dev/schemas"
 )
 
+var benchCalls = flag.Int("calls", 1_000_000, "how many calls the benchmark records")
+
 // BenchmarkRecord writes a million calls and asks every question of them. It
 // reports rows and events a second, and the CPU of our side for each event.
 func BenchmarkRecord(b *testing.B) {
-	const callsTotal, batch = 1_000_000, 20_000
+	const batch = 20_000
+	callsTotal := uint64(*benchCalls)
 	e := engine(b)
 	w := writer(e, "bench")
 	w.Prepare(b.Context())
