@@ -65,6 +65,11 @@ func start(o options, config string) (*engine, error) {
 	}
 	go e.watch()
 
+	// Calls come first: whatever is asked of the record, the gateway beside it is
+	// not to wait for a processor.
+	if err := yield(); err != nil {
+		return nil, fmt.Errorf("priority: %w", err)
+	}
 	before := sockets()
 	library, err := purego.Dlopen(o.library, purego.RTLD_NOW|purego.RTLD_GLOBAL)
 	if err != nil {
@@ -102,6 +107,25 @@ func start(o options, config string) (*engine, error) {
 	}()
 	go e.find(before)
 	return e, nil
+}
+
+// yield lowers the priority of this process, which Linux keeps for each thread;
+// new ones inherit it.
+func yield() error {
+	threads, err := os.ReadDir("/proc/self/task")
+	if err != nil {
+		return err
+	}
+	for _, t := range threads {
+		id, err := strconv.Atoi(t.Name())
+		if err != nil {
+			return err
+		}
+		if err := unix.Setpriority(unix.PRIO_PROCESS, id, 3); err != nil && err != unix.ESRCH {
+			return err
+		}
+	}
+	return nil
 }
 
 // ports are those of the addresses, which must be loopback's.

@@ -46,6 +46,10 @@ func run(args []string) error {
 	fs.Int64Var(&o.memory, "memory", 1e9, "the engine's memory in `BYTES`, at most")
 	fs.StringVar(&o.http, "http", "127.0.0.1:0", "loopback `ADDR` of the HTTP server")
 	fs.StringVar(&o.native, "native", "127.0.0.1:0", "loopback `ADDR` of the native server")
+	again := len(args) > 0 && args[len(args)-1] == confined
+	if again {
+		args = args[:len(args)-1]
+	}
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
@@ -62,12 +66,19 @@ func run(args []string) error {
 		}
 		o.library = filepath.Join(filepath.Dir(program), "libchdb.so")
 	}
-	if _, err := os.Stat(o.library); err != nil {
+	var err error
+	if o.library, err = filepath.EvalSymlinks(o.library); err != nil {
 		return fmt.Errorf("the engine's library: %w; `make build` installs it", err)
 	}
-	config, err := configure(o.dir, o.memory)
-	if err != nil {
+	if o.dir, err = filepath.Abs(o.dir); err != nil {
 		return err
+	}
+	config := filepath.Join(o.dir, "config.xml")
+	if !again {
+		if err := configure(o.dir, config, o.memory); err != nil {
+			return err
+		}
+		return confine(o, config)
 	}
 
 	stop := make(chan os.Signal, 1)

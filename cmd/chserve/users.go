@@ -14,17 +14,20 @@ import (
 // The users. Their passwords are in NAME.password of the directory.
 //
 //	gateway   reads and writes the database waybill
-//	reader    reads it, and can change no setting
+//	reader    reads it, and can change no setting; all its queries together
+//	          have half of the memory, so that they do not stop the writer
 //	default   whom the engine itself logs in as, from loopback and without a
 //	          password, which cannot be changed. It may do nothing but start
 //	          listeners, and that as often as the two statements at the start
-//	          do, in ten years: its quota is used up before anybody else comes.
+//	          do, in 68 years: its quota is used up before anybody else comes.
+//	          What quotas do not count, a SELECT of constants, is too long for
+//	          it: a statement of it may have two parts.
 const users = `<clickhouse>
   <users>
     <default>
       <password></password>
       <networks><ip>127.0.0.1</ip></networks>
-      <profile>default</profile><quota>boot</quota>
+      <profile>boot</profile><quota>boot</quota>
       <grants><query>GRANT SYSTEM LISTEN ON *.*</query></grants>
     </default>
     <gateway>
@@ -34,7 +37,7 @@ const users = `<clickhouse>
       <grants>
         <query>GRANT SELECT, INSERT, ALTER, CREATE, DROP, TRUNCATE, OPTIMIZE, SHOW ON waybill.*</query>
         <query>GRANT TABLE ENGINE ON *</query>
-        <query>GRANT SELECT ON system.parts</query>
+        <query>GRANT SELECT ON system.processes</query>
       </grants>
     </gateway>
     <reader>
@@ -47,16 +50,21 @@ const users = `<clickhouse>
   </users>
   <profiles>
     <default><implicit_select>0</implicit_select></default>
+    <boot>
+      <max_ast_elements>2</max_ast_elements>
+      <constraints><max_ast_elements><const></const></max_ast_elements></constraints>
+    </boot>
     <reader>
       <readonly>1</readonly><implicit_select>0</implicit_select>
       <max_execution_time>300</max_execution_time>
-      <max_memory_usage>500000000</max_memory_usage>
+      <max_memory_usage_for_user>%d</max_memory_usage_for_user>
+      <max_concurrent_queries_for_user>20</max_concurrent_queries_for_user>
       <cancel_http_readonly_queries_on_client_close>1</cancel_http_readonly_queries_on_client_close>
     </reader>
   </profiles>
   <quotas>
     <any></any>
-    <boot><interval><duration>315360000</duration><queries>2</queries></interval></boot>
+    <boot><interval><duration>2147000000</duration><queries>2</queries></interval></boot>
   </quotas>
 </clickhouse>
 `
@@ -71,23 +79,22 @@ const server = `<clickhouse>
 `
 
 // configure writes the engine's configuration, with passwords that are made
-// once, and returns its path.
-func configure(dir string, memory int64) (string, error) {
+// once.
+func configure(dir, file string, memory int64) error {
 	if err := os.MkdirAll(filepath.Join(dir, "none"), 0o700); err != nil {
-		return "", err
+		return err
 	}
 	var hashes []any
 	for _, user := range []string{"gateway", "reader"} {
 		p, err := password(filepath.Join(dir, user+".password"))
 		if err != nil {
-			return "", fmt.Errorf("password of %s: %w", user, err)
+			return fmt.Errorf("password of %s: %w", user, err)
 		}
 		hash := sha256.Sum256([]byte(p))
 		hashes = append(hashes, hex.EncodeToString(hash[:]))
 	}
-	file := filepath.Join(dir, "config.xml")
-	return file, errors.Join(
-		write(filepath.Join(dir, "users.xml"), fmt.Sprintf(users, hashes...)),
+	return errors.Join(
+		write(filepath.Join(dir, "users.xml"), fmt.Sprintf(users, append(hashes, memory/2)...)),
 		write(file, fmt.Sprintf(server, memory, escape(filepath.Join(dir, "none")))),
 	)
 }
