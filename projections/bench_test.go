@@ -20,7 +20,7 @@ func BenchmarkRecord(b *testing.B) {
 	const batch = 20_000
 	callsTotal := uint64(*benchCalls)
 	e := engine(b)
-	w := writer(e, "bench")
+	w := writer(b, e, &log{name: "bench"})
 	w.Prepare(b.Context())
 	base := day().Add(-20 * time.Hour)
 	rows, events, seq := 0, 0, uint64(0)

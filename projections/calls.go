@@ -42,7 +42,7 @@ func calls() Table {
 		},
 		Order: "tenant, toStartOfHour(requested_at), session, call",
 		Final: true,
-		Row: func(e schemas.Event) []any {
+		Row: func(row []any, e schemas.Event) []any {
 			var s schemas.Summary
 			var code, rule, reason string
 			var status, errorCode int
@@ -67,11 +67,10 @@ func calls() Table {
 			} else if s.UpstreamAt.IsZero() {
 				queue = micros(s.AuthorizedAt, e.Stored)
 			}
-			return slices.Concat(callRow(e), targetRow(s.Target), []any{
-				string(e.Kind()), code, rule, reason, uint16(status), int32(errorCode), at(s.RequestedAt),
+			row = targetRow(callRow(row, e), s.Target)
+			return append(row, string(e.Kind()), word(code), word(rule), reason, uint16(status), int32(errorCode), at(s.RequestedAt),
 				micros(s.RequestedAt, e.Stored), policy, queue, upstream,
-				uint16(s.Attempts), uint32(s.Chunks), uint32(s.RequestSize), uint32(len(e.Body)), e.Trace,
-			})
+				uint16(s.Attempts), uint32(s.Chunks), uint32(s.RequestSize), uint32(len(e.Body)), e.Trace)
 		},
 	}
 }

@@ -19,7 +19,7 @@ func edges() Table {
 		},
 		Order: "tenant, session, root, call",
 		Final: true,
-		Row: func(e schemas.Event) []any {
+		Row: func(row []any, e schemas.Event) []any {
 			r, ok := e.Data.(*schemas.Requested)
 			if !ok {
 				return nil
@@ -27,7 +27,7 @@ func edges() Table {
 			if e.Root == "" {
 				e.Root = e.Call
 			}
-			return slices.Concat(callRow(e), targetRow(r.Target))
+			return targetRow(callRow(row, e), r.Target)
 		},
 	}
 }

@@ -24,10 +24,11 @@ import (
 
 // EngineOptions of the ClickHouse inside.
 type EngineOptions struct {
-	Launcher string // the program chserve
-	Dir      string // of tables, passwords and, while it runs, reader.url
-	HTTP     string // loopback address of its HTTP server; default a free port
-	Memory   int64  // at most; default 1 GB
+	Launcher string        // the program chserve
+	Dir      string        // of tables, passwords and, while it runs, reader.url
+	HTTP     string        // loopback address of its HTTP server; default a free port
+	Memory   int64         // at most; default 1 GB
+	Bodies   time.Duration // how long bodies are kept; 0: for ever
 	Log      *slog.Logger
 }
 
@@ -116,18 +117,27 @@ func (e *Engine) serve(ctx context.Context) error {
 	})()
 	var readers sync.WaitGroup
 	var last string
+	var unprepared error
 	readers.Go(func() { last = e.listen(stderr) })
 	readers.Go(func() {
 		var at engineAt
 		if json.NewDecoder(stdout).Decode(&at) == nil && ctx.Err() == nil {
-			late.Stop()
-			e.up(&at)
+			// Who asks finds the tables: until then it does not serve.
+			if unprepared = e.prepare(ctx, at); unprepared == nil {
+				late.Stop()
+				e.up(&at)
+			} else {
+				_ = cmd.Process.Kill() // it may have ended
+			}
 		}
 		_, _ = io.Copy(io.Discard, stdout)
 	})
 	readers.Wait()
 	err = cmd.Wait()
 	e.up(nil)
+	if unprepared != nil {
+		return unprepared
+	}
 	if err == nil {
 		return errors.New("it ended by itself")
 	}
@@ -135,6 +145,17 @@ func (e *Engine) serve(ctx context.Context) error {
 		return fmt.Errorf("%w: %s", err, last)
 	}
 	return err
+}
+
+// prepare makes the tables of an engine that has just started.
+func (e *Engine) prepare(ctx context.Context, at engineAt) error {
+	ctx, cancel := context.WithTimeout(ctx, startup)
+	defer cancel()
+	password, err := e.password("gateway")
+	if err != nil {
+		return err
+	}
+	return prepare(ctx, local(at.Native, "gateway", password), e.o.Bodies)
 }
 
 // listen passes on what the engine complains of, and returns the last of it.

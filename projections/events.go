@@ -36,8 +36,9 @@ func events() Table {
 			"INDEX by_trace trace_id TYPE bloom_filter(0.01) GRANULARITY 1",
 			"INDEX by_seq seq TYPE minmax GRANULARITY 1",
 		},
-		Order: "tenant, toStartOfHour(stored), session, log, seq",
-		Row: func(e schemas.Event) []any {
+		Order:  "tenant, toStartOfHour(stored), session, log, seq",
+		Bodies: "body",
+		Row: func(row []any, e schemas.Event) []any {
 			var t schemas.Target
 			var d schemas.Decision
 			var reason, code string
@@ -79,12 +80,10 @@ func events() Table {
 			}
 			envelope, _ := e.MarshalString() // of an event that was read from one
 			hash := sha256.Sum256(e.Body)
-			return slices.Concat(
-				[]any{string(e.Kind()), string(e.ID()), at(e.Time)}, callRow(e), targetRow(t),
-				[]any{
-					string(e.Edge), e.Trace, d.Rule, reason, code, uint16(status), int32(errorCode),
-					envelope, uint32(len(e.Body)), hash[:], e.Body,
-				})
+			row = append(row, string(e.Kind()), string(e.ID()), at(e.Time))
+			row = targetRow(callRow(row, e), t)
+			return append(row, word(e.Edge), e.Trace, word(d.Rule), reason, word(code), uint16(status), int32(errorCode),
+				envelope, uint32(len(e.Body)), hash[:], e.Body)
 		},
 	}
 }

@@ -13,7 +13,7 @@ import (
 	"waybill.dev/schemas"
 )
 
-// Database is where everything of ours is.
+// Database is where everything of ours is, unless a [DSN] names another.
 const Database = "waybill"
 
 // Table is a table of the record. Its name carries its version: when what a
@@ -27,19 +27,32 @@ type Table struct {
 	More    []string // columns with defaults, and indexes, that no row has
 	Order   string   // ORDER BY; it ends in what is unique
 	Final   bool     // the view shows one row for each key: the first event counts
+	Bodies  string   // the column that is emptied when bodies are no longer kept, if any
 
-	// Row is what the table holds of an event: a value for each column, from
-	// the event alone, so that the same event is the same row for ever; nil for
-	// nothing. The log's identity, sequence and time come first, see placed.
-	Row func(schemas.Event) []any
+	// Row appends what the table holds of an event, a value for each column,
+	// from the event alone, so that the same event is the same row for ever; it
+	// returns nil where that is nothing. The log's identity, sequence and time
+	// come first, see placed.
+	Row func(row []any, e schemas.Event) []any
 }
 
 // Column is a column of a table.
 type Column struct{ Name, Type string }
 
-// Tables are all tables, in the order in which they are written. events_v1 is
-// the last, so that what it holds, the others hold.
+// word is a value of a LowCardinality column. None costs the driver no look-up.
+func word[S ~string](s S) any {
+	if s == "" {
+		return nil
+	}
+	return string(s)
+}
+
+// Tables are all tables.
 func Tables() []Table { return []Table{sessions(), edges(), calls(), events()} }
+
+// main is the table that is written last, so that what it holds, the others
+// hold, and which tells what the record has.
+const main = "events_v1"
 
 // placed are the first columns of every table: which log, where in it, since
 // when.
@@ -63,8 +76,8 @@ func ofCall() []Column {
 	}
 }
 
-func callRow(e schemas.Event) []any {
-	return []any{string(e.Tenant), string(e.Session), string(e.Call), string(e.Parent), string(e.Root), string(e.Agent)}
+func callRow(row []any, e schemas.Event) []any {
+	return append(row, word(e.Tenant), string(e.Session), string(e.Call), string(e.Parent), string(e.Root), word(e.Agent))
 }
 
 func targetColumns() []Column {
@@ -76,8 +89,8 @@ func targetColumns() []Column {
 	}
 }
 
-func targetRow(t schemas.Target) []any {
-	return []any{string(t.Protocol), t.Server, t.Method, t.Name}
+func targetRow(row []any, t schemas.Target) []any {
+	return append(row, word(t.Protocol), word(t.Server), word(t.Method), word(t.Name))
 }
 
 // at is a time as a column takes it; none is the beginning of 1970.
@@ -102,7 +115,8 @@ const window = 10000
 
 // ddl makes the table. A month is a partition, by the log's time: it never
 // changes, and grows with the sequence, so that a batch is one block of one
-// partition, which is there whole or not at all.
+// partition, which is there whole or not at all. What is written is on disk when
+// it is acknowledged, since the log will not have it for ever.
 //
 // The engine drops rows of the same key when it merges. No such rows come of
 // the writer; this is the second net.
@@ -117,9 +131,9 @@ func (t Table) ddl() string {
 		lines = append(lines, "first UInt64 MATERIALIZED 18446744073709551615 - seq") // the first in sequence wins
 		engine = "ReplacingMergeTree(first)"
 	}
-	return fmt.Sprintf("CREATE TABLE IF NOT EXISTS %s.%s (\n  %s\n) ENGINE = %s PARTITION BY toYYYYMM(stored) ORDER BY (%s)\n"+
-		"SETTINGS non_replicated_deduplication_window = %d",
-		Database, t.Name, strings.Join(lines, ",\n  "), engine, t.Order, window)
+	return fmt.Sprintf("CREATE TABLE IF NOT EXISTS %s (\n  %s\n) ENGINE = %s PARTITION BY toYYYYMM(stored) ORDER BY (%s)\n"+
+		"SETTINGS non_replicated_deduplication_window = %d, fsync_after_insert = 1, fsync_part_directory = 1",
+		t.Name, strings.Join(lines, ",\n  "), engine, t.Order, window)
 }
 
 func (t Table) view() string {
@@ -127,7 +141,7 @@ func (t Table) view() string {
 	if t.Final {
 		final = " FINAL"
 	}
-	return fmt.Sprintf("CREATE OR REPLACE VIEW %s.%s AS SELECT * FROM %s.%s%s", Database, t.View, Database, t.Name, final)
+	return fmt.Sprintf("CREATE OR REPLACE VIEW %s AS SELECT * FROM %s%s", t.View, t.Name, final)
 }
 
 func (t Table) columns() []Column { return append(placed(), t.Columns...) }
@@ -137,5 +151,5 @@ func (t Table) insert() string {
 	for _, c := range t.columns() {
 		names = append(names, c.Name)
 	}
-	return fmt.Sprintf("INSERT INTO %s.%s (%s)", Database, t.Name, strings.Join(names, ", "))
+	return fmt.Sprintf("INSERT INTO %s (%s)", t.Name, strings.Join(names, ", "))
 }

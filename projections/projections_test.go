@@ -2,9 +2,13 @@ package projections_test
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
+	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -12,6 +16,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/ClickHouse/clickhouse-go/v2"
 
 	"waybill.dev/projections"
 	"waybill.dev/schemas"
@@ -36,10 +42,98 @@ func engine(t testing.TB) *projections.Engine {
 	return e
 }
 
-func writer(s projections.Server, log string) *projections.Writer {
-	return projections.NewWriter(projections.WriterOptions{
-		Server: s, Now: time.Now, Identity: func(context.Context) (string, error) { return log, nil },
-	})
+// dsn is the engine as a server that somebody else runs, by one of its ports.
+func dsn(t testing.TB, e *projections.Engine, scheme string) projections.DSN {
+	t.Helper()
+	o, err := e.Options(t.Context(), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(e.URLFile())
+	if err != nil {
+		t.Fatal(err)
+	}
+	u, err := url.Parse(strings.TrimSpace(string(b)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	u.Path = ""
+	if u.Scheme = scheme; scheme != "http" {
+		u.Host = o.Addr[0]
+	}
+	d := projections.DSN{Read: u.String()}
+	u.User = url.UserPassword(o.Auth.Username, o.Auth.Password)
+	d.Write = u.String()
+	return d
+}
+
+// onServers runs a test on every kind of server: the engine inside, the same by
+// either of its ports as if it were somebody else's, and the server of
+// WAYBILL_TEST_CLICKHOUSE_DSN if that is set, in a database of the test's own.
+func onServers(t *testing.T, test func(*testing.T, projections.Server)) {
+	for _, scheme := range []string{"inside", "clickhouse", "http"} {
+		t.Run(scheme, func(t *testing.T) {
+			e := engine(t)
+			if scheme == "inside" {
+				test(t, e)
+				return
+			}
+			test(t, dsn(t, e, scheme))
+		})
+	}
+	if given := os.Getenv("WAYBILL_TEST_CLICKHOUSE_DSN"); given != "" {
+		t.Run("given", func(t *testing.T) {
+			u, err := url.Parse(given)
+			if err != nil {
+				t.Fatal("WAYBILL_TEST_CLICKHOUSE_DSN:", err)
+			}
+			o, err := clickhouse.ParseDSN(given)
+			if err != nil {
+				t.Fatal("WAYBILL_TEST_CLICKHOUSE_DSN:", err)
+			}
+			u.Path = "/waybill_test_" + strings.ToLower(rand.Text())
+			t.Cleanup(func() {
+				o.Auth.Database = ""
+				conn, err := clickhouse.Open(o)
+				if err == nil {
+					err = errors.Join(conn.Exec(context.WithoutCancel(t.Context()), "DROP DATABASE IF EXISTS "+u.Path[1:]), conn.Close())
+				}
+				if err != nil {
+					t.Error(err)
+				}
+			})
+			test(t, projections.DSN{Write: u.String()})
+		})
+	}
+}
+
+// log is a log in memory.
+type log struct {
+	name   string
+	events map[uint64]schemas.Event
+	last   uint64
+}
+
+func logOf(name string, events []schemas.Event) *log {
+	l := &log{name: name, events: map[uint64]schemas.Event{}}
+	for _, e := range events {
+		l.events[e.Seq], l.last = e, max(l.last, e.Seq)
+	}
+	return l
+}
+
+func (l *log) Identity(context.Context) (string, error) { return l.name, nil }
+func (l *log) Last(context.Context) (uint64, error)     { return l.last, nil }
+func (l *log) Load(_ context.Context, seq uint64) (schemas.Event, error) {
+	e, ok := l.events[seq]
+	if !ok {
+		return e, schemas.ErrNotFound
+	}
+	return e, nil
+}
+
+func writer(t testing.TB, s projections.Server, l *log) *projections.Writer {
+	return projections.NewWriter(projections.WriterOptions{Server: s, Of: l, Now: time.Now, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
 }
 
 // ask returns an answer's rows, each as text.
@@ -117,16 +211,17 @@ func take(t testing.TB, w *projections.Writer, events []schemas.Event) {
 
 // What is written is what happened, once, however often it comes; and it comes
 // back as it was.
-func TestWriter(t *testing.T) {
-	e := engine(t)
+func TestWriter(t *testing.T) { onServers(t, written) }
+
+func written(t *testing.T, e projections.Server) {
 	all := made(40, day())
-	w := writer(e, "one")
+	w := writer(t, e, logOf("one", all))
 	take(t, w, all[:30])
 	take(t, w, all[10:60]) // what came before, in a batch of another cut
 	w.Close()
-	w = writer(e, "one") // a process that starts anew
+	w = writer(t, e, logOf("one", all)) // a process that starts anew
 	take(t, w, all)
-	take(t, writer(e, "two"), all[:4]) // another log, which counts from one again
+	take(t, writer(t, e, logOf("two", all[:4])), all[:4]) // another log, which counts from one again
 	if s := w.Stats(); s.Rows["events_v1"] != 20 || s.Seq != 80 || s.Down != "" {
 		t.Errorf("stats %+v", s)
 	}
@@ -171,32 +266,121 @@ func TestWriter(t *testing.T) {
 
 // Whoever asks can read the record, and nothing else.
 func TestQueryIsReadOnly(t *testing.T) {
-	e := engine(t)
-	take(t, writer(e, "one"), made(2, day()))
-	outside := filepath.Join(t.TempDir(), "out")
-	for _, sql := range []string{
-		"INSERT INTO events_v1 (seq) VALUES (1)", "ALTER TABLE events_v1 DELETE WHERE 1", "TRUNCATE TABLE events_v1", "DROP TABLE events_v1",
-		"CREATE TABLE waybill.x (a Int8) ENGINE = Memory", "CREATE TEMPORARY TABLE x (a Int8)", "CREATE VIEW waybill.v AS SELECT 1",
-		"OPTIMIZE TABLE events_v1", "KILL QUERY WHERE 1", "SYSTEM SHUTDOWN", "SYSTEM STOP LISTEN TCP", "GRANT ALL ON *.* TO reader",
-		"SET readonly = 0", "SET max_threads = 1", "SELECT 1 SETTINGS readonly = 0", "SELECT count() FROM events SETTINGS max_execution_time = 0",
-		"SELECT * FROM file('/etc/passwd', 'LineAsString')", "SELECT * FROM url('http://127.0.0.1:1/', 'LineAsString')",
-		"SELECT * FROM remote('127.0.0.1:1', system.one)", "SELECT * FROM executable('ls', TSV, 'a String')", "SELECT * FROM s3('http://127.0.0.1:1/x', 'CSV')",
-		"INSERT INTO FUNCTION file('" + outside + "') SELECT 1",
-		"SELECT 1; DROP TABLE events_v1", "SELECT * FROM system.processes", "SELECT * FROM system.users", "SHOW CREATE USER default",
-	} {
-		if rows, err := query(t.Context(), e, sql); err == nil {
+	onServers(t, func(t *testing.T, s projections.Server) {
+		readOnly(t, s)
+		if d, ok := s.(projections.DSN); ok && d.Read != "" {
+			d.Read = "" // the one who may write, with a setting
+			readOnly(t, d)
+		}
+	})
+}
+
+func readOnly(t *testing.T, s projections.Server) {
+	all := made(2, day())
+	take(t, writer(t, s, logOf("one", all)), all)
+	for _, sql := range refused(t) {
+		if rows, err := query(t.Context(), s, sql); err == nil {
 			t.Errorf("%s: carried out, %v", sql, rows)
 		} else if !errors.Is(err, projections.ErrQuery) {
 			t.Errorf("%s: %v", sql, err)
 		}
 	}
-	ask(t, e, "SELECT 1 INTO OUTFILE '"+outside+"'") // of which the server says that it is the client's to do
+	outside := filepath.Join(t.TempDir(), "out")
+	_, _ = query(t.Context(), s, "SELECT 1 INTO OUTFILE '"+outside+"'") // of which one port says that it is the client's to do
 	if _, err := os.Stat(outside); err == nil {
 		t.Error("a query wrote a file")
 	}
-	if got := ask(t, e, "SELECT count() FROM events_v1"); !slices.Equal(got, []string{"4"}) {
+	if got := ask(t, s, "SELECT count() FROM events_v1"); !slices.Equal(got, []string{"4"}) {
 		t.Errorf("%v events", got)
 	}
-	ask(t, e, "SHOW TABLES")
-	ask(t, e, "DESCRIBE TABLE calls")
+	for _, sql := range []string{
+		"SHOW TABLES", "DESCRIBE TABLE calls", "EXPLAIN SELECT 1", "(SELECT 1)", " -- of course\n/* (DROP */ ((select 1))", "WITH 1 AS x SELECT x", "FROM calls SELECT count()",
+		"SELECT 'DROP TABLE events_v1; INSERT'", "SELECT count() FROM calls WHERE reason = '\\' OR 1 = 1 --'",
+	} {
+		ask(t, s, sql)
+	}
+}
+
+// refused are statements that nobody may carry out who can only read.
+func refused(t testing.TB) []string {
+	secret := filepath.Join(t.TempDir(), "secret")
+	if err := os.WriteFile(secret, []byte("secret"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return []string{
+		"INSERT INTO events_v1 (seq) VALUES (1)", "ALTER TABLE events_v1 DELETE WHERE 1", "TRUNCATE TABLE events_v1", "DROP TABLE events_v1",
+		"CREATE TABLE x (a Int8) ENGINE = Memory", "CREATE TEMPORARY TABLE x (a Int8)", "CREATE VIEW v AS SELECT 1", "DELETE FROM events_v1 WHERE 1",
+		"OPTIMIZE TABLE events_v1", "KILL QUERY WHERE 1", "SYSTEM SHUTDOWN", "SYSTEM STOP LISTEN TCP", "GRANT ALL ON *.* TO reader", "DROP DATABASE waybill",
+		"RENAME TABLE events_v1 TO x", "DETACH TABLE events_v1", "EXCHANGE TABLES events_v1 AND calls_v1", "BACKUP TABLE events_v1 TO File('x')",
+		"SET readonly = 0", "SET max_threads = 1", "SELECT 1 SETTINGS readonly = 0", "SELECT 1 SETTINGS max_threads = 1", "SELECT 1 SETTINGS allow_ddl = 0",
+		"SELECT * FROM file('/etc/passwd', 'LineAsString')", "SELECT file('/etc/passwd')", "SELECT file('/proc/1/environ')", "SELECT file('/proc/self/root/etc/passwd')",
+		"SELECT file('" + secret + "')", "SELECT * FROM url('http://127.0.0.1:1/', 'LineAsString')",
+		"SELECT * FROM remote('127.0.0.1:1', system.one)", "SELECT * FROM executable('ls', TSV, 'a String')", "SELECT * FROM s3('http://127.0.0.1:1/x', 'CSV')",
+		"SELECT * FROM mysql('127.0.0.1:1', 'a', 'b', 'c', 'd')", "SELECT * FROM input('a String')", "SELECT * FROM fileCluster('x', '/etc/passwd', 'LineAsString')",
+		"INSERT INTO FUNCTION file('" + filepath.Join(t.TempDir(), "out") + "') SELECT 1",
+		"SELECT 1; DROP TABLE events_v1", "/* */ DROP TABLE events_v1", "-- SELECT\nDROP TABLE events_v1", "SHOW CREATE USER default",
+		"WITH x AS (SELECT 1) INSERT INTO events_v1 (seq) SELECT 1", "EXPLAIN SELECT * FROM url('http://127.0.0.1:1/', 'LineAsString')",
+	}
+}
+
+// The same holds for whoever has the password of the reader, and for whoever has
+// none.
+func TestReaderOverHTTP(t *testing.T) {
+	e := engine(t)
+	all := made(2, day())
+	take(t, writer(t, e, logOf("one", all)), all)
+	b, err := os.ReadFile(e.URLFile())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if info, err := os.Stat(e.URLFile()); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("the file with the password: %v %v", info.Mode(), err)
+	}
+	reader := strings.TrimSpace(string(b))
+	u, err := url.Parse(reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	post := func(to, sql string) (int, string) {
+		t.Helper()
+		resp, err := http.Post(to, "text/plain", strings.NewReader(sql))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = resp.Body.Close() }()
+		text, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return resp.StatusCode, strings.TrimSpace(string(text))
+	}
+	own := filepath.Dir(e.URLFile())
+	for _, sql := range append(refused(t), "SELECT * FROM system.processes", "SELECT * FROM system.users",
+		"SELECT file('"+own+"/gateway.password')", "SELECT file('"+own+"/reader.url')", "SELECT file('"+own+"/none/../gateway.password')") {
+		if status, text := post(reader, sql); status == http.StatusOK && text != "" {
+			t.Errorf("%s: carried out, %s", sql, text)
+		}
+	}
+	u.RawQuery = "readonly=0"
+	if status, text := post(u.String(), "SELECT 1"); status == http.StatusOK {
+		t.Errorf("a setting in the address: %s", text)
+	}
+	if status, text := post(reader, "SELECT count() FROM events_v1"); status != http.StatusOK || text != "4" {
+		t.Errorf("%d %s", status, text)
+	}
+	u.RawQuery, u.User = "", nil // the engine's own user
+	for _, sql := range append(refused(t), "SELECT count() FROM waybill.events_v1", "SELECT * FROM system.tables", "SYSTEM START LISTEN HTTP", "SYSTEM STOP LISTEN HTTP") {
+		if status, text := post(u.String(), sql); status == http.StatusOK {
+			t.Errorf("%s: carried out for nobody, %s", sql, text)
+		}
+	}
+	for _, user := range []string{"reader", "gateway"} {
+		u.User = url.UserPassword(user, "wrong")
+		if status, text := post(u.String(), "SELECT 1"); status == http.StatusOK {
+			t.Errorf("%s with a wrong password: %s", user, text)
+		}
+	}
+	if status, text := post(reader, "SELECT count() FROM events_v1"); status != http.StatusOK || text != "4" {
+		t.Errorf("after all that: %d %s", status, text)
+	}
 }

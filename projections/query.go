@@ -6,6 +6,9 @@ import (
 	"fmt"
 	"iter"
 	"reflect"
+	"regexp"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/ClickHouse/clickhouse-go/v2"
@@ -32,12 +35,30 @@ type Answer struct {
 	Progress func(Progress) // may be nil
 }
 
-// ErrQuery is wrapped by errors of whoever asked: the server understood the
-// query and did not carry it out.
-var ErrQuery = errors.New("ClickHouse refuses the query")
+// ErrQuery is wrapped by errors of whoever asked: the query was understood and
+// not carried out.
+var ErrQuery = errors.New("the query is refused")
+
+// reading are the words with which a statement may begin.
+var reading = []string{"SELECT", "WITH", "FROM", "SHOW", "DESCRIBE", "DESC", "EXPLAIN", "EXISTS"}
+
+// blank is what may stand before a statement's first word.
+var blank = regexp.MustCompile(`^(?s:\s|\(|--[^\n]*(\n|$)|#[^\n]*(\n|$)|/\*.*?\*/)*`)
+
+// reads tells whether a statement is of those that read. The server decides what
+// its user may do; this is for users who may do more than they are asked to
+// here, such as to kill their own queries.
+func reads(sql string) bool {
+	rest := sql[len(blank.FindString(sql)):]
+	word := rest[:len(rest)-len(strings.TrimLeft(rest, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_"))]
+	return slices.Contains(reading, strings.ToUpper(word))
+}
 
 // Query asks one question as the user who can only read.
 func Query(ctx context.Context, s Server, sql string, a Answer) error {
+	if !reads(sql) {
+		return fmt.Errorf("%w: it is none that reads; these begin with %s", ErrQuery, strings.Join(reading, ", "))
+	}
 	conn, err := open(ctx, s, true)
 	if err != nil {
 		return err
@@ -104,8 +125,15 @@ func refusal(err error) error {
 	return err
 }
 
+// BodyGone is yielded with an event whose body the record no longer keeps.
+type BodyGone struct{ Size int }
+
+func (g *BodyGone) Error() string {
+	return fmt.Sprintf("the body of %d bytes is no longer kept", g.Size)
+}
+
 // Session yields the events of a session from the record, in the order in which
-// the log had them.
+// the log had them, some with a [BodyGone].
 func Session(ctx context.Context, s Server, key schemas.SessionKey) iter.Seq2[schemas.Event, error] {
 	return func(yield func(schemas.Event, error) bool) {
 		fail := func(err error) { yield(schemas.Event{}, fmt.Errorf("session %s in the record: %w", key, err)) }
@@ -118,7 +146,7 @@ func Session(ctx context.Context, s Server, key schemas.SessionKey) iter.Seq2[sc
 		ctx, cancel := timeless(ctx)
 		defer cancel()
 		// Two logs may both have the session; the older comes first.
-		rows, err := conn.Query(ctx, "SELECT seq, stored, envelope, body FROM "+Database+".events_v1 WHERE session = ? ORDER BY log, seq LIMIT 1 BY log, seq", string(key))
+		rows, err := conn.Query(ctx, "SELECT seq, stored, envelope, body_size, body FROM "+main+" WHERE session = ? ORDER BY log, seq LIMIT 1 BY log, seq", string(key))
 		if err != nil {
 			fail(refusal(err))
 			return
@@ -128,8 +156,9 @@ func Session(ctx context.Context, s Server, key schemas.SessionKey) iter.Seq2[sc
 			var seq uint64
 			var stored time.Time
 			var envelope string
+			var size uint32
 			var body []byte
-			if err := rows.Scan(&seq, &stored, &envelope, &body); err != nil {
+			if err := rows.Scan(&seq, &stored, &envelope, &size, &body); err != nil {
 				fail(err)
 				return
 			}
@@ -142,7 +171,11 @@ func Session(ctx context.Context, s Server, key schemas.SessionKey) iter.Seq2[sc
 			if len(body) > 0 {
 				e.Body = body
 			}
-			if !yield(e, nil) {
+			var gone error
+			if len(body) == 0 && size > 0 {
+				gone = &BodyGone{Size: int(size)}
+			}
+			if !yield(e, gone) {
 				return
 			}
 		}

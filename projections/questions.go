@@ -21,30 +21,30 @@ func Questions() []Question {
 		q("top_talkers", "(hours=24)", "who calls most", `
 SELECT tenant, agent, count() AS calls, countIf(parent != '') AS caused, countIf(outcome = 'failed') AS failed,
   countIf(outcome = 'denied') AS denied, uniqExact(session) AS sessions, sum(request_bytes) AS bytes_in, sum(answer_bytes) AS bytes_out
-FROM waybill.calls WHERE `+lately+` GROUP BY tenant, agent ORDER BY calls DESC, tenant, agent`),
+FROM calls WHERE `+lately+` GROUP BY tenant, agent ORDER BY calls DESC, tenant, agent`),
 		q("error_rates", "(hours=24)", "which tools fail or are denied, and how often", `
 SELECT server, method, name, count() AS calls, countIf(outcome = 'failed') AS failed, countIf(outcome = 'denied') AS denied,
   countIf(outcome = 'completed' AND error_code != 0) AS errors,
   round(countIf(outcome = 'failed' OR error_code != 0) / count(), 4) AS error_rate, round(countIf(outcome = 'denied') / count(), 4) AS denial_rate
-FROM waybill.calls WHERE `+lately+` GROUP BY server, method, name ORDER BY failed + denied + errors DESC, calls DESC, server, method, name`),
+FROM calls WHERE `+lately+` GROUP BY server, method, name ORDER BY failed + denied + errors DESC, calls DESC, server, method, name`),
 		q("latency", "(hours=24)", "how long tools take, in milliseconds: in all, in the queue, at the server", `
 WITH quantiles(0.5, 0.95, 0.99)(total_us) AS t
 SELECT server, method, name, count() AS calls, round(t[1] / 1000, 2) AS p50, round(t[2] / 1000, 2) AS p95, round(t[3] / 1000, 2) AS p99,
   round(quantile(0.95)(policy_us) / 1000, 2) AS policy_p95, round(quantile(0.95)(queue_us) / 1000, 2) AS queue_p95,
   round(quantile(0.95)(upstream_us) / 1000, 2) AS upstream_p95
-FROM waybill.calls WHERE `+lately+` AND outcome = 'completed' GROUP BY server, method, name ORDER BY p95 DESC, server, method, name`),
+FROM calls WHERE `+lately+` AND outcome = 'completed' GROUP BY server, method, name ORDER BY p95 DESC, server, method, name`),
 		q("who_used_what", "(hours=24)", "which agents called which tools", `
 SELECT tenant, agent, server, method, name, count() AS calls, countIf(outcome = 'completed') AS completed, max(stored) AS latest
-FROM waybill.calls WHERE `+lately+` GROUP BY tenant, agent, server, method, name ORDER BY calls DESC, tenant, agent, server, method, name`),
+FROM calls WHERE `+lately+` GROUP BY tenant, agent, server, method, name ORDER BY calls DESC, tenant, agent, server, method, name`),
 		q("fan_out", "(hours=24)", "which calls caused how many others", `
 SELECT tenant, session, root, any(agent) AS agent, count() - 1 AS caused, uniqExact(server) AS servers,
   argMax(server, call = root) AS root_server, argMax(name, call = root) AS root_name, min(stored) AS began
-FROM waybill.edges WHERE `+lately+` AND root IN (SELECT root FROM waybill.edges_v1 WHERE parent != '' AND `+lately+`)
+FROM edges WHERE `+lately+` AND root IN (SELECT root FROM edges_v1 WHERE parent != '' AND `+lately+`)
 GROUP BY tenant, session, root ORDER BY caused DESC, root`),
 		q("longest_chains", "(hours=24)", "calls that cause calls that cause calls: the deepest, with the tools on the way", `
 WITH RECURSIVE
-  edge AS (SELECT root, parent, call, tenant, session, concat(server, ' ', if(name = '', method, name)) AS tool FROM waybill.edges_v1
-    WHERE `+lately+` AND (parent != '' OR call IN (SELECT root FROM waybill.edges_v1 WHERE parent != '' AND `+lately+`))),
+  edge AS (SELECT root, parent, call, tenant, session, concat(server, ' ', if(name = '', method, name)) AS tool FROM edges_v1
+    WHERE `+lately+` AND (parent != '' OR call IN (SELECT root FROM edges_v1 WHERE parent != '' AND `+lately+`))),
   chain AS (
     SELECT tenant, session, root, call, 1 AS depth, [tool] AS tools FROM edge WHERE parent = ''
     UNION ALL
@@ -53,37 +53,38 @@ SELECT tenant, session, root, max(c.depth) AS depth, argMax(c.tools, c.depth) AS
 		q("unused_tools", "(hours=24)", "tools that a server has listed and nobody has called", `
 SELECT server, tool FROM (
   SELECT server, arrayJoin(JSONExtractArrayRaw(argMax(body, seq), 'result', 'tools')) AS definition, JSONExtractString(definition, 'name') AS tool
-  FROM waybill.events_v1 WHERE kind = 'completed' AND method = 'tools/list' AND error_code = 0 GROUP BY server, parent != '')
-WHERE (server, tool) NOT IN (SELECT server, name FROM waybill.calls_v1 WHERE method = 'tools/call' AND `+lately+`)
+  FROM events_v1 WHERE kind = 'completed' AND method = 'tools/list' AND error_code = 0 GROUP BY server, parent != '')
+WHERE (server, tool) NOT IN (SELECT server, name FROM calls_v1 WHERE method = 'tools/call' AND `+lately+`)
 GROUP BY server, tool ORDER BY server, tool`),
 		q("slowest_sessions", "(hours=24)", "where agents wait longest, in milliseconds", `
 SELECT tenant, session, any(agent) AS agent, count() AS calls, round(sum(total_us) / 1000, 1) AS waited, round(quantile(0.95)(total_us) / 1000, 1) AS p95,
   round(max(total_us) / 1000, 1) AS slowest, argMax(concat(server, ' ', if(name = '', method, name)), total_us) AS slowest_tool
-FROM waybill.calls WHERE `+lately+` AND parent = '' GROUP BY tenant, session ORDER BY waited DESC, session`),
+FROM calls WHERE `+lately+` AND parent = '' GROUP BY tenant, session ORDER BY waited DESC, session`),
 		q("history", "(session='SESSION')", "the calls of one session, each with who caused it", `
 SELECT e.stored AS began, e.call AS call, e.parent AS parent, e.agent AS agent, e.server AS server, e.method AS method, e.name AS name,
   if(c.call = '', 'open', c.outcome) AS outcome, c.code AS code, round(c.total_us / 1000, 2) AS ms
-FROM (SELECT * FROM waybill.edges WHERE session = {session:String}) AS e
-LEFT JOIN (SELECT * FROM waybill.calls WHERE session = {session:String}) AS c ON c.call = e.call ORDER BY e.seq`),
+FROM (SELECT * FROM edges WHERE session = {session:String}) AS e
+LEFT JOIN (SELECT * FROM calls WHERE session = {session:String}) AS c ON c.call = e.call ORDER BY e.seq`),
 	}
 }
 
 func (q Question) view() string {
-	return fmt.Sprintf("CREATE OR REPLACE VIEW %s.%s AS %s", Database, q.Name, q.sql)
+	return fmt.Sprintf("CREATE OR REPLACE VIEW %s AS %s", q.Name, q.sql)
 }
 
 // sessionsView puts the beginnings and ends of sessions together. The first
 // beginning counts; an edge that starts anew repeats it.
-const sessionsView = `CREATE OR REPLACE VIEW waybill.sessions AS
+const sessionsView = `CREATE OR REPLACE VIEW sessions AS
 SELECT tenant, session, argMinIf(agent, seq, kind = 'opened') AS agent, argMinIf(protocol, seq, kind = 'opened') AS protocol,
   argMinIf(name, seq, kind = 'opened') AS name, argMinIf(client, seq, kind = 'opened') AS client, argMinIf(server, seq, kind = 'opened') AS server,
   argMinIf(revision, seq, kind = 'opened') AS revision, minIf(stored, kind = 'opened') AS opened_at,
   minOrNullIf(stored, kind = 'closed') AS closed_at, argMinIf(reason, seq, kind = 'closed') AS reason
-FROM waybill.sessions_v1 GROUP BY tenant, session`
+FROM sessions_v1 GROUP BY tenant, session`
 
-// schema are the statements that make the database what this program writes.
+// schema are the statements that make the tables and views of an empty database,
+// in which they are said.
 func schema() []string {
-	all := []string{"CREATE DATABASE IF NOT EXISTS " + Database}
+	var all []string
 	for _, t := range Tables() {
 		all = append(all, t.ddl(), t.view())
 	}

@@ -1,11 +1,14 @@
 package projections
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"net/url"
+	"regexp"
 	"time"
 
 	"github.com/ClickHouse/clickhouse-go/v2"
@@ -14,31 +17,42 @@ import (
 // Server is a ClickHouse: the [Engine] inside, or any other ([DSN]).
 type Server interface {
 	// Options says how to reach the server now, as the user who writes or as
-	// one who can only read. It waits for a server that is about to start.
+	// one who can only read, and names the database of the record. It waits for
+	// a server that is about to start.
 	Options(ctx context.Context, readOnly bool) (*clickhouse.Options, error)
 }
 
 // DSN is a server that somebody else runs: clickhouse://user:password@host:9000
-// or http://user:password@host:8123, with the parameters of clickhouse-go.
+// or http://user:password@host:8123, with the parameters of clickhouse-go. Its
+// path names the database of the record, /waybill where there is none.
 type DSN struct {
 	Write string
 	Read  string // of a user who can only read; "" for Write with readonly=1
 }
 
+var databaseName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]{0,99}$`)
+
 // Check tells what is wrong with the DSN, without repeating its password.
 func (d DSN) Check() error {
-	for _, dsn := range []string{d.Write, d.Read} {
-		if dsn == "" {
-			continue
-		}
-		if _, err := clickhouse.ParseDSN(dsn); err != nil {
-			if u := new(url.Error); errors.As(err, &u) {
-				err = u.Err // the rest repeats the text
-			}
-			return fmt.Errorf("not a DSN such as clickhouse://user:password@host:9000: %w", err)
-		}
+	_, err := d.options(d.Write)
+	if err == nil && d.Read != "" {
+		_, err = d.options(d.Read)
 	}
-	return nil
+	return err
+}
+
+func (d DSN) options(dsn string) (*clickhouse.Options, error) {
+	o, err := clickhouse.ParseDSN(dsn)
+	if err != nil {
+		if u := new(url.Error); errors.As(err, &u) {
+			err = u.Err // the rest repeats the text
+		}
+		return nil, fmt.Errorf("not a DSN such as clickhouse://user:password@host:9000: %w", err)
+	}
+	if o.Auth.Database = cmp.Or(o.Auth.Database, Database); !databaseName.MatchString(o.Auth.Database) {
+		return nil, fmt.Errorf("not a DSN of a database that has a name of letters, digits and _")
+	}
+	return o, nil
 }
 
 // Options of the user.
@@ -47,19 +61,19 @@ func (d DSN) Options(_ context.Context, readOnly bool) (*clickhouse.Options, err
 	if readOnly && d.Read != "" {
 		dsn = d.Read
 	}
-	o, err := clickhouse.ParseDSN(dsn)
-	if err != nil {
-		return nil, d.Check()
-	}
-	if readOnly && d.Read == "" {
+	o, err := d.options(dsn)
+	if err == nil && readOnly && d.Read == "" {
 		// Whoever has set readonly to 1 cannot change any setting again, and
 		// neither can a query: no writes, no DDL, no table functions that reach out.
 		if o.Settings == nil {
 			o.Settings = clickhouse.Settings{}
 		}
 		o.Settings["readonly"] = 1
+		if o.Protocol == clickhouse.HTTP {
+			o.Settings["cancel_http_readonly_queries_on_client_close"] = 1
+		}
 	}
-	return o, nil
+	return o, err
 }
 
 // starting is how long one waits for a server that is about to start.
@@ -73,7 +87,31 @@ func open(ctx context.Context, s Server, readOnly bool) (clickhouse.Conn, error)
 	if err != nil {
 		return nil, err
 	}
-	o.MaxOpenConns, o.MaxIdleConns = 2, 1
+	if readOnly {
+		o.ReadTimeout = queryTime
+		o.TransportFunc = func(t *http.Transport) (http.RoundTripper, error) { return unset{t}, nil }
+	}
+	return dial(o, 1)
+}
+
+// queryTime is how long a server may be silent over what it is asked.
+const queryTime = 10 * time.Minute
+
+// unset takes out of each request the setting that the driver makes of its own
+// timeouts: who can only read may change none.
+type unset struct{ *http.Transport }
+
+func (u unset) RoundTrip(r *http.Request) (*http.Response, error) {
+	r = r.Clone(r.Context())
+	q := r.URL.Query()
+	q.Del("max_execution_time")
+	r.URL.RawQuery = q.Encode()
+	return u.Transport.RoundTrip(r)
+}
+
+// dial opens a pool of so many connections, which are made when they are used.
+func dial(o *clickhouse.Options, conns int) (clickhouse.Conn, error) {
+	o.MaxOpenConns, o.MaxIdleConns = conns, conns
 	if o.DialTimeout == 0 {
 		o.DialTimeout = 5 * time.Second
 	}
@@ -90,7 +128,7 @@ func open(ctx context.Context, s Server, readOnly bool) (clickhouse.Conn, error)
 // local is a server on this machine.
 func local(addr, user, password string) *clickhouse.Options {
 	return &clickhouse.Options{
-		Addr: []string{addr}, Auth: clickhouse.Auth{Username: user, Password: password},
+		Addr: []string{addr}, Auth: clickhouse.Auth{Username: user, Password: password, Database: Database},
 		// Loopback is faster than any compression.
 		Compression: &clickhouse.Compression{Method: clickhouse.CompressionNone},
 		DialContext: func(ctx context.Context, addr string) (net.Conn, error) {
@@ -98,4 +136,16 @@ func local(addr, user, password string) *clickhouse.Options {
 			return d.DialContext(ctx, "tcp", addr)
 		},
 	}
+}
+
+// Codes of ClickHouse's errors.
+const (
+	codeNoTable    = 60
+	codeNoDatabase = 81
+	codeDenied     = 497
+)
+
+func isCode(err error, code int32) bool {
+	var e *clickhouse.Exception
+	return errors.As(err, &e) && e.Code == code
 }

@@ -20,7 +20,7 @@ func sessions() Table {
 			{"reason", "String CODEC(ZSTD(1))"},
 		},
 		Order: "tenant, session, log, seq",
-		Row: func(e schemas.Event) []any {
+		Row: func(row []any, e schemas.Event) []any {
 			var o schemas.Opened
 			reason := ""
 			switch p := e.Data.(type) {
@@ -31,10 +31,8 @@ func sessions() Table {
 			default:
 				return nil
 			}
-			return []any{
-				string(e.Tenant), string(e.Session), string(e.Agent), string(e.Kind()),
-				string(o.Protocol), o.Name, o.Client, o.Server, o.Revision, reason,
-			}
+			return append(row, word(e.Tenant), string(e.Session), word(e.Agent), string(e.Kind()),
+				word(o.Protocol), o.Name, word(o.Client), word(o.Server), word(o.Revision), reason)
 		},
 	}
 }

@@ -2,24 +2,38 @@ package projections
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"sync"
 	"time"
 
 	"github.com/ClickHouse/clickhouse-go/v2"
+	"github.com/ClickHouse/clickhouse-go/v2/lib/driver"
+	"golang.org/x/sync/errgroup"
 
 	"waybill.dev/schemas"
 )
 
+// Log is the log of which the record is made.
+type Log interface {
+	// Identity is the log's: other for one that begins anew.
+	Identity(context.Context) (string, error)
+	// Last is its newest sequence.
+	Last(context.Context) (uint64, error)
+	// Load returns the event at a sequence, or an error that wraps [schemas.ErrNotFound].
+	Load(ctx context.Context, seq uint64) (schemas.Event, error)
+}
+
 // WriterOptions of the writer.
 type WriterOptions struct {
 	Server Server
-	// Identity is the log's: other for one that begins anew.
-	Identity func(context.Context) (string, error)
-	Now      func() time.Time
-	Log      *slog.Logger
+	Of     Log
+	Bodies time.Duration // how long bodies are kept; 0: for ever
+	Now    func() time.Time
+	Log    *slog.Logger
 }
 
 // Writer writes the tables. Each event is in each table once, whoever dies:
@@ -29,18 +43,26 @@ type WriterOptions struct {
 //   - a batch, or what of it falls into one month, is one INSERT of one block
 //     into each table, which is there whole or not at all;
 //   - what a table has already, it says itself (the greatest sequence of this
-//     log), each time the writer connects. What comes again is left out;
+//     log), each time the writer connects; by then no INSERT of before is
+//     running any more. What comes again is left out, and what it should have
+//     and has not is asked for ([Missing]);
 //   - an INSERT of which nobody knows how it went is sent again with the same
-//     rows and the same token, by which ClickHouse knows it.
+//     rows and the same token, by which ClickHouse knows it;
+//   - sequences that the log has given a second time, after its machine lost
+//     power, are found by their events and kept apart (place.go).
 type Writer struct {
 	o      WriterOptions
 	tables []Table
 
-	turn  sync.Mutex // of Prepare and Take, for these:
-	conn  clickhouse.Conn
-	log   string            // identity
-	marks map[string]uint64 // by table: the greatest sequence that it has
-	gap   bool              // it has not been looked whether the log goes on where the record ends
+	turn   sync.Mutex // of Prepare and Take, for these:
+	conn   clickhouse.Conn
+	base   string  // name of the database
+	place  *place  // nil until it is found, which is once for each connection
+	asked  *uint64 // what Missing was last returned for on this connection
+	denied bool    // it has been said that running queries cannot be seen
+
+	prepared     chan struct{} // closed when the tables are there
+	havePrepared sync.Once
 
 	mu    sync.Mutex
 	stats Stats
@@ -57,12 +79,20 @@ type Stats struct {
 	Down    string            // why the latest try failed; "" when it did not
 }
 
+// Missing is the error of a record that has less of the log than is given to it:
+// it needs what comes after After.
+type Missing struct{ After uint64 }
+
+func (m *Missing) Error() string {
+	return fmt.Sprintf("the record has only what is before %d", m.After+1)
+}
+
 // NewWriter makes a writer. Take is given to the log's batches.
 func NewWriter(o WriterOptions) *Writer {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Writer{o: o, tables: Tables(), stats: Stats{Rows: map[string]uint64{}}}
+	return &Writer{o: o, tables: Tables(), prepared: make(chan struct{}), stats: Stats{Rows: map[string]uint64{}}}
 }
 
 // Stats may be asked at any time.
@@ -70,10 +100,7 @@ func (w *Writer) Stats() Stats {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	s := w.stats
-	s.Rows = make(map[string]uint64, len(w.stats.Rows))
-	for t, n := range w.stats.Rows {
-		s.Rows[t] = n
-	}
+	s.Rows = maps.Clone(w.stats.Rows)
 	return s
 }
 
@@ -82,13 +109,17 @@ const insertTime = time.Minute
 
 // Take writes the events of the log from first to last, in order. After an
 // error it has to be called with the same again; it is not known what of it is
-// written.
+// written. After a [Missing] it has to be called with what is missing, or, where
+// the log has not got that any more, with what comes next.
 func (w *Writer) Take(ctx context.Context, first, last uint64, events []schemas.Event) error {
 	w.turn.Lock()
 	defer w.turn.Unlock()
 	err := w.take(ctx, first, last, events)
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if missing := new(Missing); errors.As(err, &missing) {
+		return err
+	}
 	if err != nil {
 		w.close()
 		w.stats.Failed++
@@ -129,6 +160,14 @@ func (w *Writer) Prepare(ctx context.Context) {
 	}
 }
 
+// Prepared waits until the tables are there, once, or ctx is done.
+func (w *Writer) Prepared(ctx context.Context) {
+	select {
+	case <-w.prepared:
+	case <-ctx.Done():
+	}
+}
+
 // Close lets the connection go.
 func (w *Writer) Close() {
 	w.turn.Lock()
@@ -143,28 +182,58 @@ func (w *Writer) close() {
 	}
 }
 
-func (w *Writer) take(ctx context.Context, first, last uint64, events []schemas.Event) error {
+// connect finds the server with its tables.
+func (w *Writer) connect(ctx context.Context) error {
+	waiting, cancel := context.WithTimeout(ctx, starting)
+	defer cancel()
+	o, err := w.o.Server.Options(waiting, false)
+	if err != nil {
+		return err
+	}
+	if _, ours := w.o.Server.(*Engine); !ours { // which does it before it serves
+		if err := prepare(ctx, o, w.o.Bodies); err != nil {
+			return err
+		}
+	}
+	if w.conn, err = dial(o, len(w.tables)); err != nil {
+		return err
+	}
+	w.base, w.place, w.asked = o.Auth.Database, nil, nil
+	w.havePrepared.Do(func() { close(w.prepared) })
+	return nil
+}
+
+func (w *Writer) take(ctx context.Context, first, last uint64, events []schemas.Event) (err error) {
 	if w.conn == nil {
 		if err := w.connect(ctx); err != nil {
 			return err
 		}
 	}
-	if had := w.marks["events_v1"]; w.gap && had > 0 && first > had+1 {
-		w.o.Log.Warn("events are missing in the record: the log did not keep them, or could not read them", "after_sequence", had, "before_sequence", first)
+	if w.place == nil {
+		if w.place, err = w.find(ctx); err != nil {
+			return err
+		}
 	}
-	w.gap = false
+	if has := w.place.upTo; first > has+1 {
+		if w.asked == nil || *w.asked != has {
+			w.asked = &has
+			return &Missing{After: has}
+		}
+		if has > 0 {
+			w.o.Log.Warn("events are missing in the record: the log does not have them any more", "after_sequence", has, "before_sequence", first)
+		}
+	}
 	for len(events) > 0 {
 		n := 1
 		for n < len(events) && month(events[n]) == month(events[0]) {
 			n++
 		}
-		for _, t := range w.tables {
-			if err := w.insert(ctx, t, events[:n]); err != nil {
-				return fmt.Errorf("write %s of %d to %d: %w", t.Name, first, last, err)
-			}
+		if err := w.write(ctx, events[:n]); err != nil {
+			return fmt.Errorf("write %d to %d: %w", first, last, err)
 		}
 		events = events[n:]
 	}
+	w.place.upTo = max(w.place.upTo, last)
 	return nil
 }
 
@@ -174,82 +243,113 @@ func month(e schemas.Event) int {
 	return 12*y + int(m)
 }
 
-// connect makes the tables where they are missing and asks them what they have.
-func (w *Writer) connect(ctx context.Context) (err error) {
-	if w.log, err = w.o.Identity(ctx); err != nil {
-		return err
-	}
-	conn, err := open(ctx, w.o.Server, false)
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			_ = conn.Close()
+// write writes what the tables do not have of events of one month. All tables
+// are written at once, but for events_v1, which is there when the others are:
+// what it has, they have.
+func (w *Writer) write(ctx context.Context, events []schemas.Event) error {
+	// The log's batches are bounded, but their clock is not ours: what is slow
+	// is tried again, under the same token.
+	ctx, cancel := context.WithTimeout(ctx, insertTime)
+	defer cancel()
+	w.place.name(events)
+	var others errgroup.Group
+	blocks := make([]*block, len(w.tables))
+	for i, t := range w.tables {
+		if t.Name == main {
+			continue
 		}
-	}()
-	for _, sql := range schema() {
-		if err := conn.Exec(ctx, sql); err != nil {
-			return fmt.Errorf("%.60s…: %w", sql, err)
+		others.Go(func() (err error) {
+			if blocks[i], err = w.build(ctx, t, events); err == nil {
+				err = blocks[i].send()
+			}
+			return err
+		})
+	}
+	for i, t := range w.tables {
+		if t.Name != main {
+			continue
+		}
+		all, err := w.build(ctx, t, events)
+		if err := errors.Join(err, others.Wait()); err != nil {
+			return errors.Join(err, all.abort())
+		}
+		if err := all.send(); err != nil {
+			return err
+		}
+		blocks[i] = all
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for i, t := range w.tables {
+		if b := blocks[i]; b != nil {
+			w.place.marks[t.Name] = b.last
+			w.stats.Rows[t.Name] += uint64(b.rows)
 		}
 	}
-	marks := map[string]uint64{}
-	for _, t := range w.tables {
-		var seq uint64
-		if err := conn.QueryRow(ctx, "SELECT max(seq) FROM "+Database+"."+t.Name+" WHERE log = ?", w.log).Scan(&seq); err != nil {
-			return fmt.Errorf("what %s has: %w", t.Name, err)
-		}
-		marks[t.Name] = seq
-	}
-	w.conn, w.marks, w.gap = conn, marks, true
 	return nil
 }
 
-// insert writes the rows that the table does not have.
-func (w *Writer) insert(ctx context.Context, t Table, events []schemas.Event) error {
-	mark := w.marks[t.Name]
-	var rows [][]any
-	var first, last uint64
-	for _, e := range events {
-		if e.Seq <= mark {
-			continue
-		}
-		row := t.Row(e)
-		if row == nil {
-			continue
-		}
-		if first == 0 {
-			first = e.Seq
-		}
-		last = e.Seq
-		rows = append(rows, append([]any{w.log, e.Seq, at(e.Stored)}, row...))
-	}
-	if len(rows) == 0 {
+// block is one INSERT; nil inserts nothing.
+type block struct {
+	table string
+	batch driver.Batch
+	rows  int
+	last  uint64 // sequence of the newest event that it accounts for
+}
+
+func (b *block) send() error {
+	if b == nil {
 		return nil
 	}
-	// The log's batches are bounded, but their clock is not ours: what is slow
-	// is tried again, under the same token.
-	ctx, cancel := context.WithTimeout(clickhouse.Context(ctx, clickhouse.WithSettings(clickhouse.Settings{
+	if err := b.batch.Send(); err != nil {
+		return fmt.Errorf("%s: %w", b.table, err)
+	}
+	return nil
+}
+
+func (b *block) abort() error {
+	if b == nil {
+		return nil
+	}
+	return b.batch.Abort()
+}
+
+// build makes the block of what a table does not have.
+func (w *Writer) build(ctx context.Context, t Table, events []schemas.Event) (*block, error) {
+	mark := w.place.marks[t.Name]
+	row := make([]any, 0, len(t.columns()))
+	fill := func(e schemas.Event) []any {
+		if e.Seq <= mark {
+			return nil
+		}
+		return t.Row(append(row, w.place.log, e.Seq, at(e.Stored)), e)
+	}
+	n := 0
+	for n < len(events) && fill(events[n]) == nil {
+		n++
+	}
+	if events = events[n:]; len(events) == 0 {
+		return nil, nil
+	}
+	first, last := events[0].Seq, events[len(events)-1].Seq
+	batch, err := w.conn.PrepareBatch(clickhouse.Context(ctx, clickhouse.WithSettings(clickhouse.Settings{
 		"async_insert":               0,
 		"insert_deduplicate":         1,
-		"insert_deduplication_token": fmt.Sprintf("%s/%s:%d-%d", w.log, t.Name, first, last),
-	})), insertTime)
-	defer cancel()
-	batch, err := w.conn.PrepareBatch(ctx, t.insert())
+		"insert_deduplication_token": fmt.Sprintf("%s/%s:%d-%d", w.place.log, t.Name, first, last),
+	}), clickhouse.WithQueryID(fmt.Sprintf("%s%s/%d-%d/%s", w.running(w.place), t.Name, first, last, rand.Text()))), t.insert())
 	if err != nil {
-		return err
+		return nil, fmt.Errorf("%s: %w", t.Name, err)
 	}
-	for _, row := range rows {
-		if err := batch.Append(row...); err != nil {
-			return errors.Join(err, batch.Abort())
+	b := &block{table: t.Name, batch: batch, last: last}
+	for _, e := range events {
+		values := fill(e)
+		if values == nil {
+			continue
 		}
+		if err := batch.Append(values...); err != nil {
+			return nil, errors.Join(fmt.Errorf("%s of %d: %w", t.Name, e.Seq, err), batch.Abort())
+		}
+		b.rows++
 	}
-	if err := batch.Send(); err != nil {
-		return err
-	}
-	w.marks[t.Name] = last
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.stats.Rows[t.Name] += uint64(len(rows))
-	return nil
+	return b, nil
 }

@@ -398,7 +398,8 @@ func (a *admin) session(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	for e, err := range events {
-		if err != nil && !errors.Is(err, bus.ErrUndecodable) {
+		gone := new(projections.BodyGone)
+		if err != nil && !errors.Is(err, bus.ErrUndecodable) && !errors.As(err, &gone) {
 			if !found {
 				a.fail(w, err)
 				return
@@ -410,7 +411,14 @@ func (a *admin) session(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Content-Type", "application/x-ndjson")
 		}
 		var line any = e
-		if err != nil {
+		switch {
+		case gone.Size > 0:
+			text, err := e.MarshalJSON()
+			if err != nil {
+				panic(http.ErrAbortHandler)
+			}
+			line = json.RawMessage(fmt.Appendf(text[:len(text)-1], `,"body_gone":%d}`, gone.Size))
+		case err != nil:
 			line = map[string]any{"seq": e.Seq, "undecodable": err.Error()}
 		}
 		if out.Encode(line) != nil {

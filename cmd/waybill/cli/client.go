@@ -99,6 +99,7 @@ func (c *client) refused(resp *http.Response) error {
 type record struct {
 	schemas.Event
 	Undecodable string
+	Gone        int // size of a body that is no longer kept
 }
 
 // UnmarshalJSON reads a line.
@@ -106,6 +107,7 @@ func (r *record) UnmarshalJSON(b []byte) error {
 	var odd struct {
 		Seq         uint64
 		Undecodable string
+		Gone        int `json:"body_gone"`
 	}
 	if err := json.Unmarshal(b, &odd); err != nil {
 		return err
@@ -114,6 +116,7 @@ func (r *record) UnmarshalJSON(b []byte) error {
 		r.Seq, r.Undecodable = odd.Seq, odd.Undecodable
 		return nil
 	}
+	r.Gone = odd.Gone
 	return r.Event.UnmarshalJSON(b)
 }
 

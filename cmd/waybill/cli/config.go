@@ -47,7 +47,7 @@ type Config struct {
 	Origins []string `yaml:"origins" json:"origins,omitempty"` // web origins that may call
 
 	Bus        BusConfig      `yaml:"bus" json:"bus"`
-	ClickHouse RecordConfig   `yaml:"clickhouse" json:"clickhouse,omitzero"` // the record; or false
+	ClickHouse RecordConfig   `yaml:"clickhouse" json:"clickhouse"` // the record; or false
 	Tenants    []TenantConfig `yaml:"tenants" json:"tenants,omitempty"`
 	Agents     []AgentConfig  `yaml:"agents" json:"agents,omitempty"`
 	Auth       AuthConfig     `yaml:"auth" json:"auth,omitzero"`
@@ -225,7 +225,8 @@ func (d Duration) MarshalText() ([]byte, error) { return []byte(d.String()), nil
 func defaults() Config {
 	return Config{
 		Listen: "127.0.0.1:8080", Admin: "127.0.0.1:8081", Data: "data",
-		Bus: BusConfig{MaxBytes: 4 << 30, MaxAge: Duration{Duration: 24 * time.Hour}},
+		Bus:        BusConfig{MaxBytes: 4 << 30, MaxAge: Duration{Duration: 24 * time.Hour}},
+		ClickHouse: RecordConfig{Bodies: Duration{Duration: bodiesKept}},
 		Limits: LimitsConfig{
 			Body: 4 << 20, InFlight: 1024, InFlightTenant: 512, Deadline: Duration{Duration: time.Minute}, Drain: Duration{Duration: 10 * time.Second},
 			TaskPatience: Duration{Duration: 5 * time.Second},

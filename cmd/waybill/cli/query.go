@@ -43,6 +43,11 @@ func (a *admin) query(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, fmt.Sprintf("sql: needs 1 to %d characters", maxSQL), http.StatusBadRequest)
 		return
 	}
+	if a.g.record != nil { // of a server that has never been written to
+		waiting, cancel := context.WithTimeout(r.Context(), 10*time.Second)
+		a.g.record.Prepared(waiting)
+		cancel()
+	}
 	out := json.NewEncoder(w)
 	rc := http.NewResponseController(w)
 	begun := false

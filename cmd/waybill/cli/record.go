@@ -14,19 +14,24 @@ import (
 
 	"waybill.dev/bus"
 	"waybill.dev/projections"
+	"waybill.dev/schemas"
 )
 
 // RecordConfig says where the record is kept: in a ClickHouse inside, in any
 // other, or nowhere (false). Without the key it is the one inside, where its
 // launcher is beside the program.
 type RecordConfig struct {
-	Off      bool   `yaml:"-" json:"-"`                         // clickhouse: false
-	Embedded bool   `yaml:"embedded" json:"embedded,omitempty"` // the one inside
-	Launcher string `yaml:"launcher" json:"launcher,omitempty"` // its program; default chserve beside waybill
-	HTTP     string `yaml:"http" json:"http,omitempty"`         // its HTTP address, on 127.0.0.1; default a free port
-	DSN      Place  `yaml:"dsn" json:"dsn,omitzero"`            // of another server, for a user who may write
-	ReadDSN  Place  `yaml:"read_dsn" json:"read_dsn,omitzero"`  // the same for one who may only read; default dsn with readonly=1
+	Off      bool     `yaml:"-" json:"-"`                         // clickhouse: false
+	Embedded bool     `yaml:"embedded" json:"embedded,omitempty"` // the one inside
+	Launcher string   `yaml:"launcher" json:"launcher,omitempty"` // its program; default chserve beside waybill
+	HTTP     string   `yaml:"http" json:"http,omitempty"`         // its HTTP address, on 127.0.0.1; default a free port
+	Bodies   Duration `yaml:"bodies" json:"bodies"`               // how long bodies are kept, all else is kept; default 720h, 0 for ever
+	DSN      Place    `yaml:"dsn" json:"dsn,omitzero"`            // of another server, for a user who may write
+	ReadDSN  Place    `yaml:"read_dsn" json:"read_dsn,omitzero"`  // the same for one who may only read; default dsn with readonly=1
 }
+
+// bodiesKept is the default.
+const bodiesKept = 30 * 24 * time.Hour
 
 // Place is a DSN: a text without a password, or a secret.
 type Place struct {
@@ -83,11 +88,11 @@ func (p Place) read(secret func(Secret) (string, error)) (string, error) {
 func (r *RecordConfig) UnmarshalYAML(decode func(any) error) error {
 	var on bool
 	if err := decode(&on); err == nil {
-		*r = RecordConfig{Off: !on, Embedded: on}
+		*r = RecordConfig{Off: !on, Embedded: on, Bodies: Duration{Duration: bodiesKept}}
 		return nil
 	}
 	type plain RecordConfig
-	*r = RecordConfig{}
+	*r = RecordConfig{Bodies: Duration{Duration: bodiesKept}}
 	return decode((*plain)(r))
 }
 
@@ -113,6 +118,12 @@ func (r *RecordConfig) check(bad func(string, ...any)) {
 	}
 	if elsewhere && (r.Launcher != "" || r.HTTP != "") {
 		bad("clickhouse: launcher and http belong to the ClickHouse inside, and exclude dsn")
+	}
+	switch b := r.Bodies; {
+	case b.bad != nil:
+		bad("clickhouse.bodies: %w", b.bad)
+	case b.Duration != 0 && b.Duration < time.Hour:
+		bad("clickhouse.bodies: %s is less than 1h, and not 0 for ever", b)
 	}
 	if r.HTTP != "" {
 		if host, _, err := net.SplitHostPort(r.HTTP); err != nil || host != "127.0.0.1" {
@@ -169,7 +180,7 @@ func (g *gateway) findRecord() error {
 		}
 		if g.roles[bus.RoleProject] {
 			g.engine = projections.NewEngine(projections.EngineOptions{
-				Launcher: launcher, Dir: filepath.Join(g.c.Data, "clickhouse"), HTTP: r.HTTP, Log: g.log,
+				Launcher: launcher, Dir: filepath.Join(g.c.Data, "clickhouse"), HTTP: r.HTTP, Bodies: r.Bodies.Duration, Log: g.log,
 			})
 			g.server = g.engine
 		}
@@ -190,6 +201,18 @@ func besideProgram(name string) string {
 	return filepath.Join(filepath.Dir(program), name)
 }
 
+// recorded is the log as the record asks it.
+type recorded struct{ *bus.Log }
+
+// Load returns no event for what cannot be read: the record has no such.
+func (r recorded) Load(ctx context.Context, seq uint64) (schemas.Event, error) {
+	e, err := r.Log.Load(ctx, seq)
+	if errors.Is(err, bus.ErrUndecodable) {
+		return schemas.Event{}, nil
+	}
+	return e, err
+}
+
 // addRecord: the log → ClickHouse. It is behind the calls, and they do not wait
 // for it: the gateway is ready without.
 func (g *gateway) addRecord(ctx context.Context, _ net.Listener) error {
@@ -200,7 +223,9 @@ func (g *gateway) addRecord(ctx context.Context, _ net.Listener) error {
 	if err != nil {
 		return err
 	}
-	g.record = projections.NewWriter(projections.WriterOptions{Server: g.server, Identity: l.Identity, Now: time.Now, Log: g.log})
+	g.record = projections.NewWriter(projections.WriterOptions{
+		Server: g.server, Of: recorded{l}, Bodies: g.c.ClickHouse.Bodies.Duration, Now: time.Now, Log: g.log,
+	})
 	if err := g.metrics.watchRecord(g.record, l); err != nil {
 		return err
 	}
@@ -213,7 +238,11 @@ func (g *gateway) addRecord(ctx context.Context, _ net.Listener) error {
 		}
 		running.Go(func() error { g.record.Prepare(ctx); return nil })
 		err := l.Batch(ctx, consumer, batchEvents, batchWait, func(ctx context.Context, b bus.Events) error {
-			return g.record.Take(ctx, b.First, b.Last, b.Events)
+			err := g.record.Take(ctx, b.First, b.Last, b.Events)
+			if missing := new(projections.Missing); errors.As(err, &missing) {
+				return &bus.Rewind{After: missing.After}
+			}
+			return err
 		})
 		stop() // after who writes to it
 		return errors.Join(err, running.Wait())

@@ -69,6 +69,7 @@ type story struct {
 	roots  []*call
 	calls  map[schemas.CallID]*call
 	events int
+	gone   int // bodies that are no longer kept
 	last   time.Time
 }
 
@@ -87,7 +88,10 @@ type call struct {
 func newStory(full bool) *story { return &story{full: full, calls: map[schemas.CallID]*call{}} }
 
 func (s *story) add(r record) {
-	e := entry{r, len(r.Body)}
+	e := entry{r, max(len(r.Body), r.Gone)}
+	if r.Gone > 0 {
+		s.gone++
+	}
 	if !s.full {
 		e.Body = nil
 	}
@@ -191,6 +195,9 @@ func (s *story) print(env Env) error {
 		until = s.last.Local().Format("2006-01-02 15:04:05.000")
 	}
 	p.line("%s to %s, %s: %s", f.Stored.Local().Format("2006-01-02 15:04:05.000"), until, count(s.events, "event"), s.outcomes())
+	if s.gone > 0 {
+		p.line("%s", p.paint(yellow, count(s.gone, "event")+" without the body, which the record keeps for clickhouse.bodies only"))
+	}
 	for _, e := range s.beside {
 		if e.Undecodable != "" {
 			p.line("%12s  %s", "", p.paint(red, "undecodable: "+visible(e.Undecodable)))
