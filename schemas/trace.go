@@ -123,13 +123,16 @@ func (e Event) ParentSpan() string {
 	return ""
 }
 
-// TraceFlags are those of the call's trace: what its caller said, or otherwise
-// what nobody has said.
-func (e Event) TraceFlags(otherwise string) string {
+// TraceFlags are those of the call's trace: what its caller said, or what the
+// function makes of the trace's id; of nil, [Sampled].
+func (e Event) TraceFlags(of func(id string) string) string {
 	if t, ok := Traceparent(e.Trace); ok {
 		return t[53:]
 	}
-	return otherwise
+	if of == nil {
+		return Sampled
+	}
+	return of(e.TraceID())
 }
 
 // Sampled and NotSampled are flags of a trace.
@@ -145,10 +148,10 @@ const stateKey = "waybill"
 
 // Onward is the trace context with which the call's server is called:
 // traceparent, whose span is that of the call's part at the server, and
-// tracestate.
-func (e Event) Onward(otherwise string) (traceparent, tracestate string) {
+// tracestate. flags is as for [Event.TraceFlags].
+func (e Event) Onward(flags func(id string) string) (traceparent, tracestate string) {
 	span := e.Call.Span(PartUpstream)
-	traceparent = "00-" + e.TraceID() + "-" + span + "-" + e.TraceFlags(otherwise)
+	traceparent = "00-" + e.TraceID() + "-" + span + "-" + e.TraceFlags(flags)
 	members := []string{stateKey + "=" + span}
 	for m := range strings.SplitSeq(e.TraceState, ",") {
 		if m != "" && !strings.HasPrefix(m, stateKey+"=") {

@@ -92,7 +92,7 @@ func TestSpans(t *testing.T) {
 			}
 		}
 		e := Event{Call: c, Root: c}
-		parent, state := e.Onward(Sampled)
+		parent, state := e.Onward(nil)
 		if normal, ok := Traceparent(parent); !ok || normal != parent {
 			t.Fatalf("traceparent %q", parent)
 		}
@@ -111,7 +111,7 @@ func TestSpans(t *testing.T) {
 func TestOnward(t *testing.T) {
 	c := NewCallID(time.Now())
 	e := Event{Call: c, Root: "c0", Trace: "00-" + aTrace + "-" + aSpan + "-00", TraceState: "waybill=0123456789abcdef,other=x"}
-	parent, state := e.Onward(Sampled)
+	parent, state := e.Onward(nil)
 	span := c.Span(PartUpstream)
 	if want := "00-" + aTrace + "-" + span + "-00"; parent != want {
 		t.Errorf("traceparent %q, want %q", parent, want)

@@ -135,6 +135,11 @@ type Options struct {
 	Instance   string        // names this process in claims; only for people
 	Duplicates time.Duration // how long the log recognises a repeated ID; default 2 min
 
+	// Flags are those of a trace that no caller named ([schemas.Event.TraceFlags]);
+	// Traced says that somebody looks at such traces too.
+	Flags  func(traceID string) string
+	Traced bool
+
 	MaxAnswer int64         // the largest answer, and message before it; default 4 MiB
 	MaxStream time.Duration // the longest life of a stream, which then ends as cancelled; default 1 h. Also the deadline of a call that has none
 
@@ -737,7 +742,7 @@ func (r *run) attempt(ctx context.Context, body []byte, settle func(error)) (Ans
 		}
 	}
 	answer, err := r.up.call(ctx, Call{
-		ID: r.e.Call, Event: r.e, Requested: &r.a.Requested, Only: r.a.Only, Trace: r.e.Trace, Body: body, Era: r.era,
+		ID: r.e.Call, Event: r.e, Requested: &r.a.Requested, Only: r.a.Only, Trace: r.onward(), Body: body, Era: r.era,
 		Connected: func() {
 			// One call probes an open breaker, and it may be a long one: a
 			// connection is proof enough to let the others go.

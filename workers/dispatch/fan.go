@@ -348,6 +348,7 @@ func (q *question) ask(ctx context.Context, ch child) ended {
 		Revision: q.c.Requested.Revision, Headers: ch.headers, Deadline: deadline, OneWay: ch.oneWay, Stream: ch.stream,
 	}, ch.body)
 	e.Time, e.Call, e.Parent, e.Root = now.UTC(), schemas.NewCallID(now), q.c.ID, cmp.Or(q.c.Event.Root, q.c.ID)
+	e.Trace, e.TraceState = q.c.Event.Onward(q.opt.Flags)
 	out := ended{call: e.Call}
 	var end schemas.Event
 	next := 0

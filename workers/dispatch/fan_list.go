@@ -232,7 +232,7 @@ func (q *question) list(ctx context.Context) Answer {
 		}
 		return q.view(ctx)
 	}
-	if q.c.Event.Parent != "" {
+	if q.c.Requested.Within(q.c.Event) {
 		// A view asks for the gateway's own tools.
 		elements, removed := q.ownListed(method)
 		a := q.listAnswer(elements, "", nil)

@@ -57,7 +57,7 @@ func (q *question) ownListed(method string) (raw [][]byte, removed []string) {
 			continue
 		}
 		name := t.name
-		if q.c.Event.Parent == "" {
+		if !q.c.Requested.Within(q.c.Event) {
 			name = q.Alias(schemas.Gateway, name)
 		}
 		raw = append(raw, []byte(`{"name":"`+name+`",`+t.rest+`}`))

@@ -294,7 +294,7 @@ func (x *exchange) resume() (answer Answer, silent bool, err error) {
 
 // get asks for a stream of the session: its own, or the rest of one.
 func (s *session) get(ctx context.Context, last string) (*http.Response, error) {
-	h := s.header("")
+	h := s.header(onward{})
 	h.Del("Content-Type")
 	h.Set("Accept", "text/event-stream")
 	if last != "" {
@@ -392,7 +392,8 @@ func pause(ctx context.Context, d time.Duration) bool {
 }
 
 // mcpBody checks that a request says what was authorized, and rewrites its id,
-// and the name where the caller has another for it than the server. name is the
+// the name where the caller has another for it than the server, and the trace
+// context where it stands in the body. name is the
 // server's, "" for a method without.
 func mcpBody(c Call) (body []byte, name string, err error) {
 	msg, err := jsonrpc.Decode(c.Body, jsonrpc.Limits{Bytes: len(c.Body)})
@@ -428,12 +429,13 @@ func mcpBody(c Call) (body []byte, name string, err error) {
 			patch.Remove(filter, "taskIds") // names of the gateway's, see tasks.go
 		}
 	}
+	traced := c.Trace.write(patch, msg)
 	switch {
 	case msg.IsRequest() == c.Requested.OneWay:
 		return nil, "", errors.New("the request has an id and wants no answer, or has none and wants one")
 	case msg.IsRequest():
 		patch.Replace(msg.ID(), []byte(`"`+string(c.ID)+`"`))
-	case alias == "":
+	case alias == "" && !traced:
 		return c.Body, name, nil
 	}
 	if body = patch.Bytes(); body == nil {

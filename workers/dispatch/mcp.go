@@ -82,7 +82,8 @@ const linger = 20 * time.Millisecond
 // server over stdio too: see [stdio].
 //
 // Of the request only the JSON-RPC id is replaced, by the call id as a string,
-// and the name by the server's where a front has given it another;
+// the name by the server's where a front has given it another, and the trace
+// context in _meta where it has to be there ([onward]);
 // the answer is returned as it came, and so still has it. The headers that
 // mirror the body are made anew from the event. Nothing of the caller's
 // credentials can get here: the event has none.
@@ -193,7 +194,7 @@ func openMCP(s Server, opt Options) (Connection, error) {
 func ours(name string) bool {
 	switch name {
 	case "Content-Type", "Content-Length", "Content-Encoding", "Transfer-Encoding", "Trailer", "Host",
-		"Connection", "Keep-Alive", "Te", "Upgrade", "Expect", "Accept", "Accept-Encoding", "Traceparent",
+		"Connection", "Keep-Alive", "Te", "Upgrade", "Expect", "Accept", "Accept-Encoding", "Traceparent", "Tracestate",
 		"Idempotency-Key", "X-Idempotency-Key": // see openMCP
 		return true
 	}
@@ -279,9 +280,9 @@ func (m *mcpServer) request(c Call) ([]byte, http.Header, error) {
 	}
 	target := c.Requested.Target
 
-	h := make(http.Header, len(m.header)+5+len(c.Requested.Headers))
+	h := make(http.Header, len(m.header)+6+len(c.Requested.Headers))
 	maps.Copy(h, m.header)
-	values := make([]string, 0, 5+len(c.Requested.Headers)) // one allocation for all of them
+	values := make([]string, 0, 6+len(c.Requested.Headers)) // one allocation for all of them
 	set := func(name, value string) {                       // canonical names only
 		values = append(values, value)
 		h[name] = values[len(values)-1 : len(values) : len(values)]
@@ -294,9 +295,7 @@ func (m *mcpServer) request(c Call) ([]byte, http.Header, error) {
 	if name != "" {
 		set("Mcp-Name", headerText(name))
 	}
-	if c.Trace != "" && headerValue(c.Trace) {
-		set("Traceparent", c.Trace)
-	}
+	c.Trace.headers(set)
 	if m.held {
 		set(headerTenant, string(c.Event.Tenant))
 	}

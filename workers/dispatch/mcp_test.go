@@ -47,12 +47,13 @@ func TestRequest(t *testing.T) {
 	if c := end.Data.(*schemas.Completed); c.Result != "input_required" || c.Status != 200 || c.ErrorCode != 0 {
 		t.Errorf("%+v", c)
 	}
+	parent, state := e.Onward(nil)
 	want := http.Header{
 		"Accept": {"application/json, text/event-stream"}, "Authorization": {"Bearer operator"},
 		"Content-Length": {fmt.Sprint(len(body))}, "Content-Type": {"application/json"},
 		"Mcp-Method": {"tools/call"}, "Mcp-Name": {"=?base64?" + base64.StdEncoding.EncodeToString([]byte("café ")) + "?="},
 		"Mcp-Param-Region": {"=?base64?5pel5pys?="}, "Mcp-Protocol-Version": {"2026-07-28"},
-		"Traceparent": {e.Trace}, "User-Agent": {"waybill"}, "X-Team": {"a", "b"},
+		"Traceparent": {parent}, "Tracestate": {state}, "User-Agent": {"waybill"}, "X-Team": {"a", "b"},
 	}
 	if got, want := fmt.Sprint(header), fmt.Sprint(want); got != want {
 		t.Errorf("headers %s\nwant    %s", got, want)

@@ -554,7 +554,7 @@ func (g *guest) learn(result jsonrpc.Value) {
 // (2026-07-28, basic/transports/streamable-http, "Server Behavior for Custom
 // Headers").
 func (g *guest) misheaded(c Call, arguments jsonrpc.Value) string {
-	if c.Requested.Method != "tools/call" || c.Event.Parent != "" {
+	if c.Requested.Method != "tools/call" || c.Requested.Within(c.Event) {
 		return ""
 	}
 	g.mu.Lock()

@@ -459,9 +459,7 @@ func (a *restAPI) callTool(ctx context.Context, c Call, msg *jsonrpc.Message, m 
 	if err != nil {
 		return m.refuse("The arguments cannot be sent; nothing was sent.", []string{err.Error()})
 	}
-	if c.Trace != "" && headerValue(c.Trace) {
-		req.Header.Set("Traceparent", c.Trace)
-	}
+	c.Trace.headers(req.Header.Set)
 	resp, err := a.send(ctx, c, req)
 	if err != nil {
 		return Answer{}, a.redacted(err)

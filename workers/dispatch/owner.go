@@ -80,7 +80,7 @@ func (r *run) handOver(ctx context.Context) error {
 	}
 	nobody := func() {}
 	key, owner := r.up.owner(Call{
-		ID: r.e.Call, Event: r.e, Requested: &r.a.Requested, Only: r.a.Only, Trace: r.e.Trace, Body: body,
+		ID: r.e.Call, Event: r.e, Requested: &r.a.Requested, Only: r.a.Only, Body: body,
 		Era: r.era, Connected: nobody, Heard: nobody,
 	})
 	if key != "" {

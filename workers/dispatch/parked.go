@@ -163,7 +163,7 @@ type errand struct {
 // newErrand makes one to which the caller is attached.
 func (g *guest) newErrand(c Call, b binding, asks bool) *errand {
 	e := &errand{
-		p: g.m.parking, g: g, id: rand.Text(), bound: b, asks: asks, alone: c.Event.Parent != "", level: -1,
+		p: g.m.parking, g: g, id: rand.Text(), bound: b, asks: asks, alone: c.Requested.Within(c.Event), level: -1,
 		said: make(chan piece), news: make(chan struct{}, 1), abandoned: make(chan struct{}), attached: true,
 	}
 	e.life, e.stop = context.WithCancelCause(context.Background())

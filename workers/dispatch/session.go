@@ -687,7 +687,7 @@ func sessionIDOK(id string) bool {
 
 // header makes the headers of a request in the session, which are all that a
 // server of these revisions reads; the others of the event belong to later ones.
-func (s *session) header(trace string) http.Header {
+func (s *session) header(trace onward) http.Header {
 	h := s.m.header.Clone()
 	if s.revision != "" {
 		h.Set("Mcp-Protocol-Version", s.revision)
@@ -695,9 +695,7 @@ func (s *session) header(trace string) http.Header {
 	if s.upstream != "" {
 		h.Set("Mcp-Session-Id", s.upstream)
 	}
-	if trace != "" && headerValue(trace) {
-		h.Set("Traceparent", trace)
-	}
+	trace.headers(h.Set)
 	if s.m.held {
 		h.Set(headerTenant, string(s.id.tenant))
 		h.Set(headerSession, string(s.id.key))
@@ -707,7 +705,7 @@ func (s *session) header(trace string) http.Header {
 
 // tell sends a message that has no answer, a notification or a response.
 func (s *session) tell(ctx context.Context, body []byte) error {
-	resp, err := s.m.send(ctx, http.MethodPost, s.header(""), body, func() {})
+	resp, err := s.m.send(ctx, http.MethodPost, s.header(onward{}), body, func() {})
 	if err != nil {
 		return err
 	}
@@ -853,7 +851,7 @@ func (t *sessions) deleteNow(m *mcpServer, upstream, revision string, within tim
 	ctx, cancel := context.WithTimeout(t.ctx, within)
 	defer cancel()
 	s := &session{m: m, upstream: upstream, revision: revision}
-	h := s.header("")
+	h := s.header(onward{})
 	h.Del("Content-Type")
 	resp, err := m.send(ctx, http.MethodDelete, h, nil, func() {})
 	if err != nil {

@@ -341,7 +341,10 @@ func TestStdioSession(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := string(m.Result().Get("got").Raw()); !strings.Contains(got, `"arguments":{"x": 1E400}`) || !strings.Contains(got, `"progressToken":7}`) {
+		// A process has no headers, so that what it is called by stands in _meta.
+		parent, state := e.Onward(nil)
+		if got := string(m.Result().Get("got").Raw()); !strings.Contains(got, `"arguments":{"x": 1E400}`) ||
+			!strings.Contains(got, `"progressToken":7,"traceparent":"`+parent+`","tracestate":"`+state+`"}`) {
 			t.Errorf("the server read %s", got)
 		}
 		pid, _ := m.Result().Get("pid").Text()

@@ -630,7 +630,7 @@ func (r *run) about(ctx context.Context, method, id string, more []byte) (*jsonr
 	body = append(append(append(body, meta...), `,"taskId":`...), jsonrpc.Quote(id)...)
 	body = append(append(body, more...), "}}"...)
 	answer, err := r.up.call(ctx, Call{
-		ID: r.e.Call, Event: r.e, Trace: r.e.Trace, Body: body, Connected: func() {}, Heard: func() {},
+		ID: r.e.Call, Event: r.e, Trace: r.onward(), Body: body, Connected: func() {}, Heard: func() {},
 		Requested: &schemas.Requested{
 			Target:   schemas.Target{Protocol: r.a.Protocol, Server: r.a.Server, Method: method, Name: id},
 			Revision: r.a.Revision, TaskUntil: r.a.TaskUntil,

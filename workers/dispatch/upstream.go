@@ -44,7 +44,7 @@ type Call struct {
 	Event     schemas.Event // that authorized it: whose call it is
 	Requested *schemas.Requested
 	Only      []string // see schemas.Authorized; nil: everything
-	Trace     string   // W3C traceparent, or ""
+	Trace     onward   // zero: none
 	Body      []byte
 
 	// Era is that in which it is made, where it was decided who makes it by that;
