@@ -40,7 +40,7 @@ type request struct {
 
 // meta is what the adapter reads of a message's _meta.
 type meta struct {
-	version, capabilities, client, session, traceparent jsonrpc.Value
+	version, capabilities, client, session, traceparent, tracestate jsonrpc.Value
 }
 
 func readMeta(v jsonrpc.Value) (m meta) {
@@ -56,6 +56,8 @@ func readMeta(v jsonrpc.Value) (m meta) {
 			m.session = v
 		case "traceparent":
 			m.traceparent = v
+		case "tracestate":
+			m.tracestate = v
 		}
 	}
 	return m

@@ -144,6 +144,7 @@ func (a *Adapter) listPage(ctx context.Context, e schemas.Event, server, list st
 	}
 	child := e.Next(r, append(request, "}}"...))
 	child.Call, child.Parent, child.Time = schemas.NewCallID(now), e.Call, now
+	child.Trace, child.TraceState = e.Onward(a.o.Flags)
 	err := a.o.Ask(ctx, child, func(_ context.Context, e schemas.Event) (schemas.Receipt, error) {
 		if _, done := e.Data.(*schemas.Completed); done {
 			body, ok = e.Body, true

@@ -77,7 +77,7 @@ func (a *Adapter) initialize(w http.ResponseWriter, r *http.Request, p edge.Prin
 	if client == "" {
 		o.Data.(*schemas.Opened).Name = string(p.Agent)
 	}
-	o.Trace = trace(r.Header, readMeta(params.Get("_meta")))
+	o.Trace, o.TraceState = trace(r.Header, readMeta(params.Get("_meta")))
 	receipt, err := a.o.Store(r.Context(), o)
 	if err != nil {
 		// It may be stored: whoever hears of it ends it when it is idle.
@@ -141,7 +141,9 @@ func (a *Adapter) callLegacy(w http.ResponseWriter, r *http.Request, p edge.Prin
 	}
 	c.call, c.id, c.request = schemas.NewCallID(now), id, req
 	e := s.event(req, m.Raw(), now)
-	e.Call, e.Root, e.Edge, e.Trace = c.call, c.call, a.o.Edge, trace(r.Header, readMeta(params.Get("_meta")))
+	e.Call, e.Root, e.Edge = c.call, c.call, a.o.Edge
+	e.Trace, e.TraceState = trace(r.Header, readMeta(params.Get("_meta")))
+	a.madeFor(r.Context(), &e, req)
 	h := w.Header()
 	h["Waybill-Call"] = []string{string(c.call)}
 	h["Waybill-Session-Key"] = []string{string(s.key)}
@@ -257,7 +259,7 @@ func (a *Adapter) takeBackElsewhere(ctx context.Context, s *lasting, id jsonrpc.
 			return &cannotRead
 		}
 		d, ok := e.Data.(*schemas.Requested)
-		if !ok || e.Parent != "" || d.OneWay || !d.Deadline.IsZero() && now.After(d.Deadline) {
+		if !ok || d.Within(e) || d.OneWay || !d.Deadline.IsZero() && now.After(d.Deadline) {
 			continue
 		}
 		if r, err := jsonrpc.Decode(e.Body, answerLimits); err == nil && bytes.Equal(r.ID().Raw(), id.Raw()) {

@@ -126,6 +126,16 @@ type Options struct {
 	// the gateway's doing, so that it declares the extension; nil: at none.
 	Tasks func(endpoint string) bool
 
+	// BySpan finds the request of a call that a server was told by this span that it
+	// is called by ([schemas.PartUpstream]), which was minted at about this time;
+	// [schemas.ErrNotFound]. nil: no call is found to be made for another.
+	BySpan func(ctx context.Context, t schemas.Tenant, span string, minted time.Time) (schemas.Event, error)
+	// ActsAs tells whether a server is known to call as this agent, beside the agent
+	// that called it; nil: it does not.
+	ActsAs func(server string, as schemas.Agent) bool
+	// Flags are those of a trace that no caller named ([schemas.Event.TraceFlags]).
+	Flags func(traceID string) string
+
 	Fronts        []*schemas.Front // endpoints that show several servers as one
 	SessionLimits SessionLimits    // of sessions with an ID
 
@@ -142,6 +152,7 @@ type Adapter struct {
 	table    *table                    // those with one
 	long     names                     // what shortened names stand for
 	watched  watched                   // tasks
+	makers   makers                    // calls for which others are made
 }
 
 // New returns an adapter.
@@ -198,7 +209,15 @@ func New(o Options) *Adapter {
 			return nil
 		}
 	}
-	a := &Adapter{o: o, fronts: map[string]*schemas.Front{}, sessions: newSeen(maxSeen, time.Hour), table: newTable(o.SessionLimits)}
+	if o.BySpan == nil {
+		o.BySpan = func(context.Context, schemas.Tenant, string, time.Time) (e schemas.Event, err error) {
+			return e, schemas.ErrNotFound
+		}
+	}
+	if o.ActsAs == nil {
+		o.ActsAs = func(string, schemas.Agent) bool { return false }
+	}
+	a := &Adapter{makers: newMakers(), o: o, fronts: map[string]*schemas.Front{}, sessions: newSeen(maxSeen, time.Hour), table: newTable(o.SessionLimits)}
 	a.fronts[schemas.Gateway] = &schemas.Front{Name: schemas.Gateway} // of no server, unless told
 	for _, f := range o.Fronts {
 		a.fronts[f.Name] = f
@@ -300,8 +319,9 @@ func (a *Adapter) post(w http.ResponseWriter, r *http.Request, p edge.Principal)
 	call := schemas.NewCallID(now)
 	e := schemas.Event{
 		Tenant: p.Tenant, Session: session.key, Call: call, Root: call, Agent: p.Agent,
-		Edge: a.o.Edge, Time: now, Trace: trace(r.Header, req.meta), Data: &req.Requested, Body: body,
+		Edge: a.o.Edge, Time: now, Data: &req.Requested, Body: body,
 	}
+	e.Trace, e.TraceState = trace(r.Header, req.meta)
 	h := w.Header()
 	// Not Waybill-Session: with that a client names a session, and one that
 	// sent the key back would name another.
@@ -340,6 +360,7 @@ func (a *Adapter) post(w http.ResponseWriter, r *http.Request, p edge.Principal)
 		c.notStored(err)
 		return
 	}
+	a.madeFor(ctx, &e, &req.Requested)
 	if front != nil {
 		a.resolve(ctx, e, front, m.Params())
 	}

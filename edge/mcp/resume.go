@@ -144,7 +144,7 @@ func (a *Adapter) find(ctx context.Context, c *telling, anchor uint64) *reply {
 		return &cannotRead
 	}
 	d, ok := e.Data.(*schemas.Requested)
-	if !ok || e.Tenant != c.s.tenant || e.Session != c.s.key || e.Parent != "" || d.OneWay || d.Revision >= Revision {
+	if !ok || e.Tenant != c.s.tenant || e.Session != c.s.key || d.Within(e) || d.OneWay || d.Revision >= Revision {
 		return unknown
 	}
 	m, err := jsonrpc.Decode(e.Body, answerLimits)

@@ -65,32 +65,6 @@ func clientName(info jsonrpc.Value) string {
 	return short(name)
 }
 
-// trace returns the W3C traceparent that came with the message, in _meta
-// (2026-07-28, SEP-414) or as a header, if it is well-formed.
-func trace(h http.Header, m meta) string {
-	if s, ok := m.traceparent.Text(); ok && wellFormed(s) {
-		return s
-	}
-	if v := h["Traceparent"]; len(v) == 1 && wellFormed(v[0]) {
-		return v[0]
-	}
-	return ""
-}
-
-// wellFormed checks W3C Trace Context §3.2.2, of version 00.
-func wellFormed(s string) bool {
-	if len(s) != 55 || s[:3] != "00-" || s[35] != '-' || s[52] != '-' {
-		return false
-	}
-	for i := range len(s) {
-		if c := s[i]; (c < '0' || c > '9') && (c < 'a' || c > 'f') && c != '-' {
-			return false
-		}
-	}
-	id, span := s[3:35], s[36:52]
-	return !strings.Contains(id+span+s[53:], "-") && strings.Trim(id, "0") != "" && strings.Trim(span, "0") != ""
-}
-
 // maxSeen bounds the memory of opened sessions, at some 100 bytes each.
 const maxSeen = 1 << 16
 

@@ -47,20 +47,6 @@ func TestAccepts(t *testing.T) {
 	}
 }
 
-func TestTraceparent(t *testing.T) {
-	good := "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-	for s, want := range map[string]bool{
-		good: true, strings.ToUpper(good): false, good + "x": false, "01" + good[2:]: false,
-		strings.Replace(good, "0af7651916cd43dd8448eb211c80319c", strings.Repeat("0", 32), 1): false,
-		strings.Replace(good, "b7ad6b7169203331", strings.Repeat("0", 16), 1):                 false,
-		strings.Replace(good, "af", "-f", 1):                                                  false, "": false,
-	} {
-		if wellFormed(s) != want {
-			t.Errorf("%q", s)
-		}
-	}
-}
-
 // The set of seen sessions is bounded and keeps what is in use.
 func TestSeen(t *testing.T) {
 	s := newSeen(10, time.Minute)

@@ -106,6 +106,7 @@ type ServerConfig struct {
 	Approve    string         `yaml:"approve" json:"approve,omitempty"`                     // first-use or manual; takes effect with the registry
 	Idempotent []string       `yaml:"idempotent" json:"idempotent,omitempty"`               // tools (* stands for any run) that may be called again when the outcome is unknown
 	Tasks      []string       `yaml:"tasks" json:"tasks,omitempty"`                         // tools whose calls become tasks when they take long, for clients that take a task for an answer
+	ActsAs     []string       `yaml:"acts_as" json:"acts_as,omitempty"`                     // agents as which the server itself calls the gateway: what they call for a call of this server is put under that
 	Trust      bool           `yaml:"trust_annotations" json:"trust_annotations,omitempty"` // not built yet
 	Deadline   Duration       `yaml:"deadline" json:"deadline,omitzero"`                    // of one call; default limits.deadline
 	Concurrent int            `yaml:"concurrency" json:"concurrency,omitempty"`             // calls at once; default 64
@@ -466,6 +467,11 @@ func (c *Config) check() error {
 		names[s.Name] = true
 		if why := serverName(s.Name); why != "" {
 			bad("%s.name: %q %s", key, s.Name, why)
+		}
+		for _, a := range s.ActsAs {
+			if !agents[schemas.Agent(a)] {
+				bad("%s.acts_as: %q is not one of the agents", key, a)
+			}
 		}
 		notBuilt(key+".trust_annotations", s.Trust)
 		if s.Approve != "" && s.Approve != "first-use" && s.Approve != "manual" {

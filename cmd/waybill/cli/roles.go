@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -424,6 +425,10 @@ func (g *gateway) addEdge(ctx context.Context, ln net.Listener) error {
 	for _, s := range g.c.Servers {
 		deadline[s.Name] = s.Deadline.Duration
 	}
+	actsAs := map[string][]string{}
+	for _, s := range g.c.Servers {
+		actsAs[s.Name] = s.ActsAs
+	}
 	// Every protocol stands in this list.
 	var routes []edge.Route
 	g.agents = mcp.New(mcp.Options{
@@ -454,6 +459,8 @@ func (g *gateway) addEdge(ctx context.Context, ln net.Listener) error {
 			return l.Read(ctx, bus.Filter{Tenant: t, Kinds: []schemas.Kind{schemas.KindTasked}}, after+1)
 		},
 		TaskTime: g.c.Limits.Task.Duration, Tasks: g.c.tasksAt(),
+		BySpan: l.BySpan,
+		ActsAs: func(server string, as schemas.Agent) bool { return slices.Contains(actsAs[server], string(as)) },
 		Fronts: g.c.fronts(),
 		SessionLimits: mcp.SessionLimits{
 			Idle: g.c.Limits.SessionIdle.Duration, Max: g.c.Limits.SessionMax.Duration,
