@@ -8,6 +8,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"iter"
 	"net/url"
 	"slices"
 	"strconv"
@@ -56,6 +57,12 @@ func replay(ctx context.Context, env Env, args []string) error {
 		}
 		s.add(e)
 	}
+	s.follow(func(key schemas.SessionKey) iter.Seq2[record, error] {
+		return lines[record](ctx, c, "/api/v1/sessions/"+string(key)+"/events", q)
+	})
+	if ctx.Err() != nil {
+		return errInterrupted
+	}
 	return s.print(env)
 }
 
@@ -68,6 +75,7 @@ type story struct {
 	beside []entry // of no call
 	roots  []*call
 	calls  map[schemas.CallID]*call
+	notes  []string // of what is not shown
 	events int
 	gone   int // bodies that are no longer kept
 	last   time.Time
@@ -80,21 +88,16 @@ type entry struct {
 }
 
 type call struct {
-	id     schemas.CallID
-	events []entry
-	caused []*call
+	id        schemas.CallID
+	events    []entry
+	caused    []*call
+	elsewhere schemas.SessionKey // in which it was made; "" for that of the story
 }
 
 func newStory(full bool) *story { return &story{full: full, calls: map[schemas.CallID]*call{}} }
 
 func (s *story) add(r record) {
-	e := entry{r, max(len(r.Body), r.Gone)}
-	if r.Gone > 0 {
-		s.gone++
-	}
-	if !s.full {
-		e.Body = nil
-	}
+	e := s.entry(r)
 	if e.Undecodable != "" {
 		s.beside = append(s.beside, e)
 		return
@@ -111,6 +114,23 @@ func (s *story) add(r record) {
 		s.beside = append(s.beside, e)
 		return
 	}
+	s.addCall(e)
+}
+
+// entry is an event as the story keeps it.
+func (s *story) entry(r record) entry {
+	e := entry{r, max(len(r.Body), r.Gone)}
+	if r.Gone > 0 {
+		s.gone++
+	}
+	if !s.full {
+		e.Body = nil
+	}
+	return e
+}
+
+// addCall adds an event of a call.
+func (s *story) addCall(e entry) *call {
 	c := s.calls[e.Call]
 	if c == nil {
 		c = &call{id: e.Call}
@@ -122,6 +142,7 @@ func (s *story) add(r record) {
 		}
 	}
 	c.events = append(c.events, e)
+	return c
 }
 
 // printer writes lines and keeps the first error.
@@ -218,13 +239,20 @@ func (s *story) print(env Env) error {
 	for i, c := range s.roots {
 		c.print(p, "", i == len(s.roots)-1, s.full)
 	}
+	for _, note := range s.notes {
+		p.line("%s", p.paint(yellow, visible(note)))
+	}
 	return p.err
 }
 
 // outcomes counts the calls by how they ended.
 func (s *story) outcomes() string {
-	n := map[string]int{}
+	n, all := map[string]int{}, 0
 	for _, c := range s.calls {
+		if c.elsewhere != "" {
+			continue
+		}
+		all++
 		end := "open"
 		if e, ok := c.end(); ok {
 			end = string(e.Kind())
@@ -237,7 +265,7 @@ func (s *story) outcomes() string {
 			parts = append(parts, fmt.Sprintf("%d %s", k, end))
 		}
 	}
-	return strings.TrimSuffix(count(len(s.calls), "call")+", "+strings.Join(parts, ", "), ", ")
+	return strings.TrimSuffix(count(all, "call")+", "+strings.Join(parts, ", "), ", ")
 }
 
 func count(n int, of string) string {
@@ -327,6 +355,9 @@ func (c *call) title(p *printer) string {
 			outcome += " in " + duration(took)
 		}
 	}
+	if c.elsewhere != "" {
+		outcome += ", by " + string(first.Agent) + " in session " + string(c.elsewhere)
+	}
 	return fmt.Sprintf("%s  %s  %s  %s", first.Stored.Local().Format("15:04:05.000"), p.paint(bold, name), p.paint(color, outcome), p.paint(dim, string(c.id)))
 }
 
@@ -358,9 +389,16 @@ func target(t schemas.Target) string {
 func detail(e schemas.Event) string {
 	switch d := e.Data.(type) {
 	case *schemas.Requested:
+		alias, back := "", ""
 		if d.Alias != "" {
-			return "called " + visible(d.Alias) + " by the client"
+			alias = "called " + visible(d.Alias) + " by the client"
 		}
+		if d.Back {
+			back = "made for call " + string(e.Parent)
+		}
+		return join(alias, back)
+	case *schemas.Caused:
+		return "call " + string(d.Call) + " by " + string(d.Agent) + " in session " + string(d.Session)
 	case *schemas.Connected:
 		return "to " + visible(d.Server) + ", revision " + visible(d.Revision)
 	case *schemas.Asked:
