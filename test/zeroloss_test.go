@@ -168,7 +168,9 @@ func exchange(t *testing.T, g *gateway.Gateway, up *rawServer, name, request, an
 	if !oneWay && id == "" {
 		t.Fatalf("the upstream got no call id: %s", clip(string(seen.body)))
 	}
-	same(t, "what the upstream received", string(seen.body), strings.ReplaceAll(wantUp, "$CALL", id))
+	of := schemas.Event{Call: schemas.CallID(resp.Header.Get("Waybill-Call"))}
+	span := of.Call.Span(schemas.PartUpstream)
+	same(t, "what the upstream received", string(seen.body), strings.NewReplacer("$CALL", id, "$SPAN", span).Replace(wantUp))
 	if call := resp.Header.Get("Waybill-Call"); !oneWay && call != id {
 		t.Errorf("Waybill-Call %q, the upstream was told %q", call, id)
 	}
@@ -211,6 +213,7 @@ func exchange(t *testing.T, g *gateway.Gateway, up *rawServer, name, request, an
 				} else if k == "Waybill-Call" {
 					v = "$CALL"
 				}
+				v = strings.NewReplacer(span, "$SPAN", of.TraceID(), "$TRACE").Replace(v)
 				fmt.Fprintf(&out, "%s %s: %s\n", who, k, v)
 			}
 		}
