@@ -16,6 +16,7 @@ const (
 	RolePolicy   Role = "policy"
 	RoleDispatch Role = "dispatch"
 	RoleProject  Role = "project"
+	RoleTraces   Role = "traces"   // exports spans; stores nothing
 	RoleOperator Role = "operator" // carries out what people order through the admin API
 	RoleAdmin    Role = "admin"    // sets up the streams; no part of a running call
 	RoleObserver Role = "observer" // reads, for auditors and tests; stores nothing
@@ -23,7 +24,7 @@ const (
 
 // Roles lists them all.
 func Roles() []Role {
-	return []Role{RoleEdge, RolePolicy, RoleDispatch, RoleProject, RoleOperator, RoleAdmin, RoleObserver}
+	return []Role{RoleEdge, RolePolicy, RoleDispatch, RoleProject, RoleTraces, RoleOperator, RoleAdmin, RoleObserver}
 }
 
 // writes is the table of kinds that a role may store.
@@ -59,6 +60,7 @@ var durables = map[Role]string{
 	RolePolicy:   "policy",
 	RoleDispatch: "dispatch",
 	RoleProject:  "project",
+	RoleTraces:   "traces",
 }
 
 // Subjects are what a role may and may not publish to, and subscribe to.

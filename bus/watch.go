@@ -226,8 +226,8 @@ const patienceWithWork = 10 * time.Second
 func stands(still map[string]standstill, lags []Lag, now time.Time) *string {
 	var why *string
 	for _, lag := range lags {
-		if lag.Consumer == durables[RoleProject] {
-			continue // no call waits for the record
+		if lag.Consumer == durables[RoleProject] || lag.Consumer == durables[RoleTraces] {
+			continue // no call waits for the record, nor for what is seen of it
 		}
 		before, ok := still[lag.Consumer]
 		if !ok || lag.Waiting == 0 || lag.Reached != before.at {

@@ -1,5 +1,10 @@
 package schemas
 
+import (
+	"iter"
+	"maps"
+)
+
 // Kind names what happened. A call is a short history:
 //
 //	requested → authorized → (started) → (progressed)* → completed | failed | cancelled
@@ -61,6 +66,9 @@ var kinds = map[Kind]func() Payload{
 	KindAnswered:   func() Payload { return &Answered{} },
 	KindNotified:   func() Payload { return &Notified{} },
 }
+
+// Kinds lists the closed set, in no order.
+func Kinds() iter.Seq[Kind] { return maps.Keys(kinds) }
 
 // Known tells whether k is one of the closed set.
 func (k Kind) Known() bool { _, ok := kinds[k]; return ok }
