@@ -47,7 +47,8 @@ type Config struct {
 	Origins []string `yaml:"origins" json:"origins,omitempty"` // web origins that may call
 
 	Bus        BusConfig      `yaml:"bus" json:"bus"`
-	ClickHouse RecordConfig   `yaml:"clickhouse" json:"clickhouse"` // the record; or false
+	ClickHouse RecordConfig   `yaml:"clickhouse" json:"clickhouse"`  // the record; or false
+	Traces     TracesConfig   `yaml:"traces" json:"traces,omitzero"` // spans of calls, over OTLP; or false
 	Tenants    []TenantConfig `yaml:"tenants" json:"tenants,omitempty"`
 	Agents     []AgentConfig  `yaml:"agents" json:"agents,omitempty"`
 	Auth       AuthConfig     `yaml:"auth" json:"auth,omitzero"`
@@ -358,6 +359,7 @@ func (c *Config) check() error {
 	}
 	notBuilt("policies", c.Policies != nil)
 	c.ClickHouse.check(bad)
+	c.Traces.check(bad)
 	if e := c.Bus.Embedded; e != nil {
 		notBuilt("bus.embedded.cluster", len(e.Cluster) > 0)
 		if _, _, err := e.sync(); err != nil {

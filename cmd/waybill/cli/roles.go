@@ -108,6 +108,11 @@ func (g *gateway) run(ctx context.Context, started func(*gateway, net.Addr, net.
 			return fmt.Errorf("role %s: %w", role.name, err)
 		}
 	}
+	if g.roles[bus.RoleProject] {
+		if err := g.addTraces(ctx); err != nil {
+			return fmt.Errorf("traces: %w", err)
+		}
+	}
 	if err := g.addAdmin(ctx, admin); err != nil {
 		return fmt.Errorf("admin: %w", err)
 	}
@@ -319,7 +324,7 @@ func (g *gateway) addDispatch(ctx context.Context, _ net.Listener) error {
 		return err
 	}
 	d, err := dispatch.New(dispatch.Options{
-		StateKey: stateKey, Owners: owners,
+		StateKey: stateKey, Owners: owners, Flags: g.traceFlags(), Traced: g.c.Traces.on(g.env.Getenv),
 		Servers: servers, Load: l.Load, Past: l.Past, Latest: l.Latest, Store: l.Publish,
 		Scan: func(ctx context.Context, t schemas.Tenant, s schemas.SessionKey, k schemas.Kind) iter.Seq2[schemas.Event, error] {
 			return l.Read(ctx, bus.Filter{Tenant: t, Session: s, Kinds: []schemas.Kind{k}}, 1)
@@ -459,7 +464,7 @@ func (g *gateway) addEdge(ctx context.Context, ln net.Listener) error {
 			return l.Read(ctx, bus.Filter{Tenant: t, Kinds: []schemas.Kind{schemas.KindTasked}}, after+1)
 		},
 		TaskTime: g.c.Limits.Task.Duration, Tasks: g.c.tasksAt(),
-		BySpan: l.BySpan,
+		BySpan: l.BySpan, Flags: g.traceFlags(),
 		ActsAs: func(server string, as schemas.Agent) bool { return slices.Contains(actsAs[server], string(as)) },
 		Fronts: g.c.fronts(),
 		SessionLimits: mcp.SessionLimits{
