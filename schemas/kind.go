@@ -40,6 +40,7 @@ const (
 	KindAsked      Kind = "asked"     // the upstream asks the agent
 	KindAnswered   Kind = "answered"  // the agent's answer to that
 	KindNotified   Kind = "notified"  // outside any call, either way
+	KindErased     Kind = "erased"    // what was said in the session until then is destroyed
 )
 
 // kinds is the closed set, with the empty payload of each for decoding.
@@ -65,6 +66,7 @@ var kinds = map[Kind]func() Payload{
 	KindAsked:      func() Payload { return &Asked{} },
 	KindAnswered:   func() Payload { return &Answered{} },
 	KindNotified:   func() Payload { return &Notified{} },
+	KindErased:     func() Payload { return &Erased{} },
 }
 
 // Kinds lists the closed set, in no order.
@@ -82,7 +84,7 @@ func (k Kind) Ends() bool {
 // others belong to their session, or may (asked, answered, notified).
 func (k Kind) OfCall() bool {
 	switch k {
-	case KindOpened, KindClosed, KindAttached, KindConnected, KindAsked, KindAnswered, KindNotified:
+	case KindOpened, KindClosed, KindAttached, KindConnected, KindAsked, KindAnswered, KindNotified, KindErased:
 		return false
 	}
 	return true

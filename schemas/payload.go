@@ -278,6 +278,15 @@ type Notified struct {
 	ToServer bool   `json:"to_server,omitempty"`
 }
 
+// Erased: an operator had what was said in the session destroyed: every event of
+// it that the log had before this one, but for erasures. The event is stored
+// first, and the erasure done by whoever keeps the audit's tree, which keeps the
+// digests.
+type Erased struct {
+	ID     string `json:"id"`               // unique within the session
+	Reason string `json:"reason,omitempty"` // the operator's
+}
+
 func (*Requested) Kind() Kind  { return KindRequested }
 func (*Authorized) Kind() Kind { return KindAuthorized }
 func (*Denied) Kind() Kind     { return KindDenied }
@@ -299,6 +308,7 @@ func (*Connected) Kind() Kind  { return KindConnected }
 func (*Asked) Kind() Kind      { return KindAsked }
 func (*Answered) Kind() Kind   { return KindAnswered }
 func (*Notified) Kind() Kind   { return KindNotified }
+func (*Erased) Kind() Kind     { return KindErased }
 
 // All endings share one ID: that is what makes a second one vanish. Denied is
 // a decision before it is an ending and shares its ID with authorized; a call
@@ -343,5 +353,7 @@ func (p *Answered) id(e Event) EventID {
 	}
 	return EventID(e.Session) + EventID("/answered/"+p.ID)
 }
+
+func (p *Erased) id(e Event) EventID { return EventID(e.Session) + EventID("/erased/"+p.ID) }
 
 func (p *Notified) id(e Event) EventID { return EventID(e.Session) + EventID("/notified/"+p.ID) }

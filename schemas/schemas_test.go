@@ -56,6 +56,7 @@ func TestIDs(t *testing.T) {
 		{&Asked{ID: "n7"}, "s1/asked/n7"},
 		{&Answered{ID: "n7"}, "s1/answered/n7"},
 		{&Notified{ID: "n1"}, "s1/notified/n1"},
+		{&Erased{ID: "n1"}, "s1/erased/n1"},
 	}
 	seen := map[Kind]bool{}
 	for _, tt := range tests {
