@@ -1,0 +1,590 @@
+package audit
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"log/slog"
+	"slices"
+	"time"
+
+	"golang.org/x/mod/sumdb/note"
+	"golang.org/x/mod/sumdb/tlog"
+
+	"waybill.dev/schemas"
+)
+
+// Store is where the tree lies, and the log that it is of. What a method has
+// written is there when it has returned nil.
+type Store interface {
+	// Head is how many records the feed has had, and the position behind the last.
+	Head(ctx context.Context) (uint64, Position, error)
+	// Append adds items to the feed, numbered from n on, one behind the other. It
+	// returns an error that wraps ErrOvertaken, and has then perhaps stored some of
+	// them, where the feed does not end at n: another builder is at work.
+	Append(ctx context.Context, n uint64, items []Item) error
+	// Records are the leaves' records of the feed from one number up to another.
+	Records(ctx context.Context, from, to uint64) iter.Seq2[[]byte, error]
+
+	// Tile reads a full tile; it returns schemas.ErrNotFound.
+	Tile(ctx context.Context, t tlog.Tile) ([]byte, error)
+	PutTile(ctx context.Context, t tlog.Tile, data []byte) error
+	// PutEdge stores the tiles that are not full, in the place of the last ones.
+	PutEdge(ctx context.Context, tiles map[tlog.Tile][]byte) error
+
+	// Checkpoint is the newest one, "" for none.
+	Checkpoint(ctx context.Context) (string, error)
+	// PutCheckpoint adds one; ErrOvertaken where the newest is not the one that
+	// Checkpoint or PutCheckpoint had last.
+	PutCheckpoint(ctx context.Context, text string) error
+
+	// Entry reads one message of the log; it returns schemas.ErrNotFound.
+	Entry(ctx context.Context, stream string, seq uint64) (Entry, error)
+	// Follow yields every message behind a position as it is stored, each stream in
+	// its order, until ctx is done or the reading fails.
+	Follow(ctx context.Context, after Position) iter.Seq2[Entry, error]
+
+	// Secret is a session's secret, made when there is none. That of "" and "" is
+	// the log's own.
+	Secret(ctx context.Context, t schemas.Tenant, s schemas.SessionKey) ([]byte, error)
+	// Erase destroys what was said in a session before a message of EVENTS, and
+	// its secret. It may be asked to do so again.
+	Erase(ctx context.Context, t schemas.Tenant, s schemas.SessionKey, before uint64) error
+}
+
+// ErrOvertaken: another builder has written meanwhile.
+var ErrOvertaken = errors.New("another builder is at work")
+
+// ErrFork: what is stored is not what was signed. A builder that finds this signs
+// nothing any more.
+var ErrFork = errors.New("the tree is not the one that was signed")
+
+// Options of a builder.
+type Options struct {
+	Store  Store
+	Origin string // of the checkpoints
+	Keys   Keys
+	Said   func(schemas.Tenant) bool // whether a tenant's feed has the bodies; may be nil
+
+	// Every and Each say when a tree is signed: after that time and that many
+	// leaves, whichever is first. Default 1 s and 1000.
+	Every time.Duration
+	Each  uint64
+	// Settle is how old a leaf is when it is signed: older than what a power cut
+	// may take with it, or the tree would be of what is not there. Default 250 ms.
+	Settle time.Duration
+
+	// Signed is told of each checkpoint that is stored; may be nil.
+	Signed func(context.Context, Checkpoint, tlog.HashReader)
+	Up     func(bool)       // told when the tree grows, and when it does not; may be nil
+	Tree   func(State)      // told how far the tree is; may be nil
+	Log    *slog.Logger     // default none
+	Now    func() time.Time // default time.Now
+}
+
+// State is how far a tree is.
+type State struct {
+	Leaves, Signed uint64
+	At             Position
+}
+
+// Builder grows the tree. It is used by one goroutine.
+type Builder struct {
+	o     Options
+	known note.Verifiers
+
+	tree    tree
+	at      Position
+	signed  uint64
+	taken   uint64     // leaves in the newest snapshot
+	begun   time.Time  // when the oldest leaf came that is in no snapshot
+	waiting []snapshot // to be signed, oldest first
+	secrets map[string][]byte
+}
+
+// snapshot is a tree that is to be signed when it has settled.
+type snapshot struct {
+	at    time.Time
+	size  uint64
+	root  tlog.Hash
+	tiles map[tlog.Tile][]byte
+}
+
+// most is how many messages are taken at once.
+const most = 1000
+
+// New makes a builder.
+func New(o Options) (*Builder, error) {
+	if o.Every == 0 {
+		o.Every = time.Second
+	}
+	if o.Each == 0 {
+		o.Each = 1000
+	}
+	if o.Settle == 0 {
+		o.Settle = 250 * time.Millisecond
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	if o.Up == nil {
+		o.Up = func(bool) {}
+	}
+	known, err := Known(o.Keys.Verifiers)
+	return &Builder{o: o, known: known}, err
+}
+
+// Run grows the tree until ctx is done, over every interruption. After
+// [ErrFork] it looks again from time to time, and does not grow the tree.
+func (b *Builder) Run(ctx context.Context) error {
+	for ctx.Err() == nil {
+		err := b.grow(ctx)
+		b.o.Up(false)
+		if ctx.Err() != nil {
+			return nil
+		}
+		pause := time.Second
+		if errors.Is(err, ErrFork) {
+			b.o.Log.Error("audit: nothing is signed any more", "error", err)
+			pause = 30 * time.Second
+		} else {
+			b.o.Log.Warn("audit interrupted, reading on from what is stored", "error", err)
+		}
+		t := time.NewTimer(pause)
+		select {
+		case <-ctx.Done():
+		case <-t.C:
+		}
+		t.Stop()
+	}
+	return nil
+}
+
+// grow restores the tree and takes what comes.
+func (b *Builder) grow(ctx context.Context) error {
+	if err := b.Restore(ctx); err != nil {
+		return err
+	}
+	b.o.Up(true)
+	reading, stop := context.WithCancel(ctx)
+	defer stop()
+	entries, failed := make(chan Entry, most), make(chan error, 1)
+	after := Position{}
+	for stream, seq := range b.at {
+		after[stream] = seq
+	}
+	go func() {
+		defer close(entries)
+		for e, err := range b.o.Store.Follow(reading, after) {
+			if err != nil {
+				failed <- err
+				return
+			}
+			select {
+			case entries <- e:
+			case <-reading.Done():
+				return
+			}
+		}
+	}()
+	defer func() {
+		stop()
+		for range entries { // until it has ended
+		}
+	}()
+	tick := time.NewTicker(min(b.o.Settle, b.o.Every) / 2)
+	defer tick.Stop()
+	for {
+		select {
+		case e, ok := <-entries:
+			if !ok {
+				select {
+				case err := <-failed:
+					return err
+				default:
+					return ctx.Err()
+				}
+			}
+			batch := []Entry{e}
+			for more := true; more && len(batch) < most; {
+				select {
+				case e, ok := <-entries:
+					if more = ok; ok {
+						batch = append(batch, e)
+					}
+				default:
+					more = false
+				}
+			}
+			if err := b.Take(ctx, batch); err != nil {
+				return err
+			}
+		case <-tick.C:
+		}
+		if err := b.Sign(ctx); err != nil {
+			return err
+		}
+	}
+}
+
+// Restore reads where the tree is: its right edge at the last checkpoint, and
+// the leaves that the feed has had since. What is not as it was signed, or not as
+// the log has it, is [ErrFork].
+func (b *Builder) Restore(ctx context.Context) error {
+	n, at, err := b.o.Store.Head(ctx)
+	if err != nil {
+		return err
+	}
+	text, err := b.o.Store.Checkpoint(ctx)
+	if err != nil {
+		return err
+	}
+	last := Checkpoint{Origin: b.o.Origin, Root: emptyRoot}
+	if text != "" {
+		if last, err = OpenCheckpoint(text, b.known); err != nil {
+			return fmt.Errorf("%w: %w", ErrFork, err)
+		}
+		if last.Origin != b.o.Origin {
+			return fmt.Errorf("%w: it is of %q, this is %q", ErrFork, last.Origin, b.o.Origin)
+		}
+	}
+	if last.Size > n {
+		return fmt.Errorf("%w: %d leaves were signed, and there are %d", ErrFork, last.Size, n)
+	}
+	b.tree, b.at, b.signed, b.taken, b.waiting = tree{}, at, last.Size, last.Size, nil
+	b.secrets = map[string][]byte{}
+	if b.tree, err = b.edge(ctx, last.Size); err != nil {
+		return err
+	}
+	if root := b.tree.root(); root != last.Root {
+		return fmt.Errorf("%w: of %d leaves, the tree is %s, and %s was signed", ErrFork, last.Size, root, last.Root)
+	}
+	number := last.Size
+	for record, err := range b.o.Store.Records(ctx, last.Size, n) {
+		if err != nil {
+			return fmt.Errorf("leaf %d: %w", number, err)
+		}
+		if err := b.recheck(ctx, number, record, number == n-1); err != nil {
+			return err
+		}
+		if err := b.add(ctx, record); err != nil {
+			return err
+		}
+		number++
+	}
+	if number != n {
+		return fmt.Errorf("%w: the feed has no leaf %d", ErrFork, number)
+	}
+	b.begun = b.o.Now()
+	b.tell()
+	return nil
+}
+
+// recheck holds a leaf that is not signed yet against the log. The erasure that
+// the last one is of is done again.
+func (b *Builder) recheck(ctx context.Context, n uint64, record []byte, last bool) error {
+	l, err := ReadRecord(record)
+	if err != nil {
+		return fmt.Errorf("%w: leaf %d: %w", ErrFork, n, err)
+	}
+	e, err := b.o.Store.Entry(ctx, l.Stream, l.Seq)
+	switch {
+	case l.To != 0, errors.Is(err, schemas.ErrNotFound):
+		// Aged out or erased since.
+	case err != nil:
+		return err
+	default:
+		salt, err := b.salt(ctx, e)
+		if err != nil {
+			return err
+		}
+		if !bytes.Equal(Record(e, salt), record) {
+			return fmt.Errorf("%w: leaf %d is not of what the log has at %s %d", ErrFork, n, l.Stream, l.Seq)
+		}
+	}
+	if e, ok := l.Opened(); ok && last && e.Kind() == schemas.KindErased {
+		return b.erase(ctx, e)
+	}
+	return nil
+}
+
+// edge reads the right edge of a tree of size leaves.
+func (b *Builder) edge(ctx context.Context, size uint64) (tree, error) {
+	t := tree{size: size}
+	for level, count := 0, size; count > 0; level, count = level+1, count>>tileHeight {
+		hashes := make([]tlog.Hash, 0, tileWidth)
+		from := count &^ (tileWidth - 1)
+		if level == 0 {
+			for record, err := range b.o.Store.Records(ctx, from, count) {
+				if err != nil {
+					return t, err
+				}
+				hashes = append(hashes, hashOf(record))
+			}
+		} else {
+			for i := from; i < count; i++ {
+				data, err := b.tile(ctx, tlog.Tile{H: tileHeight, L: level - 1, N: int64(i), W: tileWidth})
+				if err != nil {
+					return t, err
+				}
+				hashes = append(hashes, perfect(tileHashes(data)))
+			}
+		}
+		if uint64(len(hashes)) != count-from {
+			return t, fmt.Errorf("%w: the feed has %d of the leaves from %d to %d", ErrFork, len(hashes), from, count)
+		}
+		t.edges = append(t.edges, hashes)
+	}
+	return t, nil
+}
+
+// tile reads a full tile, or makes it of what lies below it where a crash has
+// come before it was stored.
+func (b *Builder) tile(ctx context.Context, t tlog.Tile) ([]byte, error) {
+	data, err := b.o.Store.Tile(ctx, t)
+	if err == nil && len(data) != tileWidth*tlog.HashSize {
+		return nil, fmt.Errorf("%w: %s has %d bytes", ErrFork, t.Path(), len(data))
+	}
+	if !errors.Is(err, schemas.ErrNotFound) {
+		return data, err
+	}
+	var hashes []tlog.Hash
+	first := uint64(t.N) * tileWidth
+	if t.L == 0 {
+		for record, err := range b.o.Store.Records(ctx, first, first+tileWidth) {
+			if err != nil {
+				return nil, err
+			}
+			hashes = append(hashes, hashOf(record))
+		}
+	} else {
+		for i := first; i < first+tileWidth; i++ {
+			below, err := b.tile(ctx, tlog.Tile{H: tileHeight, L: t.L - 1, N: int64(i), W: tileWidth})
+			if err != nil {
+				return nil, err
+			}
+			hashes = append(hashes, perfect(tileHashes(below)))
+		}
+	}
+	if len(hashes) != tileWidth {
+		return nil, fmt.Errorf("%w: %s is missing, and so is what it is made of", ErrFork, t.Path())
+	}
+	data = tileData(hashes)
+	return data, b.o.Store.PutTile(ctx, t, data)
+}
+
+// Take makes leaves of messages: the feed has them, then the tree. An erasure is
+// done when the feed has its leaf, and before anything that comes after it has
+// one; and nothing that covers it is signed before. So one that a crash cuts off
+// is the feed's last leaf, and is done again.
+func (b *Builder) Take(ctx context.Context, entries []Entry) error {
+	for len(entries) > 0 {
+		n := len(entries)
+		at := slices.IndexFunc(entries, func(e Entry) bool { return erases(e) && e.Seq > b.at[e.Stream] })
+		if at >= 0 {
+			n = at + 1
+		}
+		if err := b.take(ctx, entries[:n]); err != nil {
+			return err
+		}
+		if at >= 0 {
+			if err := b.erase(ctx, entries[at].Event); err != nil {
+				return err
+			}
+		}
+		entries = entries[n:]
+	}
+	b.tell()
+	return nil
+}
+
+func erases(e Entry) bool { return e.Event.Data != nil && e.Event.Kind() == schemas.KindErased }
+
+func (b *Builder) take(ctx context.Context, entries []Entry) error {
+	items := make([]Item, 0, len(entries))
+	records := make([][]byte, 0, len(entries))
+	put := func(i Item, record []byte) {
+		i.At = Position{}
+		for stream, seq := range b.at {
+			i.At[stream] = seq
+		}
+		items, records = append(items, i), append(records, record)
+	}
+	next := func() uint64 { return b.tree.size + uint64(len(items)) }
+	for _, e := range entries {
+		seen := b.at[e.Stream]
+		if e.Seq <= seen {
+			continue // it was given again
+		}
+		if e.Seq > seen+1 {
+			gap := Entry{Stream: e.Stream, Seq: seen + 1}
+			record := gapRecord(e.Stream, seen+1, e.Seq-1)
+			b.at[e.Stream] = e.Seq - 1
+			put(item(b.o.Origin, next(), gap, record, nil, false), record)
+		}
+		salt, err := b.salt(ctx, e)
+		if err != nil {
+			return err
+		}
+		record := Record(e, salt)
+		b.at[e.Stream] = e.Seq
+		said := b.o.Said != nil && e.Event.Data != nil && len(e.Body) > 0 && b.o.Said(e.Event.Tenant)
+		put(item(b.o.Origin, next(), e, record, salt, said), record)
+	}
+	if len(items) == 0 {
+		return nil
+	}
+	if err := b.o.Store.Append(ctx, b.tree.size, items); err != nil {
+		return fmt.Errorf("leaves from %d on: %w", b.tree.size, err)
+	}
+	for _, record := range records {
+		if err := b.add(ctx, record); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// add adds a leaf that the feed has.
+func (b *Builder) add(ctx context.Context, record []byte) error {
+	if b.tree.size == b.taken {
+		b.begun = b.o.Now()
+	}
+	var err error
+	b.tree.add(hashOf(record), func(t tlog.Tile, data []byte) {
+		if err == nil {
+			err = b.o.Store.PutTile(ctx, t, data)
+		}
+	})
+	if err == nil && b.tree.size-b.taken >= b.o.Each {
+		b.snap()
+	}
+	return err
+}
+
+func (b *Builder) snap() {
+	b.waiting = append(b.waiting, snapshot{b.o.Now(), b.tree.size, b.tree.root(), b.tree.partial()})
+	b.taken = b.tree.size
+}
+
+func (b *Builder) erase(ctx context.Context, e schemas.Event) error {
+	delete(b.secrets, string(e.Tenant)+"."+string(e.Session))
+	if err := b.o.Store.Erase(ctx, e.Tenant, e.Session, e.Seq); err != nil {
+		return fmt.Errorf("erase session %s: %w", e.Session, err)
+	}
+	b.o.Log.Info("session erased", "tenant", e.Tenant, "session", e.Session, "before", e.Seq)
+	return nil
+}
+
+// Sign signs what has settled, if it is time.
+func (b *Builder) Sign(ctx context.Context) error {
+	now := b.o.Now()
+	if b.tree.size > b.taken && now.Sub(b.begun) >= b.o.Every-b.o.Settle {
+		b.snap()
+	}
+	for len(b.waiting) > 0 && now.Sub(b.waiting[0].at) >= b.o.Settle {
+		s := b.waiting[0]
+		c, err := b.o.Keys.sign(b.o.Origin, s.size, s.root)
+		if err != nil {
+			return err
+		}
+		// The edge first: who reads a checkpoint finds all of its tree.
+		if err := b.o.Store.PutEdge(ctx, s.tiles); err != nil {
+			return fmt.Errorf("edge of the tree of %d: %w", s.size, err)
+		}
+		if err := b.o.Store.PutCheckpoint(ctx, c.Text); err != nil {
+			return fmt.Errorf("checkpoint of %d: %w", s.size, err)
+		}
+		b.waiting, b.signed = b.waiting[1:], s.size
+		if b.o.Signed != nil {
+			b.o.Signed(ctx, c, b.reader(ctx, s))
+		}
+		b.tell()
+	}
+	return nil
+}
+
+// reader reads the hashes of a tree as it was signed.
+func (b *Builder) reader(ctx context.Context, s snapshot) tlog.HashReader {
+	return Reader(tlog.Tree{N: int64(s.size), Hash: s.root}, func(t tlog.Tile) ([]byte, error) {
+		if data, ok := s.tiles[t]; ok {
+			return data, nil
+		}
+		return b.o.Store.Tile(ctx, t)
+	})
+}
+
+func (b *Builder) tell() {
+	if b.o.Tree != nil {
+		at := Position{}
+		for stream, seq := range b.at {
+			at[stream] = seq
+		}
+		b.o.Tree(State{b.tree.size, b.signed, at})
+	}
+}
+
+// SecretOf is whose secret salts a message: its session's, or "" and "" for the
+// log's own. An erasure is salted by the log's, as it is no part of what it erases.
+func SecretOf(e Entry) (schemas.Tenant, schemas.SessionKey) {
+	if erases(e) {
+		return "", ""
+	}
+	return owner(e.Stream, e.Subject)
+}
+
+// remembered is how many secrets are kept at hand.
+const remembered = 20_000
+
+func (b *Builder) salt(ctx context.Context, e Entry) ([]byte, error) {
+	t, s := SecretOf(e)
+	key := string(t) + "." + string(s)
+	secret := b.secrets[key]
+	if secret == nil {
+		var err error
+		if secret, err = b.o.Store.Secret(ctx, t, s); err != nil {
+			return nil, fmt.Errorf("secret of session %s: %w", s, err)
+		}
+		if len(b.secrets) >= remembered {
+			clear(b.secrets)
+		}
+		b.secrets[key] = secret
+	}
+	return Salt(secret, e.Stream, e.Seq), nil
+}
+
+// Reader reads the hashes of a tree from its tiles, checked against the root.
+// tile reads one: full, or the last of the tree, of the width asked for.
+func Reader(of tlog.Tree, tile func(tlog.Tile) ([]byte, error)) tlog.HashReader {
+	return tlog.TileHashReader(of, tiles(tile))
+}
+
+type tiles func(tlog.Tile) ([]byte, error)
+
+func (tiles) Height() int { return tileHeight }
+
+func (r tiles) ReadTiles(all []tlog.Tile) ([][]byte, error) {
+	data := make([][]byte, len(all))
+	for i, t := range all {
+		b, err := r(t)
+		if err != nil && t.W < tileWidth {
+			// It is full by now.
+			b, err = r(tlog.Tile{H: t.H, L: t.L, N: t.N, W: tileWidth})
+		}
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", t.Path(), err)
+		}
+		if len(b) < t.W*tlog.HashSize {
+			return nil, fmt.Errorf("%s has %d bytes", t.Path(), len(b))
+		}
+		data[i] = b[:t.W*tlog.HashSize]
+	}
+	return data, nil
+}
+
+func (tiles) SaveTiles([]tlog.Tile, [][]byte) {}

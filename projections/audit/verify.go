@@ -1,0 +1,495 @@
+package audit
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"iter"
+	"slices"
+	"strings"
+
+	"golang.org/x/mod/sumdb/tlog"
+
+	"waybill.dev/schemas"
+)
+
+// Line is one line of what is verified, in this order: one Log; the Checkpoints,
+// oldest first; the Tiles; the leaves, in their order; the messages of the log
+// that the tree does not have yet; and Last, without which lines are missing. It is
+// written as JSON, so that what was verified can be kept and verified again.
+type Line struct {
+	Log        *Held    `json:"log,omitempty"`
+	Checkpoint string   `json:"checkpoint,omitempty"`
+	Tile       string   `json:"tile,omitempty"` // its path: tile/8/0/000
+	Data       []byte   `json:"data,omitempty"` // of the tile
+	Leaf       *Witness `json:"leaf,omitempty"`
+	Beyond     *Entry   `json:"beyond,omitempty"`
+	Last       bool     `json:"last,omitempty"`
+}
+
+// Held says what is held.
+type Held struct {
+	Origin  string           `json:"origin"`
+	Keys    []string         `json:"keys"`           // public keys; a verifier should know them from elsewhere
+	Leaves  uint64           `json:"leaves"`         // that the feed has had
+	First   uint64           `json:"first"`          // the first that it still has
+	Streams map[string]Range `json:"streams"`        // what the log holds
+	Rows    *Range           `json:"rows,omitempty"` // of EVENTS as rows; absent where there are none
+}
+
+// Range is from one sequence to another, both included; First is above Last where
+// there is none.
+type Range struct {
+	First uint64 `json:"first"`
+	Last  uint64 `json:"last"`
+}
+
+func (r Range) has(seq uint64) bool { return seq >= r.First && seq <= r.Last }
+
+// Witness is a leaf and what is known of it.
+type Witness struct {
+	Number uint64         `json:"number"`
+	Record string         `json:"record,omitempty"` // left out where it is what the entry and its salt make
+	Salt   string         `json:"salt,omitempty"`   // hex; "" where it was erased
+	Entry  *Entry         `json:"entry,omitempty"`  // the log's message; absent where it has none
+	Row    *schemas.Event `json:"row,omitempty"`    // the same in another store
+}
+
+// Problem is one thing that is not as it was signed.
+type Problem struct {
+	Leaf   *uint64 `json:"leaf,omitempty"`
+	Stream string  `json:"stream,omitempty"`
+	Seq    uint64  `json:"seq,omitempty"`
+	Text   string  `json:"problem"`
+}
+
+func (p Problem) String() string {
+	var b strings.Builder
+	if p.Stream != "" {
+		fmt.Fprintf(&b, "%s %d: ", p.Stream, p.Seq)
+	}
+	if p.Leaf != nil {
+		fmt.Fprintf(&b, "leaf %d: ", *p.Leaf)
+	}
+	return b.String() + p.Text
+}
+
+// Report is the outcome of a verification.
+type Report struct {
+	Origin      string    `json:"origin"`
+	Checkpoints int       `json:"checkpoints"`      // whose signatures and trees are right
+	Signed      uint64    `json:"signed"`           // leaves in the newest tree
+	Messages    uint64    `json:"messages"`         // of the log that are as they were signed
+	Rows        uint64    `json:"rows"`             // the same of rows
+	Erased      uint64    `json:"erased"`           // leaves whose body was erased, as an erasure in the tree says
+	Aged        uint64    `json:"aged"`             // leaves whose messages are older than the log
+	Unsigned    uint64    `json:"unsigned"`         // messages that no checkpoint covers yet
+	Gaps        uint64    `json:"gaps"`             // messages that the log did not have when the tree reached them
+	Problems    []Problem `json:"problems"`         // in the order of the leaves; the first 100
+	More        int       `json:"more,omitempty"`   // problems beside those
+	Key         string    `json:"key,omitempty"`    // of the newest checkpoint
+	Newest      string    `json:"newest,omitempty"` // the newest checkpoint
+}
+
+// OK tells whether nothing was found.
+func (r Report) OK() bool { return len(r.Problems) == 0 }
+
+// ErrLines is wrapped by the error for lines that are no record of an audit.
+var ErrLines = errors.New("not a whole record of an audit")
+
+// Check is what a verification goes by.
+type Check struct {
+	// Keys are the public keys that are trusted.
+	Keys []string
+	// Against are checkpoints of earlier, from elsewhere.
+	Against []string
+	// Decode reads Entry.Event as the tree's builder had it.
+	Decode func(*Entry)
+}
+
+// Verify holds lines against the checkpoints in them, and those against the
+// trusted keys and the earlier checkpoints. An error means that the lines could
+// not be read; what is wrong with the record is in the report.
+func Verify(_ context.Context, lines iter.Seq2[Line, error], c Check) (Report, error) {
+	known, err := Known(c.Keys)
+	if err != nil {
+		return Report{}, err
+	}
+	v := &verifier{c: c, tiles: map[tlog.Tile][]byte{}, at: Position{}, erased: map[string]uint64{}}
+	for _, text := range c.Against {
+		cp, err := OpenCheckpoint(text, known)
+		if err != nil {
+			return v.r, fmt.Errorf("the checkpoint to verify against: %w", err)
+		}
+		v.against = append(v.against, cp)
+	}
+	last, leaves := false, false
+	for l, err := range lines {
+		switch {
+		case err != nil:
+			return v.r, err
+		case v.held.Streams == nil && l.Log == nil, last:
+			return v.r, fmt.Errorf("%w: a line stands where none should", ErrLines)
+		case l.Log != nil:
+			v.held, v.r.Origin = *l.Log, l.Log.Origin
+			if v.held.Streams == nil {
+				v.held.Streams = map[string]Range{}
+			}
+			v.next = v.held.First
+		case l.Checkpoint != "":
+			cp, err := OpenCheckpoint(l.Checkpoint, known)
+			switch {
+			case err != nil:
+				v.problem(Problem{Text: fmt.Sprintf("checkpoint %d: %v", len(v.checkpoints)+1, err)})
+			case cp.Origin != v.held.Origin:
+				v.problem(Problem{Text: fmt.Sprintf("checkpoint of %d leaves: it is of %q, not %q", cp.Size, cp.Origin, v.held.Origin)})
+			default:
+				if n := len(v.checkpoints); n > 0 && v.checkpoints[n-1].Size > cp.Size {
+					v.problem(Problem{Text: fmt.Sprintf("checkpoint of %d leaves: it stands behind one of %d", cp.Size, v.checkpoints[n-1].Size)})
+				}
+				v.checkpoints = append(v.checkpoints, cp)
+			}
+		case l.Tile != "":
+			t, err := tlog.ParseTilePath(l.Tile)
+			if err != nil || t.H != tileHeight || len(l.Data) != t.W*tlog.HashSize {
+				return v.r, fmt.Errorf("%w: tile %q of %d bytes", ErrLines, l.Tile, len(l.Data))
+			}
+			v.tiles[t] = l.Data
+		case l.Leaf != nil:
+			if !leaves {
+				leaves = true
+				v.trees()
+			}
+			v.leaf(*l.Leaf)
+		case l.Beyond != nil:
+			v.beyond(*l.Beyond)
+		case l.Last:
+			last = true
+		}
+	}
+	if !last {
+		return v.r, fmt.Errorf("%w: it breaks off", ErrLines)
+	}
+	if !leaves {
+		v.trees()
+	}
+	v.end()
+	return v.r, nil
+}
+
+// verifier is the state of one verification.
+type verifier struct {
+	c           Check
+	r           Report
+	held        Held
+	checkpoints []Checkpoint
+	against     []Checkpoint
+	tiles       map[tlog.Tile][]byte
+	size        uint64 // of the newest signed tree
+
+	next    uint64            // number of the next leaf
+	at      Position          // last sequence of each stream in the tree; none before the first leaf
+	missing []lost            // leaves whose messages the log should have
+	erased  map[string]uint64 // by session: the last erasure's place
+}
+
+type lost struct {
+	Problem
+	session string // "" for what no erasure excuses
+	what    what
+}
+
+// what is missing.
+type what int
+
+const (
+	message what = iota
+	aged         // a message of before the log begins
+	row
+)
+
+func (v *verifier) problem(p Problem) {
+	if len(v.r.Problems) < 100 {
+		v.r.Problems = append(v.r.Problems, p)
+	} else {
+		v.r.More++
+	}
+}
+
+// trees makes the tree again from the hashes of its leaves, and holds it against
+// each checkpoint of its size on the way, and against the tiles.
+func (v *verifier) trees() {
+	type word struct {
+		Checkpoint
+		earlier bool
+	}
+	var words []word
+	for _, c := range v.checkpoints {
+		words = append(words, word{c, false})
+		v.size = max(v.size, c.Size)
+	}
+	for _, c := range v.against {
+		if c.Origin != v.held.Origin {
+			v.problem(Problem{Text: fmt.Sprintf("the earlier checkpoint is of %q, this log is %q", c.Origin, v.held.Origin)})
+			continue
+		}
+		words = append(words, word{c, true})
+	}
+	slices.SortStableFunc(words, func(a, b word) int {
+		if a.Size < b.Size {
+			return -1
+		} else if a.Size > b.Size {
+			return 1
+		}
+		return 0
+	})
+	var t tree
+	fits := uint64(0) // the largest tree that is as it was signed
+	bad := false      // of what follows, one word is enough
+	look := func() {
+		for len(words) > 0 && words[0].Size == t.size {
+			c := words[0]
+			words = words[1:]
+			switch root := t.root(); {
+			case root == c.Root:
+				fits = c.Size
+				if !c.earlier {
+					v.r.Checkpoints++
+				}
+			case c.earlier:
+				v.problem(Problem{Text: fmt.Sprintf("fork: an earlier checkpoint says that the tree of %d leaves is %s, and it is %s here; the last that fits has %d leaves", c.Size, c.Root, root, fits)})
+			case !bad:
+				bad = true
+				v.problem(Problem{Text: fmt.Sprintf("the tree of %d leaves is %s, and %s was signed; the last that fits has %d leaves", c.Size, root, c.Root, fits)})
+			}
+		}
+	}
+	for look(); t.size < v.size; look() {
+		h, ok := v.hash(t.size)
+		if !ok {
+			n := t.size
+			v.problem(Problem{Leaf: &n, Text: "the tile with its hash is missing"})
+			break
+		}
+		t.add(h, func(full tlog.Tile, data []byte) {
+			if stored, ok := v.tiles[full]; ok && string(stored) != string(data) {
+				v.problem(Problem{Text: full.Path() + " is not of the tiles below it"})
+			}
+		})
+	}
+	for _, c := range words {
+		if c.Size > v.size {
+			v.problem(Problem{Text: fmt.Sprintf("cut off: an earlier checkpoint is of %d leaves, and the newest here of %d", c.Size, v.size)})
+		}
+	}
+	v.r.Signed = v.size
+	if n := len(v.checkpoints); n > 0 {
+		v.r.Newest = v.checkpoints[n-1].Text
+	}
+}
+
+// hash is the hash of a leaf in the tiles.
+func (v *verifier) hash(n uint64) (tlog.Hash, bool) {
+	at := int(n % tileWidth)
+	t := tlog.Tile{H: tileHeight, L: 0, N: int64(n / tileWidth), W: tileWidth}
+	data, ok := v.tiles[t]
+	if !ok {
+		t.W = int(v.size % tileWidth)
+		data, ok = v.tiles[t]
+	}
+	if !ok || at >= t.W {
+		return tlog.Hash{}, false
+	}
+	return tlog.Hash(data[at*tlog.HashSize : (at+1)*tlog.HashSize]), true
+}
+
+// leaf holds a leaf against the tree and what is stored against the leaf.
+func (v *verifier) leaf(w Witness) {
+	n := w.Number
+	say := func(stream string, seq uint64, format string, args ...any) {
+		v.problem(Problem{&n, stream, seq, fmt.Sprintf(format, args...)})
+	}
+	switch {
+	case n < v.next:
+		say("", 0, "it stands twice")
+		return
+	case n > v.next:
+		say("", 0, "the feed has lost the %d before it", n-v.next)
+	}
+	v.next = n + 1
+
+	var made []byte
+	if w.Entry != nil {
+		v.c.Decode(w.Entry)
+		if salt, err := hex.DecodeString(w.Salt); err == nil && w.Salt != "" {
+			made = Record(*w.Entry, salt)
+		}
+	}
+	record := []byte(w.Record)
+	if w.Record == "" {
+		record = made
+	}
+	l, err := ReadRecord(record)
+	if err != nil {
+		say("", 0, "%v", err)
+		return
+	}
+	signed := n < v.size
+	if h, ok := v.hash(n); signed && ok && h != hashOf(record) {
+		switch {
+		case w.Record == "" && w.Entry != nil:
+			say(l.Stream, l.Seq, "the message is not the one that was signed")
+		case made != nil && h == hashOf(made):
+			say(l.Stream, l.Seq, "the feed's record is not the one that was signed; the message is")
+		default:
+			say(l.Stream, l.Seq, "neither the feed's record nor the tile is right: one of them was changed")
+		}
+	}
+	if at, ok := v.at[l.Stream]; ok && l.Seq != at+1 {
+		say(l.Stream, l.Seq, "it follows %d in the tree", at)
+	}
+	v.at[l.Stream] = max(l.Seq, l.To)
+	if l.To != 0 {
+		v.r.Gaps += l.To - l.Seq + 1
+		return
+	}
+	open, isEvent := l.Opened()
+	if isEvent && open.Kind() == schemas.KindErased {
+		v.erased[string(open.Tenant)+"."+string(open.Session)] = l.Seq
+	}
+	session := ""
+	if t, s := owner(l.Stream, l.Subject); t != "" && (!isEvent || open.Kind() != schemas.KindErased) {
+		session = string(t) + "." + string(s)
+	}
+	about := l.Subject
+	if isEvent {
+		about = fmt.Sprintf("%s of session %s", open.ID(), open.Session)
+	}
+	held := v.held.Streams[l.Stream]
+	switch {
+	case w.Entry == nil && l.Seq < held.First:
+		// Erased or too old: the log begins behind it in both cases.
+		v.missing = append(v.missing, lost{Problem{Seq: l.Seq}, session, aged})
+	case w.Entry == nil:
+		how := "deleted from the log: "
+		if l.Seq > held.Last {
+			how = "cut off the end of the log: "
+		}
+		v.missing = append(v.missing, lost{Problem{&n, l.Stream, l.Seq, how + about}, session, message})
+	case w.Entry.Stream != l.Stream || w.Entry.Seq != l.Seq:
+		say(l.Stream, l.Seq, "in its place stands %s %d", w.Entry.Stream, w.Entry.Seq)
+	case made == nil:
+		say(l.Stream, l.Seq, "its salt is gone, and the message is not: %s", about)
+	case string(made) != string(record):
+		say(l.Stream, l.Seq, "the message was changed: %s: %s", about, difference(record, made))
+	case !signed:
+		v.r.Unsigned++
+	default:
+		v.r.Messages++
+	}
+	v.row(w, l, open, isEvent, about, session)
+}
+
+// row holds a row against its leaf.
+func (v *verifier) row(w Witness, l Leaf, open schemas.Event, isEvent bool, about, session string) {
+	if v.held.Rows == nil || l.Stream != Events || !isEvent || open.Kind() == schemas.KindErased && w.Row == nil {
+		return
+	}
+	n := w.Number
+	if w.Row == nil {
+		if v.held.Rows.has(l.Seq) {
+			v.missing = append(v.missing, lost{Problem{&n, l.Stream, l.Seq, "its row is missing: " + about}, session, row})
+		}
+		return
+	}
+	salt, err := hex.DecodeString(w.Salt)
+	text, _ := w.Row.Open().MarshalString()
+	switch {
+	case text != string(l.Event):
+		v.problem(Problem{&n, l.Stream, l.Seq, "the row was changed: " + about})
+	case err != nil || w.Salt == "":
+		v.problem(Problem{&n, l.Stream, l.Seq, "the row's salt is gone, and the row is not: " + about})
+	case hex.EncodeToString(bodyDigest(salt, w.Row.Body)) != l.Body:
+		v.problem(Problem{&n, l.Stream, l.Seq, "the row's body was changed: " + about})
+	default:
+		v.r.Rows++
+	}
+}
+
+// difference names the members in which two records differ.
+func difference(signed, now []byte) string {
+	a, err := ReadRecord(signed)
+	b, err2 := ReadRecord(now)
+	if err != nil || err2 != nil {
+		return "unreadable"
+	}
+	var what []string
+	for _, m := range []struct {
+		name string
+		same bool
+	}{
+		{"subject", a.Subject == b.Subject}, {"time", a.Stored.Equal(b.Stored)}, {"headers", a.Head == b.Head},
+		{"body", a.Body == b.Body && a.Size == b.Size}, {"event", string(a.Event) == string(b.Event)},
+	} {
+		if !m.same {
+			what = append(what, m.name)
+		}
+	}
+	return strings.Join(what, ", ")
+}
+
+// beyond is a message for which the tree has no leaf yet.
+func (v *verifier) beyond(e Entry) {
+	if at, ok := v.at[e.Stream]; ok && e.Seq <= at {
+		v.problem(Problem{Stream: e.Stream, Seq: e.Seq, Text: "the tree has no leaf for this message, and is past it"})
+		return
+	}
+	v.at[e.Stream] = e.Seq
+	v.r.Unsigned++
+}
+
+// end settles what is missing: erased, or lost.
+func (v *verifier) end() {
+	if v.next < v.held.Leaves || v.next < v.size {
+		n := v.next
+		v.problem(Problem{Leaf: &n, Text: fmt.Sprintf("the feed ends before it; %d leaves were signed", v.size)})
+	}
+	var gone []Problem
+	for _, m := range v.missing {
+		erased := m.session != "" && v.erased[m.session] > m.Seq
+		switch {
+		case erased && m.what != row:
+			v.r.Erased++
+		case erased:
+		case m.what == aged:
+			v.r.Aged++
+		default:
+			gone = append(gone, m.Problem)
+		}
+	}
+	rest := v.r.Problems
+	v.r.Problems = []Problem{}
+	// Those that name no leaf come first: they are of the whole tree.
+	slices.SortStableFunc(gone, byLeaf)
+	all := append(rest, gone...)
+	slices.SortStableFunc(all, byLeaf)
+	v.r.More += max(0, len(all)-100)
+	v.r.Problems = append(v.r.Problems, all[:min(len(all), 100)]...)
+}
+
+func byLeaf(a, b Problem) int {
+	place := func(p Problem) int64 {
+		if p.Leaf == nil {
+			return -1
+		}
+		return int64(*p.Leaf)
+	}
+	switch x, y := place(a), place(b); {
+	case x < y:
+		return -1
+	case x > y:
+		return 1
+	}
+	return 0
+}
