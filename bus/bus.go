@@ -60,6 +60,9 @@ type Options struct {
 	AckWait  time.Duration // after which work of a silent worker is given to another; default 5 s
 	Log      *slog.Logger
 
+	FeedAge   time.Duration // of the audit's feed; default 90 days
+	FeedBytes int64         // of the audit's feed; default 8 GiB
+
 	// Fault is a door for tests: it is asked before and after each publish
 	// and may fail it, so that "failed" and "failed but stored" are both tried.
 	Fault func(e schemas.Event, stored bool) error
@@ -173,13 +176,18 @@ func Setup(ctx context.Context, o Options) error {
 	if err != nil {
 		return err
 	}
-	streams := []jetstream.StreamConfig{kept, o.system(), o.dead()}
+	streams := append([]jetstream.StreamConfig{kept, o.system(), o.dead()}, o.audit()...)
 	if o.Leases {
 		streams = append(streams, o.owners(), o.keys())
 	}
 	for _, c := range streams {
 		for {
 			_, err = js.CreateOrUpdateStream(ctx, c)
+			// That of an earlier version cannot be brought to let anything be erased.
+			if api := new(jetstream.APIError); c.Name == events && errors.As(err, &api) && api.ErrorCode == codeConfig {
+				c.DenyDelete = true
+				_, err = js.CreateOrUpdateStream(ctx, c)
+			}
 			// A cluster elects its leader first; an embedded server may still
 			// recover its streams.
 			if err == nil || ctx.Err() != nil || !passing(err) {
@@ -224,7 +232,8 @@ func (o Options) events() jetstream.StreamConfig {
 		Name: events, Description: "every event of every call",
 		Subjects: []string{"ev.>"},
 		MaxBytes: 4 << 30, MaxAge: 24 * time.Hour,
-		Discard: jetstream.DiscardOld, DenyDelete: true, DenyPurge: true,
+		// Not DenyDelete: who erases a session has to. Nobody else may (role.go).
+		Discard: jetstream.DiscardOld, DenyPurge: true,
 		// In a cluster any node would answer, also one that has not got an event
 		// yet that was acknowledged a moment ago; then only the leader may.
 		AllowDirect: o.Replicas <= 1, Duplicates: Duplicates,
@@ -256,6 +265,7 @@ func (o Options) dead() jetstream.StreamConfig {
 
 // Codes of the server's errors for which its client has no names.
 const (
+	codeConfig    = 10052 // the settings are refused
 	codeStorage   = 10047 // insufficient storage
 	codeResources = 10023 // insufficient resources
 	codeHeaders   = 10097 // header size exceeds 64 KiB

@@ -18,13 +18,14 @@ const (
 	RoleProject  Role = "project"
 	RoleTraces   Role = "traces"   // exports spans; stores nothing
 	RoleOperator Role = "operator" // carries out what people order through the admin API
+	RoleAudit    Role = "audit"    // keeps the tree and its feed, and erases
 	RoleAdmin    Role = "admin"    // sets up the streams; no part of a running call
 	RoleObserver Role = "observer" // reads, for auditors and tests; stores nothing
 )
 
 // Roles lists them all.
 func Roles() []Role {
-	return []Role{RoleEdge, RolePolicy, RoleDispatch, RoleProject, RoleTraces, RoleOperator, RoleAdmin, RoleObserver}
+	return []Role{RoleEdge, RolePolicy, RoleDispatch, RoleProject, RoleTraces, RoleAudit, RoleOperator, RoleAdmin, RoleObserver}
 }
 
 // writes is the table of kinds that a role may store.
@@ -41,6 +42,7 @@ var writes = map[Role][]schemas.Kind{
 		schemas.KindCancelled, schemas.KindLate, schemas.KindConnected, schemas.KindAsked, schemas.KindNotified,
 		schemas.KindRouted,
 	},
+	RoleAudit: {schemas.KindErased},
 }
 
 // records is the table of kinds of records ([System]) that a role may store.
@@ -80,7 +82,7 @@ func (r Role) Permissions() Subjects {
 			"$JS.API.CONSUMER.INFO.*.*", "$JS.API.CONSUMER.LIST.*", "$JS.API.CONSUMER.NAMES.*",
 			"$JS.API.CONSUMER.MSG.NEXT.*.*",
 		},
-		Subscribe: []string{"_INBOX.>", "ev.>", "sys.>", "dead.>"},
+		Subscribe: []string{"_INBOX.>", "ev.>", "sys.>", "dead.>", "audit.>", "tlog.>"},
 	}
 	for role, name := range durables {
 		if role == r {
@@ -91,12 +93,22 @@ func (r Role) Permissions() Subjects {
 			"$JS.API.CONSUMER.CREATE.*."+name, "$JS.API.CONSUMER.CREATE.*."+name+".>",
 			"$JS.API.CONSUMER.DELETE.*."+name, "$JS.API.CONSUMER.MSG.NEXT.*."+name)
 	}
-	if r == RoleDispatch {
+	if r == RoleDispatch || r == RoleAudit {
 		p.Publish = append(p.Publish, "key.*")
 	} else {
 		p.Never = append(p.Never,
 			"$JS.API.STREAM.MSG.GET."+keys, "$JS.API.DIRECT.GET."+keys, "$JS.API.DIRECT.GET."+keys+".>",
 			"$JS.API.CONSUMER.CREATE."+keys+".>", "$JS.API.CONSUMER.MSG.NEXT."+keys+".>")
+	}
+	if r == RoleAudit {
+		p.Publish = append(p.Publish, "audit.>", "tlog.>", "salt.>")
+		for _, s := range []string{events, dead, feedStream, stateStream} {
+			p.Publish = append(p.Publish, "$JS.API.STREAM.MSG.DELETE."+s)
+		}
+	} else {
+		p.Never = append(p.Never,
+			"$JS.API.STREAM.MSG.GET."+stateStream, "$JS.API.DIRECT.GET."+stateStream, "$JS.API.DIRECT.GET."+stateStream+".>",
+			"$JS.API.CONSUMER.CREATE."+stateStream+".>", "$JS.API.CONSUMER.MSG.NEXT."+stateStream+".>")
 	}
 	for _, k := range writes[r] {
 		p.Publish = append(p.Publish, "ev.*.*."+string(k)+".*")
@@ -107,9 +119,32 @@ func (r Role) Permissions() Subjects {
 	if len(records[r]) > 0 {
 		p.Publish = append(p.Publish, "sys."+contentKind+".*")
 	}
-	if r == RoleDispatch {
-		p.Publish = append(p.Publish, "$KV."+owners+".>") // see Leases; reading it is everybody's
+	switch r { // see Leases; reading them is everybody's
+	case RoleDispatch:
+		p.Publish = append(p.Publish, "$KV."+owners+".>")
+	case RoleAudit:
+		p.Publish = append(p.Publish, leaseNames+"*", leaseKeys+BuilderLease)
 	}
 	slices.Sort(p.Never)
 	return p
+}
+
+// BuilderLease is the lease of the process that builds the audit's tree.
+const BuilderLease = "audit.builder"
+
+// SubscriberHears are the subjects on which a subscriber of a tenant hears the
+// audit as it is stored.
+func SubscriberHears(tenant string) []string {
+	return []string{"audit." + tenant + ".>", checkpointSubject}
+}
+
+// SubscriberAsks are the subjects on which a subscriber asks: for what its own
+// durable consumer has for it ([Audit.Subscriber]), and for checkpoints and tiles.
+func SubscriberAsks(name string) []string {
+	return []string{
+		"$JS.API.CONSUMER.INFO." + feedStream + "." + name,
+		"$JS.API.CONSUMER.MSG.NEXT." + feedStream + "." + name,
+		"$JS.ACK." + feedStream + "." + name + ".>",
+		"$JS.API.DIRECT.GET." + auditStream + ".>",
+	}
 }

@@ -29,13 +29,14 @@ import (
 
 // Options of the embedded server. The zero value of a field is its default.
 type Options struct {
-	Dir        string        // where it stores; required
-	Sync       time.Duration // how often written events are fsynced; default 100 ms. A power cut loses at most that much
-	SyncAlways bool          // fsync every event before it is acknowledged
-	Listen     string        // host:port of a NATS socket for subscribers; "" opens none
-	KeyFile    string        // encrypts what is stored (AES-GCM) with the key in this file, which must not be in Dir; made when missing
-	MaxPayload int           // bytes of one message; default 8 MiB
-	Log        *slog.Logger
+	Dir         string        // where it stores; required
+	Sync        time.Duration // how often written events are fsynced; default 100 ms. A power cut loses at most that much
+	SyncAlways  bool          // fsync every event before it is acknowledged
+	Listen      string        // host:port of a NATS socket for subscribers; "" opens none
+	KeyFile     string        // encrypts what is stored (AES-GCM) with the key in this file, which must not be in Dir; made when missing
+	MaxPayload  int           // bytes of one message; default 8 MiB
+	Subscribers []Subscriber  // who reads the audit's feed at the socket; needs Listen
+	Log         *slog.Logger
 }
 
 // Server is a running NATS server. Close it last.
@@ -131,6 +132,13 @@ func Start(o Options) (*Server, error) {
 			Subscribe: &server.SubjectPermission{Allow: may.Subscribe},
 		}})
 	}
+	passwords, err := o.passwords()
+	if err == nil && len(o.Subscribers) > 0 {
+		err = accounts(opts, o.Subscribers, passwords)
+	}
+	if err != nil {
+		return nil, err
+	}
 	if s.ns, err = server.NewServer(opts); err != nil {
 		return nil, fmt.Errorf("embedded NATS: %w", err)
 	}
@@ -148,7 +156,11 @@ func Start(o Options) (*Server, error) {
 	if o.Listen != "" {
 		u := fmt.Sprintf("nats://%s:%s@%s\n", bus.RoleObserver, s.users[bus.RoleObserver], s.ns.Addr())
 		s.observer = filepath.Join(o.Dir, "observer.url")
-		if err := os.WriteFile(s.observer, []byte(u), 0o600); err != nil {
+		err := os.WriteFile(s.observer, []byte(u), 0o600)
+		if err == nil {
+			err = o.writeSubscribers(s.ns.Addr().String(), passwords)
+		}
+		if err != nil {
 			s.ns.Shutdown()
 			return nil, err
 		}
