@@ -39,6 +39,11 @@ import (
 //	GET /api/v1/sessions/S/events   token; ?from=clickhouse  one event per line, as schemas.Event is written
 //	GET /api/v1/query               token; ?sql=  what the record answers, see answerLine
 //	GET /api/v1/events              token; ?tenant=&session=&kind=  the same, live, until the client leaves
+//	GET /api/v1/audit/lines         token; all that `waybill audit verify` reads, one audit.Line per line
+//	GET /api/v1/audit/checkpoint    token; the newest checkpoint and the public keys
+//	GET /api/v1/audit/proof         token; ?event=SEQ or STREAM/SEQ, a proof
+//	GET /api/v1/audit/feed          token; ?tenant=&kind=  the audit's feed, live
+//	POST /api/v1/sessions/S/erase   token; ?reason=  destroys what was said in the session; answers when it is done
 const tokenFile = "admin.token"
 
 // addAdmin: what operators see.
@@ -77,6 +82,11 @@ func (g *gateway) addAdmin(ctx context.Context, ln net.Listener) error {
 		"GET /api/v1/sessions/{session}/events": a.session,
 		"GET /api/v1/events":                    a.events,
 		"GET /api/v1/query":                     a.query,
+		"GET /api/v1/audit/lines":               a.auditLines,
+		"GET /api/v1/audit/checkpoint":          a.auditCheckpoint,
+		"GET /api/v1/audit/proof":               a.auditProof,
+		"GET /api/v1/audit/feed":                a.auditFeed,
+		"POST /api/v1/sessions/{session}/erase": a.erase,
 	} {
 		mux.HandleFunc(pattern, a.guard(h))
 	}
@@ -236,6 +246,7 @@ type admin struct {
 	g    *gateway
 	l    *bus.Log
 	hash [sha256.Size]byte
+	rows rowsOf // nil where there are none
 }
 
 // guard lets only the holder of the token in.

@@ -23,8 +23,12 @@ func auditTail(ctx context.Context, env Env, args []string) error {
 		return nil
 	})
 	asJSON := fs.Bool("json", false, "print one JSON object per line, bodies included")
+	feed := fs.Bool("feed", false, "print the audit's feed: a CloudEvents record for each event that has a leaf in the tree")
 	if err := none(parse(env, fs, args)); err != nil {
 		return err
+	}
+	if *feed && (q.Has("session") || len(q["kind"]) > 1) {
+		return usagef("--feed goes with --tenant and one --kind only")
 	}
 	c, err := connect(env)
 	if err != nil {
@@ -33,7 +37,9 @@ func auditTail(ctx context.Context, env Env, args []string) error {
 	c.connected = func() { _, _ = fmt.Fprintf(env.Stderr, "listening at %s; Ctrl-C ends it\n", c.base) }
 	// The stream has no end of its own.
 	over := fmt.Errorf("the gateway at %s ended the stream: what it stores from now on is not shown", c.base)
-	if *asJSON {
+	if *feed {
+		err = copyLines(ctx, c, env, "/api/v1/audit/feed", q)
+	} else if *asJSON {
 		err = copyLines(ctx, c, env, "/api/v1/events", q)
 	} else {
 		err = auditLines(ctx, env, c, q)

@@ -39,7 +39,11 @@ func commands() []command {
 		{"config check", "[--config FILE] [--json]", "check the configuration and print what is in effect", configCheck},
 		{"sessions", "[--tenant T] [--limit N] [--json]", "list the sessions in the log, newest last", sessions},
 		{"replay", "SESSION [--from F] [--full] [--json]", "print a session from the log or the record, as a tree of calls", replay},
-		{"audit tail", "[--tenant T] [--session S] [--kind K]... [--json]", "print events as they are stored", auditTail},
+		{"audit tail", "[--tenant T] [--session S] [--kind K]... [--json] [--feed]", "print events as they are stored", auditTail},
+		{"audit verify", "[FILE] [--against FILE] [--key KEY]... [--json]", "hold the log and the record against the signed checkpoints", auditVerify},
+		{"audit prove", "SEQ [--out FILE]", "prove that an event is in the log, to whoever has the public key", auditProve},
+		{"audit checkpoint", "[--json]", "print the newest signed checkpoint", auditCheckpoint},
+		{"erase", "SESSION [--reason TEXT] [--json]", "destroy what was said in a session; its digests stay", erase},
 		{"connect", "[--server NAME] [--url URL]", "be a stdio MCP server: the running gateway's, or one of its servers", connect},
 		{"query", "'SQL' | --list [--json | --csv]", "ask the record, in ClickHouse's SQL", query},
 		{"version", "", "print the version", version},
@@ -50,7 +54,7 @@ func commands() []command {
 // mistake of theirs.
 func later() []string {
 	return []string{
-		"export", "import", "erase", "rebuild", "audit verify", "audit prove", "audit checkpoint",
+		"export", "import", "rebuild",
 		"policy check", "policy test", "policy explain", "approvals", "tools", "agents",
 	}
 }
@@ -148,7 +152,7 @@ func leading(args []string) (lead, rest []string) {
 	for n < len(args) && strings.HasPrefix(args[n], "-") {
 		switch flag := strings.TrimLeft(args[n], "-"); {
 		case strings.Contains(flag, "="):
-		case slices.Contains([]string{"json", "csv", "list", "full", "log-json", "help", "h", "version"}, flag):
+		case slices.Contains([]string{"json", "csv", "list", "full", "feed", "log-json", "help", "h", "version"}, flag):
 		default:
 			n++ // and its value
 		}

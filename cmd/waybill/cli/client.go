@@ -26,6 +26,7 @@ type client struct {
 	base  string
 	token string
 	from  string // where the token is from
+	data  string // the data directory of the configuration
 
 	connected func() // told when an answer begins; may be nil
 }
@@ -62,7 +63,7 @@ func clientFlags(fs *flag.FlagSet) func(env Env) (*client, error) {
 			base = strings.TrimSuffix(*addr, "/")
 		}
 		if secret := env.Getenv(adminToken); secret != "" && *token == "" {
-			return &client{base: base, token: secret, from: "$" + adminToken}, nil
+			return &client{base: base, token: secret, from: "$" + adminToken, data: c.Data}, nil
 		}
 		from := *token
 		if from == "" {
@@ -77,7 +78,7 @@ func clientFlags(fs *flag.FlagSet) func(env Env) (*client, error) {
 		case err != nil:
 			return nil, fmt.Errorf("admin token: %w", err)
 		}
-		return &client{base: base, token: strings.TrimSpace(string(b)), from: from}, nil
+		return &client{base: base, token: strings.TrimSpace(string(b)), from: from, data: c.Data}, nil
 	}
 }
 

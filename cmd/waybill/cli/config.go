@@ -57,6 +57,7 @@ type Config struct {
 	Limits     LimitsConfig   `yaml:"limits" json:"limits"`
 	Views      []ViewConfig   `yaml:"views" json:"views,omitempty"`
 	Fanout     FanoutConfig   `yaml:"fanout" json:"fanout,omitzero"`
+	Audit      AuditConfig    `yaml:"audit" json:"audit"` // audit_role.go
 
 	Policies any `yaml:"policies" json:"-"` // not built yet
 
@@ -235,6 +236,7 @@ func defaults() Config {
 			Streams:      4096, StreamsTenant: 2048, SessionIdle: Duration{Duration: time.Hour},
 			SessionsPerAgent: 1000, SessionsPerTenant: 10000,
 		},
+		Audit: AuditConfig{Keep: Duration{Duration: 90 * 24 * time.Hour}, MaxBytes: 8 << 30},
 	}
 }
 
@@ -424,6 +426,7 @@ func (c *Config) check() error {
 		}
 		tenants[t.ID] = true
 	}
+	c.checkAudit(bad, tenants)
 	agents, tokens := map[schemas.Agent]bool{}, map[string]bool{}
 	for i, a := range c.Agents {
 		if err := schemas.CheckToken(string(a.ID)); err != nil {

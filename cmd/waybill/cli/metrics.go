@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -17,6 +18,7 @@ import (
 
 	"waybill.dev/bus"
 	"waybill.dev/projections"
+	"waybill.dev/projections/audit"
 	"waybill.dev/schemas"
 )
 
@@ -31,6 +33,7 @@ type metrics struct {
 	duration metric.Float64Histogram
 	caused   metric.Int64Counter
 	labels   labelCache
+	audited  atomic.Pointer[audit.State] // nil where this process builds no tree
 }
 
 // methods that may be a label; a caller could invent any number of others.
@@ -222,6 +225,9 @@ func (m *metrics) gauges() error {
 	return err
 }
 
+// tree is told how far the audit is.
+func (m *metrics) tree(s audit.State) { m.audited.Store(&s) }
+
 // watchLog adds the log's depths.
 func (m *metrics) watchLog(l *bus.Log) error {
 	var errs error
@@ -235,6 +241,8 @@ func (m *metrics) watchLog(l *bus.Log) error {
 	depth := gauge("waybill.queue.depth", "{event}", "Events that a kind of work has not settled.")
 	behind := gauge("waybill.queue.size", "By", "Bytes of the log from the oldest event on that a kind of work has not settled.")
 	refusing := gauge("waybill.log.refusing", "", "1 while new calls are refused because the log is not read.")
+	leaves := gauge("waybill.audit.leaves", "{event}", "Leaves of the audit's tree, where this process builds it.")
+	signed := gauge("waybill.audit.signed", "{event}", "Leaves that a checkpoint covers.")
 	if errs != nil {
 		return errs
 	}
@@ -257,8 +265,12 @@ func (m *metrics) watchLog(l *bus.Log) error {
 			full = 1
 		}
 		o.ObserveInt64(refusing, full)
+		if t := m.audited.Load(); t != nil {
+			o.ObserveInt64(leaves, int64(t.Leaves))
+			o.ObserveInt64(signed, int64(t.Signed))
+		}
 		return nil
-	}, events, bytes, depth, behind, refusing)
+	}, events, bytes, depth, behind, refusing, leaves, signed)
 	return err
 }
 

@@ -55,6 +55,7 @@ type gateway struct {
 	ready          map[string]*atomic.Bool // fixed before anything runs
 
 	guard    []string // what must have read the log before it may forget
+	auditKey string   // the public key that signs
 	dial     bus.Dialer
 	lost     uint64 // newest sequence before an unclean boot, or 0
 	instance string
@@ -98,6 +99,7 @@ func (g *gateway) run(ctx context.Context, started func(*gateway, net.Addr, net.
 	}{
 		{bus.RolePolicy, g.addPolicy},
 		{bus.RoleDispatch, g.addDispatch},
+		{bus.RoleAudit, g.addAudit},
 		{bus.RoleEdge, g.addEdge},
 		{bus.RoleProject, g.addRecord},
 	} {
@@ -169,8 +171,13 @@ func (g *gateway) openLog(ctx context.Context) (func() error, error) {
 	if err != nil {
 		return nil, err
 	}
+	var subscribers []embed.Subscriber
+	for _, s := range g.c.Audit.Subscribers {
+		subscribers = append(subscribers, embed.Subscriber{Name: s.Name, Tenant: string(s.Tenant)})
+	}
 	srv, err := embed.Start(embed.Options{
-		Dir: filepath.Join(g.c.Data, "log"), Sync: every, SyncAlways: always,
+		Subscribers: subscribers,
+		Dir:         filepath.Join(g.c.Data, "log"), Sync: every, SyncAlways: always,
 		Listen: e.Listen, KeyFile: e.KeyFile, Log: g.log,
 	})
 	if err != nil {
@@ -194,6 +201,7 @@ func (g *gateway) options(r bus.Role) bus.Options {
 	return bus.Options{
 		Dial: g.dial, Role: r, Replicas: g.c.Bus.Replicas,
 		MaxBytes: g.c.Bus.MaxBytes, MaxAge: g.c.Bus.MaxAge.Duration,
+		FeedBytes: g.c.Audit.MaxBytes, FeedAge: g.c.Audit.Keep.Duration,
 		Guard: g.guard, Leases: g.c.Bus.URL != "",
 		Log: g.log, Fault: g.fault,
 	}

@@ -28,14 +28,14 @@ func up(ctx context.Context, env Env, args []string) error {
 	fs.TextVar(&level, "log-level", level, "`LEVEL` of the process log: debug, info, warn or error")
 	asJSON := fs.Bool("log-json", false, "write the process log as JSON")
 	roles := map[bus.Role]bool{}
-	fs.Func("role", "`ROLE` to run: all, edge, policy, dispatch or project; may be repeated (default: all)", func(s string) error {
+	fs.Func("role", "`ROLE` to run: all, edge, policy, dispatch, audit or project; may be repeated (default: all)", func(s string) error {
 		switch r := bus.Role(s); {
 		case s == "all":
 			roles = everyRole()
 		case everyRole()[r]:
 			roles[r] = true
 		default:
-			return fmt.Errorf("no such role; there are all, edge, policy, dispatch and project")
+			return fmt.Errorf("no such role; there are all, edge, policy, dispatch, audit and project")
 		}
 		return nil
 	})
@@ -58,7 +58,7 @@ func up(ctx context.Context, env Env, args []string) error {
 
 // everyRole is what a process does that is told nothing else.
 func everyRole() map[bus.Role]bool {
-	return map[bus.Role]bool{bus.RoleEdge: true, bus.RolePolicy: true, bus.RoleDispatch: true, bus.RoleProject: true}
+	return map[bus.Role]bool{bus.RoleEdge: true, bus.RolePolicy: true, bus.RoleDispatch: true, bus.RoleAudit: true, bus.RoleProject: true}
 }
 
 // Test is what a test may put between the program's parts.
@@ -130,6 +130,12 @@ func banner(w io.Writer, g *gateway, file string, public, admin net.Addr) {
 	}
 	p("  operators      http://%s  (/healthz /readyz /metrics)", admin)
 	p("  admin token    %s", filepath.Join(g.c.Data, tokenFile))
+	if g.auditKey != "" {
+		p("  audit key      %s", g.auditKey)
+		if g.c.Bus.URL == "" {
+			p("                 public, in %s; the private one is in %s", filepath.Join(g.c.Data, auditPubFile), filepath.Join(g.c.Data, auditKeyFile))
+		}
+	}
 	if g.c.Bus.URL != "" {
 		p("  log            %s", g.c.Bus.URL)
 	} else {

@@ -1,0 +1,347 @@
+package cli
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/mod/sumdb/note"
+	"golang.org/x/mod/sumdb/tlog"
+
+	"waybill.dev/bus"
+	"waybill.dev/projections/audit"
+	"waybill.dev/schemas"
+)
+
+// AuditConfig is for the signed record.
+type AuditConfig struct {
+	Origin      string             `yaml:"origin" json:"origin,omitempty"`           // name of the log in its checkpoints; default one that is made at the first start
+	Keep        Duration           `yaml:"keep" json:"keep"`                         // of the feed; default 2160h, 90 days
+	MaxBytes    int64              `yaml:"max_bytes" json:"max_bytes"`               // of the feed; default 8589934592
+	Bodies      []schemas.Tenant   `yaml:"bodies" json:"bodies,omitempty"`           // tenants whose feed has what was said, and not digests of it only
+	Checkpoints string             `yaml:"checkpoints" json:"checkpoints,omitempty"` // file to which each checkpoint is appended
+	Subscribers []SubscriberConfig `yaml:"subscribers" json:"subscribers,omitempty"` // who may read a tenant's feed at bus.embedded.listen
+}
+
+// SubscriberConfig is a NATS user.
+type SubscriberConfig struct {
+	Name   string         `yaml:"name" json:"name"`
+	Tenant schemas.Tenant `yaml:"tenant" json:"tenant"`
+}
+
+func (c *Config) checkAudit(bad func(format string, args ...any), tenants map[schemas.Tenant]bool) {
+	a := c.Audit
+	if a.Origin != "" && strings.ContainsFunc(a.Origin, func(r rune) bool { return r <= ' ' || r > '~' || r == '+' || r == '"' || r == '\\' }) {
+		bad("audit.origin: %q has a character that may not be in it: printable ASCII without space, +, \" and \\", a.Origin)
+	}
+	if a.Keep.bad != nil {
+		bad("audit.keep: %w", a.Keep.bad)
+	} else if a.Keep.Duration < c.Bus.MaxAge.Duration {
+		bad("audit.keep: %s is less than bus.max_age", a.Keep)
+	}
+	if a.MaxBytes < 64<<20 {
+		bad("audit.max_bytes: %d is less than 67108864", a.MaxBytes)
+	}
+	for i, t := range a.Bodies {
+		if !tenants[t] {
+			bad("audit.bodies[%d]: no tenant %q", i, t)
+		}
+	}
+	names := map[string]bool{}
+	for i, s := range a.Subscribers {
+		switch err := schemas.CheckToken(s.Name); {
+		case err != nil:
+			bad("audit.subscribers[%d].name: %w", i, err)
+		case slices.Contains(bus.Roles(), bus.Role(s.Name)):
+			bad("audit.subscribers[%d].name: %q is a role of the gateway", i, s.Name)
+		case names[s.Name]:
+			bad("audit.subscribers[%d].name: %q is there twice", i, s.Name)
+		}
+		names[s.Name] = true
+		if !tenants[s.Tenant] {
+			bad("audit.subscribers[%d].tenant: no tenant %q", i, s.Tenant)
+		}
+	}
+	if len(a.Subscribers) > 0 && (c.Bus.Embedded == nil || c.Bus.Embedded.Listen == "") {
+		bad("audit.subscribers: they need bus.embedded.listen; with bus.url the users are the server's")
+	}
+}
+
+// addAudit: every event → a leaf, the feed, checkpoints.
+func (g *gateway) addAudit(ctx context.Context, _ net.Listener) error {
+	l, err := g.open(ctx, bus.RoleAudit)
+	if err != nil {
+		return err
+	}
+	a, err := l.Audit(ctx)
+	if err != nil {
+		return err
+	}
+	for _, s := range g.c.Audit.Subscribers {
+		if err := a.Subscriber(ctx, s.Name, s.Tenant); err != nil {
+			return err
+		}
+	}
+	keys, origin, err := g.auditKeys(ctx, l)
+	if err != nil {
+		return err
+	}
+	g.auditKey = keys.Verifiers[len(keys.Verifiers)-1]
+	lease, err := g.auditLease(ctx, l)
+	if err != nil {
+		return err
+	}
+	out := &checkpointFile{name: g.c.path(g.c.Audit.Checkpoints), log: g.log}
+	ready := g.up("audit")
+	b, err := audit.New(audit.Options{
+		Store: auditStore{a}, Origin: origin, Keys: keys,
+		Said:   func(t schemas.Tenant) bool { return slices.Contains(g.c.Audit.Bodies, t) },
+		Signed: out.put, Up: ready.Store, Tree: g.metrics.tree, Log: g.log,
+	})
+	if err != nil {
+		return err
+	}
+	g.workers = append(g.workers, part{"audit", func(ctx context.Context) error {
+		return lease(ctx, ready.Store, b.Run)
+	}})
+	return nil
+}
+
+// auditLease makes this process the only one that builds, or has it stand by: it
+// is ready then too. With a log of its own it is the only one anyway.
+func (g *gateway) auditLease(ctx context.Context, l *bus.Log) (func(ctx context.Context, up func(bool), build func(context.Context) error) error, error) {
+	if g.c.Bus.URL == "" {
+		return func(ctx context.Context, _ func(bool), build func(context.Context) error) error { return build(ctx) }, nil
+	}
+	leases, err := l.Leases(ctx, g.instance+"-audit")
+	if err != nil {
+		return nil, err
+	}
+	const key = bus.BuilderLease
+	return func(ctx context.Context, up func(bool), build func(context.Context) error) error {
+		holding, letGo := context.WithCancel(context.WithoutCancel(ctx))
+		lost := make(chan struct{}, 1) // what was held may be another's
+		ended := make(chan error, 1)
+		go func() {
+			ended <- leases.Run(holding, func(lives bool) {
+				if !lives {
+					select {
+					case lost <- struct{}{}:
+					default:
+					}
+				}
+			}, func(context.Context, string) {})
+		}()
+		defer func() { letGo(); <-ended }()
+		for ctx.Err() == nil {
+			switch owner, err := leases.Acquire(ctx, key); {
+			case err == nil && owner == leases.Name():
+				// Should another take over too early, the feed takes nothing from
+				// two.
+				building, stop := context.WithCancel(ctx)
+				done := make(chan error, 1)
+				go func() { done <- build(building) }()
+				select {
+				case <-lost:
+				case <-ctx.Done():
+				}
+				stop()
+				<-done // it ends by ctx only
+			case err == nil:
+				up(true) // another builds
+			case !errors.Is(err, bus.ErrNotHeld):
+				g.log.Warn("audit: who builds the tree", "error", err)
+			}
+			wait := time.NewTimer(time.Second)
+			select {
+			case <-ctx.Done():
+			case <-wait.C:
+			}
+			wait.Stop()
+		}
+		bye, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+		defer cancel()
+		return leases.Release(bye, key)
+	}, nil
+}
+
+// checkpointFile appends checkpoints to a file, an empty line between them: a copy
+// that the log has no hold on.
+type checkpointFile struct {
+	name string // "" for none
+	log  *slog.Logger
+}
+
+func (f *checkpointFile) put(_ context.Context, c audit.Checkpoint, _ tlog.HashReader) {
+	if f.name == "" {
+		return
+	}
+	out, err := os.OpenFile(f.name, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o644)
+	if err == nil {
+		_, err = out.WriteString(c.Text + "\n")
+		err = errors.Join(err, out.Close())
+	}
+	if err != nil {
+		f.log.Error("audit.checkpoints: not written", "size", c.Size, "error", err)
+	}
+}
+
+// Files of the audit's keys in the data directory. To change the key, the file of
+// the private one is renamed to end in .old before a start: then a new one is
+// made, and both sign until the old one is removed.
+const (
+	auditKeyFile = "audit.key"
+	auditPubFile = "audit.pub"
+)
+
+// auditKeys are the keys that this gateway signs with, and all public keys that
+// it has had.
+func (g *gateway) auditKeys(ctx context.Context, l *bus.Log) (keys audit.Keys, origin string, err error) {
+	add := func(private, public string) error {
+		s, err := note.NewSigner(private)
+		if err != nil {
+			return fmt.Errorf("key of the audit: %w", err)
+		}
+		keys.Signers = append(keys.Signers, s)
+		keys.Verifiers = append(slices.DeleteFunc(keys.Verifiers, func(k string) bool { return k == public }), public)
+		return nil
+	}
+	if g.c.Bus.URL != "" {
+		origin = g.c.Audit.Origin
+		if origin == "" {
+			origin = "waybill"
+		}
+		seed, err := l.Key(ctx, "audit", audit.SecretSize)
+		if err != nil {
+			return keys, "", err
+		}
+		private, public, err := audit.NewKey(origin, seed)
+		if err == nil {
+			err = add(private, public)
+		}
+		return keys, origin, err
+	}
+	pub := filepath.Join(g.c.Data, auditPubFile)
+	if keys.Verifiers, err = publicKeys(pub); err != nil {
+		return keys, "", err
+	}
+	origin = g.c.Audit.Origin
+	if before, ok := originOf(keys.Verifiers); ok {
+		if origin != "" && origin != before {
+			return keys, "", fmt.Errorf("audit.origin: %q, and the log has been signed as %q", origin, before)
+		}
+		origin = before
+	}
+	if origin == "" {
+		origin = "waybill-" + strings.ToLower(rand.Text()[:10])
+	}
+	for _, file := range []string{filepath.Join(g.c.Data, auditKeyFile+".old"), filepath.Join(g.c.Data, auditKeyFile)} {
+		private, err := g.auditPrivate(file, origin)
+		if err != nil {
+			return keys, "", err
+		}
+		if private == "" {
+			continue
+		}
+		public, err := audit.PublicKey(private)
+		if err == nil {
+			err = add(private, public)
+		}
+		if err != nil {
+			return keys, "", fmt.Errorf("%s: %w", file, err)
+		}
+	}
+	return keys, origin, writeWhole(pub, strings.Join(keys.Verifiers, "\n")+"\n", 0o644)
+}
+
+// auditPrivate reads a private key; the current one is made where there is none.
+func (g *gateway) auditPrivate(file, origin string) (string, error) {
+	b, err := os.ReadFile(file)
+	switch {
+	case err == nil:
+		if st, err := os.Stat(file); err == nil && st.Mode().Perm()&0o077 != 0 {
+			return "", fmt.Errorf("%s can be read by others (mode %o): chmod 600", file, st.Mode().Perm())
+		}
+		return strings.TrimSpace(string(b)), nil
+	case !errors.Is(err, os.ErrNotExist):
+		return "", fmt.Errorf("key of the audit: %w", err)
+	case strings.HasSuffix(file, ".old"):
+		return "", nil
+	}
+	seed := make([]byte, audit.SecretSize)
+	_, _ = rand.Read(seed) // never fails
+	private, public, err := audit.NewKey(origin, seed)
+	if err != nil {
+		return "", err
+	}
+	g.log.Info("made the key that signs the audit", "file", file, "public", public)
+	return private, writeWhole(file, private+"\n", 0o600)
+}
+
+// publicKeys reads a file of public keys, one a line.
+func publicKeys(file string) ([]string, error) {
+	b, err := os.ReadFile(file)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var keys []string
+	for line := range strings.Lines(string(b)) {
+		if line = strings.TrimSpace(line); line != "" {
+			keys = append(keys, line)
+		}
+	}
+	return keys, nil
+}
+
+// originOf is the name in public keys.
+func originOf(keys []string) (string, bool) {
+	if len(keys) == 0 {
+		return "", false
+	}
+	name, _, ok := strings.Cut(keys[0], "+")
+	return name, ok
+}
+
+// writeWhole writes a file whole or not at all.
+func writeWhole(file, text string, mode os.FileMode) error {
+	if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
+		return err
+	}
+	if err := os.WriteFile(file+".new", []byte(text), mode); err != nil {
+		return err
+	}
+	return os.Rename(file+".new", file)
+}
+
+// hashesOf reads the hashes of a checkpoint's tree from what is stored.
+func hashesOf(ctx context.Context, a *bus.Audit, c audit.Checkpoint) tlog.HashReader {
+	edge := map[string][]byte{}
+	read := false
+	return audit.Reader(tlog.Tree{N: int64(c.Size), Hash: c.Root}, func(t tlog.Tile) ([]byte, error) {
+		if t.W == 1<<t.H {
+			return a.Tile(ctx, t.Path())
+		}
+		if !read {
+			read = true
+			var err error
+			if edge, err = a.Edge(ctx); err != nil {
+				return nil, err
+			}
+		}
+		if data, ok := edge[t.Path()]; ok {
+			return data, nil
+		}
+		return nil, schemas.ErrNotFound
+	})
+}

@@ -1,0 +1,319 @@
+package cli
+
+import (
+	"context"
+	"iter"
+
+	"golang.org/x/mod/sumdb/tlog"
+
+	"waybill.dev/bus"
+	"waybill.dev/projections/audit"
+	"waybill.dev/schemas"
+)
+
+// auditStore is the log as the audit's store.
+type auditStore struct{ a *bus.Audit }
+
+func (s auditStore) Head(ctx context.Context) (uint64, audit.Position, error) {
+	n, at, err := s.a.Head(ctx)
+	if err != nil {
+		return 0, nil, err
+	}
+	p, err := audit.ParsePosition(at)
+	return n, p, err
+}
+
+func (s auditStore) Append(ctx context.Context, n uint64, items []audit.Item) error {
+	records := make([]bus.FeedRecord, len(items))
+	for i, item := range items {
+		records[i] = bus.FeedRecord{Number: item.Number, Subject: item.Subject, Payload: item.Payload, Position: item.At.String()}
+	}
+	return s.a.Append(ctx, n, records)
+}
+
+func (s auditStore) Records(ctx context.Context, from, to uint64) iter.Seq2[[]byte, error] {
+	return func(yield func([]byte, error) bool) {
+		if from >= to {
+			return
+		}
+		for r, err := range s.a.Feed(ctx, from, to) {
+			var record []byte
+			if err == nil {
+				record, err = audit.CutRecord(r.Payload)
+			}
+			if !yield(record, err) || err != nil {
+				return
+			}
+		}
+	}
+}
+
+func (s auditStore) Tile(ctx context.Context, t tlog.Tile) ([]byte, error) {
+	return s.a.Tile(ctx, t.Path())
+}
+
+func (s auditStore) PutTile(ctx context.Context, t tlog.Tile, data []byte) error {
+	return s.a.PutTile(ctx, t.Path(), data)
+}
+
+func (s auditStore) PutEdge(ctx context.Context, tiles map[tlog.Tile][]byte) error {
+	byPath := map[string][]byte{}
+	for t, data := range tiles {
+		byPath[t.Path()] = data
+	}
+	return s.a.PutEdge(ctx, byPath)
+}
+
+func (s auditStore) Checkpoint(ctx context.Context) (string, error) { return s.a.Checkpoint(ctx) }
+
+func (s auditStore) PutCheckpoint(ctx context.Context, text string) error {
+	return s.a.PutCheckpoint(ctx, text)
+}
+
+func (s auditStore) Entry(ctx context.Context, stream string, seq uint64) (audit.Entry, error) {
+	m, err := s.a.Message(ctx, stream, seq)
+	return audit.Entry(m), err
+}
+
+func (s auditStore) Follow(ctx context.Context, after audit.Position) iter.Seq2[audit.Entry, error] {
+	return func(yield func(audit.Entry, error) bool) {
+		for m, err := range s.a.After(ctx, after) {
+			if !yield(audit.Entry(m), err) {
+				return
+			}
+		}
+	}
+}
+
+func (s auditStore) Secret(ctx context.Context, t schemas.Tenant, k schemas.SessionKey) ([]byte, error) {
+	return s.a.Secret(ctx, t, k, audit.SecretSize, false)
+}
+
+func (s auditStore) Erase(ctx context.Context, t schemas.Tenant, k schemas.SessionKey, before uint64) error {
+	return s.a.Erase(ctx, t, k, before, func(payload []byte) ([]byte, bool) { return audit.Unsaid(payload, k, before) })
+}
+
+// decodeEntry reads an entry's event as the log does.
+func decodeEntry(e *audit.Entry) {
+	m := bus.Message(*e)
+	m.Decode()
+	e.Event = m.Event
+}
+
+// everyAuditLine yields the whole of the audit, for verification.
+func everyAuditLine(ctx context.Context, a *bus.Audit, keys []string, rows rowsOf) iter.Seq2[audit.Line, error] {
+	return func(yield func(audit.Line, error) bool) {
+		if err := writeAudit(ctx, a, keys, rows, func(l audit.Line) bool { return yield(l, nil) }); err != nil {
+			yield(audit.Line{}, err)
+		}
+	}
+}
+
+// rowsOf reads the same events from another store: those of EVENTS in the order
+// of their sequence, and from which to which there are some. It may be nil.
+type rowsOf func(ctx context.Context) (audit.Range, iter.Seq2[schemas.Event, error], error)
+
+// writeAudit writes the lines that audit.Verify reads. It ends early where yield
+// wants no more.
+func writeAudit(ctx context.Context, a *bus.Audit, keys []string, rows rowsOf, yield func(audit.Line) bool) error {
+	held := audit.Held{Keys: keys, Streams: map[string]audit.Range{}}
+	held.Origin, _ = originOf(keys)
+	var err error
+	if held.First, err = a.First(ctx); err != nil {
+		return err
+	}
+	if held.Leaves, _, err = a.Head(ctx); err != nil {
+		return err
+	}
+	// The tree first: what is stored meanwhile is in the log, and not in the tree.
+	cursors := map[string]*cursor[bus.Message]{}
+	for _, stream := range []string{audit.Events, audit.System} {
+		var r audit.Range
+		if r.First, r.Last, err = a.Range(ctx, stream); err != nil {
+			return err
+		}
+		held.Streams[stream] = r
+		c := newCursor(a.Messages(ctx, stream, r.First))
+		defer c.stop()
+		cursors[stream] = c
+	}
+	var row *cursor[schemas.Event]
+	if rows != nil {
+		r, all, err := rows(ctx)
+		if err != nil {
+			return err
+		}
+		held.Rows, row = &r, newCursor(all)
+		defer row.stop()
+	}
+	if !yield(audit.Line{Log: &held}) {
+		return nil
+	}
+	for text, err := range a.Checkpoints(ctx) {
+		if err != nil {
+			return err
+		}
+		if !yield(audit.Line{Checkpoint: text}) {
+			return nil
+		}
+	}
+	for t, err := range a.Tiles(ctx) {
+		if err != nil {
+			return err
+		}
+		if !yield(audit.Line{Tile: t.Path, Data: t.Data}) {
+			return nil
+		}
+	}
+	salts := saltReader{a: a, secrets: map[string][]byte{}}
+	for r, err := range a.Feed(ctx, held.First, held.Leaves) {
+		if err != nil {
+			return err
+		}
+		record, err := audit.CutRecord(r.Payload)
+		if err != nil {
+			return err
+		}
+		w := audit.Witness{Number: r.Number, Record: string(record)}
+		stream, seq := audit.PlaceOf(record)
+		if c := cursors[stream]; c != nil {
+			m, err := c.upTo(seq, func(m bus.Message) uint64 { return m.Seq })
+			if err != nil {
+				return err
+			}
+			if m != nil {
+				e := audit.Entry(*m)
+				w.Entry = &e
+			}
+		}
+		var event *schemas.Event
+		if row != nil && stream == audit.Events {
+			if event, err = row.upTo(seq, func(e schemas.Event) uint64 { return e.Seq }); err != nil {
+				return err
+			}
+			w.Row = event
+		}
+		salt, err := salts.of(ctx, w.Entry, event)
+		if err != nil {
+			return err
+		}
+		w.Salt = audit.Hex(salt)
+		if w.Entry != nil && salt != nil && string(audit.Record(*w.Entry, salt)) == w.Record {
+			w.Record = ""
+		}
+		if !yield(audit.Line{Leaf: &w}) {
+			return nil
+		}
+	}
+	for _, stream := range []string{audit.Events, audit.System} {
+		for m, err := range cursors[stream].rest() {
+			if err != nil {
+				return err
+			}
+			e := audit.Entry(m)
+			if !yield(audit.Line{Beyond: &e}) {
+				return nil
+			}
+		}
+	}
+	yield(audit.Line{Last: true})
+	return nil
+}
+
+// saltReader reads the salts of messages. It is used by one goroutine.
+type saltReader struct {
+	a       *bus.Audit
+	secrets map[string][]byte
+}
+
+// of is the salt of a message, or of a row where the log has none; nil where its
+// session was erased.
+func (r *saltReader) of(ctx context.Context, e *audit.Entry, row *schemas.Event) ([]byte, error) {
+	var of audit.Entry
+	switch {
+	case e != nil:
+		of = *e
+	case row != nil:
+		of = audit.Entry{Stream: audit.Events, Seq: row.Seq, Subject: bus.Subject(*row), Event: *row}
+	default:
+		return nil, nil
+	}
+	t, s := audit.SecretOf(of)
+	key := string(t) + "." + string(s)
+	secret, ok := r.secrets[key]
+	if !ok {
+		var err error
+		if secret, err = r.a.Secret(ctx, t, s, audit.SecretSize, true); err != nil {
+			return nil, err
+		}
+		if len(r.secrets) > 20_000 {
+			clear(r.secrets)
+		}
+		r.secrets[key] = secret
+	}
+	if secret == nil {
+		return nil, nil
+	}
+	return audit.Salt(secret, of.Stream, of.Seq), nil
+}
+
+// cursor reads a sequence beside another.
+type cursor[T any] struct {
+	next  func() (T, error, bool)
+	stop  func()
+	ahead *T
+	err   error
+	done  bool
+}
+
+func newCursor[T any](all iter.Seq2[T, error]) *cursor[T] {
+	c := &cursor[T]{}
+	c.next, c.stop = iter.Pull2(all)
+	return c
+}
+
+func (c *cursor[T]) peek() *T {
+	if c.ahead == nil && !c.done {
+		v, err, ok := c.next()
+		switch {
+		case !ok:
+			c.done = true
+		case err != nil:
+			c.err, c.done = err, true
+		default:
+			c.ahead = &v
+		}
+	}
+	return c.ahead
+}
+
+// upTo is the element at a sequence, nil if there is none; those before it are
+// passed over.
+func (c *cursor[T]) upTo(seq uint64, at func(T) uint64) (*T, error) {
+	for {
+		v := c.peek()
+		if v == nil || at(*v) > seq {
+			return nil, c.err
+		}
+		c.ahead = nil
+		if at(*v) == seq {
+			return v, nil
+		}
+	}
+}
+
+// rest yields what is left.
+func (c *cursor[T]) rest() iter.Seq2[T, error] {
+	return func(yield func(T, error) bool) {
+		for v := c.peek(); v != nil; v = c.peek() {
+			c.ahead = nil
+			if !yield(*v, nil) {
+				return
+			}
+		}
+		if c.err != nil {
+			var none T
+			yield(none, c.err)
+		}
+	}
+}
