@@ -148,14 +148,21 @@ func (a *Audit) First(ctx context.Context) (uint64, error) {
 }
 
 // Append adds records to the feed, the first as number n. The server takes none
-// that does not follow the one before, so who is not alone finds out here.
+// that does not follow the one before it here: not only in its place, as what
+// another has stored there could do, too. So who is not alone finds out.
 func (a *Audit) Append(ctx context.Context, n uint64, records []FeedRecord) error {
+	batch := rand.Text()
+	id := func(i int) string { return batch + "/" + strconv.Itoa(i) }
 	for i, r := range records {
 		m := nats.NewMsg(r.Subject)
 		m.Data = r.Payload
 		m.Header.Set("Content-Type", "application/cloudevents+json; charset=UTF-8")
 		m.Header.Set(headerPosition, r.Position)
 		m.Header.Set(jetstream.ExpectedLastSeqHeader, strconv.FormatUint(n+uint64(i), 10))
+		m.Header.Set(jetstream.MsgIDHeader, id(i))
+		if i > 0 {
+			m.Header.Set(jetstream.ExpectedLastMsgIDHeader, id(i-1))
+		}
 		if i < len(records)-1 {
 			// Its acknowledgement is that of the last, which needs it.
 			if err := a.l.nc.PublishMsg(m); err != nil {
@@ -804,7 +811,9 @@ func (a *Audit) eraseFeed(ctx context.Context, t schemas.Tenant, s schemas.Sessi
 		put := nats.NewMsg(replacedSubject + strconv.FormatUint(m.Seq-1, 10))
 		put.Data = without
 		put.Header = nats.Header(maps.Clone(m.Header))
-		put.Header.Del(jetstream.ExpectedLastSeqHeader)
+		for _, name := range []string{jetstream.ExpectedLastSeqHeader, jetstream.ExpectedLastMsgIDHeader, jetstream.MsgIDHeader} {
+			put.Header.Del(name)
+		}
 		put.Header.Set("Waybill-Subject", m.Subject)
 		if _, err := a.l.acks.publish(ctx, put); err != nil {
 			return fmt.Errorf("record %d of the feed: %w", m.Seq-1, err)

@@ -133,14 +133,15 @@ func Start(o Options) (*Server, error) {
 		}})
 	}
 	passwords, err := o.passwords()
-	if err == nil && len(o.Subscribers) > 0 {
-		err = accounts(opts, o.Subscribers, passwords)
-	}
 	if err != nil {
 		return nil, err
 	}
+	addSubscribers(opts, o.Subscribers, passwords)
 	if s.ns, err = server.NewServer(opts); err != nil {
 		return nil, fmt.Errorf("embedded NATS: %w", err)
+	}
+	if err := share(s.ns, o.Subscribers); err != nil {
+		return nil, err
 	}
 	lg := &logger{log: o.Log}
 	s.ns.SetLoggerV2(lg, false, false, false)
@@ -152,6 +153,12 @@ func Start(o Options) (*Server, error) {
 	if !s.ns.JetStreamEnabled() {
 		s.ns.Shutdown()
 		return nil, fmt.Errorf("embedded NATS started without JetStream: %s", lg.last())
+	}
+	if len(o.Subscribers) > 0 {
+		if err := enable(s.ns); err != nil {
+			s.ns.Shutdown()
+			return nil, err
+		}
 	}
 	if o.Listen != "" {
 		u := fmt.Sprintf("nats://%s:%s@%s\n", bus.RoleObserver, s.users[bus.RoleObserver], s.ns.Addr())

@@ -2,13 +2,13 @@ package embed
 
 import (
 	"crypto/rand"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 
 	"github.com/nats-io/nats-server/v2/server"
 
@@ -24,71 +24,101 @@ type Subscriber struct {
 	Tenant string
 }
 
-// account is one account as the server's configuration has it, of which JSON is a
-// form.
-type account struct {
-	JetStream string           `json:"jetstream,omitempty"`
-	Exports   []map[string]any `json:"exports,omitempty"`
-	Imports   []map[string]any `json:"imports,omitempty"`
-	Users     []map[string]any `json:"users,omitempty"`
+// accountOf is a subscriber's account.
+func accountOf(s Subscriber) string { return "subscriber-" + s.Name }
+
+// addSubscribers gives each subscriber an account and a user.
+func addSubscribers(opts *server.Options, subscribers []Subscriber, passwords map[string]string) {
+	for _, s := range subscribers {
+		of := server.NewAccount(accountOf(s))
+		opts.Accounts = append(opts.Accounts, of)
+		opts.Users = append(opts.Users, &server.User{
+			Username: s.Name, Password: passwords[s.Name], Account: of,
+			Permissions: &server.Permissions{
+				Publish:   &server.SubjectPermission{Allow: bus.SubscriberAsks(s.Name)},
+				Subscribe: &server.SubjectPermission{Allow: append([]string{"_INBOX.>"}, bus.SubscriberHears(s.Tenant)...)},
+			},
+		})
+	}
 }
 
-// global is the account of the roles.
-const global = "$G"
-
-// accounts gives each subscriber an account that imports what it may read.
-func accounts(opts *server.Options, subscribers []Subscriber, passwords map[string]string) error {
-	all := map[string]*account{global: {JetStream: "enabled"}}
-	for _, s := range subscribers {
-		name := "subscriber-" + s.Name
-		of := &account{Users: []map[string]any{{
-			"user": s.Name, "password": passwords[s.Name],
-			"permissions": map[string]any{
-				"publish":   bus.SubscriberAsks(s.Name),
-				"subscribe": append([]string{"_INBOX.>", "_INBOX_*.>"}, bus.SubscriberHears(s.Tenant)...),
-			},
-		}}}
-		for _, subject := range bus.SubscriberHears(s.Tenant) {
-			all[global].Exports = append(all[global].Exports, map[string]any{"stream": subject, "accounts": []string{name}})
-			of.Imports = append(of.Imports, map[string]any{"stream": map[string]any{"account": global, "subject": subject}})
+// enable gives the roles' account JetStream, which the server does by itself only
+// where there is no account beside.
+func enable(ns *server.Server) error {
+	tasks := make(chan func())
+	var done sync.WaitGroup
+	done.Go(func() {
+		for do := range tasks {
+			do()
 		}
-		for _, subject := range bus.SubscriberAsks(s.Name) {
-			export := map[string]any{"service": subject, "accounts": []string{name}}
-			if strings.Contains(subject, ".MSG.NEXT.") {
-				export["response"] = "stream"
-			}
-			all[global].Exports = append(all[global].Exports, export)
-			of.Imports = append(of.Imports, map[string]any{"service": map[string]any{"account": global, "subject": subject}})
-		}
-		all[name] = of
-	}
-	// What several may read is exported once, to all of them.
-	all[global].Exports = merged(all[global].Exports)
-	text, err := json.Marshal(map[string]any{"accounts": all})
+	})
+	err := ns.GlobalAccount().EnableJetStream(nil, tasks)
+	close(tasks)
+	done.Wait()
 	if err != nil {
-		return err
+		return fmt.Errorf("start JetStream beside subscribers: %w", err)
 	}
-	parsed := &server.Options{}
-	if err := parsed.ProcessConfigString(string(text)); err != nil {
-		return fmt.Errorf("accounts of subscribers: %w", err)
-	}
-	opts.Accounts, opts.Users = parsed.Accounts, append(opts.Users, parsed.Users...)
 	return nil
 }
 
-func merged(exports []map[string]any) []map[string]any {
-	var out []map[string]any
-	at := map[string]int{}
-	for _, e := range exports {
-		key := fmt.Sprint(e["stream"], " ", e["service"])
-		if i, ok := at[key]; ok {
-			out[i]["accounts"] = append(out[i]["accounts"].([]string), e["accounts"].([]string)...)
-			continue
-		}
-		at[key] = len(out)
-		out = append(out, e)
+// accountInfo is imported too, and no user may ask it: an account without it is
+// given the server's own JetStream API, which would answer beside the log's.
+const accountInfo = "$JS.API.INFO"
+
+// share lets the subscribers' accounts have what they may read, before the server
+// starts.
+func share(ns *server.Server, subscribers []Subscriber) error {
+	roles := ns.GlobalAccount()
+	type export struct {
+		stream bool
+		to     []*server.Account
 	}
-	return out
+	exports := map[string]*export{}
+	of := map[string]*server.Account{}
+	for _, s := range subscribers {
+		a, err := ns.LookupAccount(accountOf(s))
+		if err != nil {
+			return fmt.Errorf("account of subscriber %s: %w", s.Name, err)
+		}
+		of[s.Name] = a
+		add := func(subjects []string, stream bool) {
+			for _, subject := range subjects {
+				if exports[subject] == nil {
+					exports[subject] = &export{stream: stream}
+				}
+				exports[subject].to = append(exports[subject].to, a)
+			}
+		}
+		add(bus.SubscriberHears(s.Tenant), true)
+		add(append(bus.SubscriberAsks(s.Name), accountInfo), false)
+	}
+	for subject, e := range exports {
+		err := error(nil)
+		switch {
+		case e.stream:
+			err = roles.AddStreamExport(subject, e.to)
+		case strings.Contains(subject, ".MSG.NEXT."):
+			err = roles.AddServiceExportWithResponse(subject, server.Streamed, e.to)
+		default:
+			err = roles.AddServiceExport(subject, e.to)
+		}
+		if err != nil {
+			return fmt.Errorf("let subscribers have %s: %w", subject, err)
+		}
+	}
+	for _, s := range subscribers {
+		for _, subject := range bus.SubscriberHears(s.Tenant) {
+			if err := of[s.Name].AddStreamImport(roles, subject, ""); err != nil {
+				return fmt.Errorf("let subscriber %s hear %s: %w", s.Name, subject, err)
+			}
+		}
+		for _, subject := range append(bus.SubscriberAsks(s.Name), accountInfo) {
+			if err := of[s.Name].AddServiceImport(roles, subject, ""); err != nil {
+				return fmt.Errorf("let subscriber %s ask %s: %w", s.Name, subject, err)
+			}
+		}
+	}
+	return nil
 }
 
 // subscriberFile has the URL of a subscriber, with its password, which is kept

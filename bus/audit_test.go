@@ -1,0 +1,418 @@
+package bus_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"waybill.dev/bus"
+	"waybill.dev/bus/embed"
+	"waybill.dev/schemas"
+)
+
+// feed stores a record for a tenant, as number n.
+func feed(t *testing.T, a *bus.Audit, n uint64, tenant string) {
+	t.Helper()
+	err := a.Append(t.Context(), n, []bus.FeedRecord{{
+		Subject: "audit." + tenant + ".researcher.completed", Payload: fmt.Appendf(nil, `{"of":"%s","n":%d}`, tenant, n),
+		Position: fmt.Sprintf("EVENTS=%d", n+1),
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// subscriber connects with the URL that a subscriber is given.
+func subscriber(t *testing.T, dir, name string) *nats.Conn {
+	t.Helper()
+	url, err := os.ReadFile(filepath.Join(dir, "subscribers", name+".url"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	nc, err := nats.Connect(strings.TrimSpace(string(url)), nats.ErrorHandler(func(*nats.Conn, *nats.Subscription, error) {}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(nc.Close)
+	return nc
+}
+
+// A subscriber sees all of its tenant's records, live and what it has missed, and
+// the checkpoints and tiles; nothing of others, nothing of the log; and it stores
+// nothing.
+func TestSubscribers(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "log")
+	w := start(t, embed.Options{Dir: dir, Listen: "127.0.0.1:0", Subscribers: []embed.Subscriber{{Name: "siem-a", Tenant: "a"}, {Name: "siem-b", Tenant: "b"}}})
+	l := w.open(bus.Options{Role: bus.RoleAudit})
+	a, err := l.Audit(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range []string{"a", "b"} {
+		if err := a.Subscriber(t.Context(), "siem-"+s, schemas.Tenant(s)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	edge := w.open(bus.Options{Role: bus.RoleEdge})
+	secret := request("secret")
+	if _, err := edge.Publish(t.Context(), secret); err != nil {
+		t.Fatal(err)
+	}
+	feed(t, a, 0, "a") // while nobody listens
+	feed(t, a, 1, "b")
+
+	nc := subscriber(t, dir, "siem-a")
+	live, err := nc.SubscribeSync("audit.a.>")
+	if err != nil {
+		t.Fatal(err)
+	}
+	checkpoints, err := nc.SubscribeSync("audit.checkpoint")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var others []*nats.Subscription
+	for _, subject := range []string{"audit.b.>", "audit.>", "audit.*.*.*", "ev.>", "sys.>", "tlog.>", "salt.>", "dead.>", ">", "$JS.>", "$SYS.>", "_INBOX.>"} {
+		s, err := nc.SubscribeSync(subject)
+		if err == nil {
+			others = append(others, s)
+		}
+	}
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	feed(t, a, 2, "b")
+	feed(t, a, 3, "a")
+	if err := a.PutCheckpoint(t.Context(), "note"); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.PutTile(t.Context(), "tile/8/0/000", []byte("tile")); err != nil {
+		t.Fatal(err)
+	}
+	if m, err := live.NextMsg(patience); err != nil || m.Subject != "audit.a.researcher.completed" || string(m.Data) != `{"of":"a","n":3}` {
+		t.Errorf("live: %v %v", m, err)
+	}
+	if m, err := checkpoints.NextMsg(patience); err != nil || string(m.Data) != "note" {
+		t.Errorf("checkpoint: %v %v", m, err)
+	}
+
+	// What it was away for, from its own consumer; what it acknowledges does not
+	// come again, what it does not, does.
+	pull := func(nc *nats.Conn, name string) []string {
+		t.Helper()
+		inbox := nc.NewInbox()
+		sub, err := nc.SubscribeSync(inbox)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = sub.Unsubscribe() }()
+		if err := nc.PublishRequest("$JS.API.CONSUMER.MSG.NEXT.FEED."+name, inbox, []byte(`{"batch":100,"expires":200000000}`)); err != nil {
+			t.Fatal(err)
+		}
+		var got []string
+		for {
+			m, err := sub.NextMsg(time.Second)
+			if err != nil || len(m.Data) == 0 {
+				return got
+			}
+			got = append(got, string(m.Data))
+			if _, err := nc.RequestMsg(&nats.Msg{Subject: m.Reply, Data: []byte("+ACK")}, patience); err != nil {
+				t.Errorf("acknowledge on %s: %v", m.Reply, err)
+			}
+		}
+	}
+	if got := strings.Join(pull(nc, "siem-a"), ""); got != `{"of":"a","n":0}{"of":"a","n":3}` {
+		t.Errorf("pulled %s", got)
+	}
+	feed(t, a, 4, "a")
+	if got := strings.Join(pull(nc, "siem-a"), ""); got != `{"of":"a","n":4}` {
+		t.Errorf("then %s", got)
+	}
+	if got := pull(nc, "siem-b"); len(got) > 0 {
+		t.Errorf("of the other's consumer: %s", got)
+	}
+	// By the client library, too.
+	js, err := jetstream.New(nc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := js.Consumer(t.Context(), "FEED", "siem-a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	feed(t, a, 5, "a")
+	batch, err := c.Fetch(1, jetstream.FetchMaxWait(patience))
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, ok := <-batch.Messages()
+	if !ok || string(m.Data()) != `{"of":"a","n":5}` || m.DoubleAck(t.Context()) != nil {
+		t.Errorf("fetched %v", m)
+	}
+	if m, err := nc.Request("$JS.API.DIRECT.GET.AUDIT.tlog.tile.8.0.000", nil, patience); err != nil || string(m.Data) != "tile" {
+		t.Errorf("tile: %v %v", m, err)
+	}
+
+	// The rest it may not.
+	refused := func(what, subject, body string) {
+		t.Helper()
+		if m, err := nc.Request(subject, []byte(body), 100*time.Millisecond); err == nil {
+			t.Errorf("%s answers %s", what, m.Data)
+		}
+	}
+	refused("reading an event", "$JS.API.STREAM.MSG.GET.EVENTS", `{"seq":1}`)
+	refused("reading an event directly", "$JS.API.DIRECT.GET.EVENTS", `{"seq":1}`)
+	refused("reading the feed", "$JS.API.DIRECT.GET.FEED", `{"seq":2}`)
+	refused("reading the salts", "$JS.API.STREAM.MSG.GET.AUDIT_STATE", `{"seq":1}`)
+	refused("another's consumer", "$JS.API.CONSUMER.MSG.NEXT.FEED.siem-b", `{"batch":1,"no_wait":true}`)
+	refused("a consumer of its own", "$JS.API.CONSUMER.CREATE.FEED.x.audit.b.>", `{"stream_name":"FEED","config":{"name":"x","filter_subject":"audit.b.>"}}`)
+	refused("deleting a consumer", "$JS.API.CONSUMER.DELETE.FEED.siem-a", "")
+	refused("deleting a record", "$JS.API.STREAM.MSG.DELETE.FEED", `{"seq":1}`)
+	refused("storing an event", "ev.a.s.completed._", "x")
+	refused("storing a record", "audit.a.researcher.completed", "x")
+	refused("storing a checkpoint", "audit.checkpoint", "x")
+	// Nor by having an answer sent there.
+	for _, to := range []string{"ev.a.s.completed._", "audit.a.researcher.completed", "audit.checkpoint"} {
+		_ = nc.PublishRequest("$JS.API.CONSUMER.INFO.FEED.siem-a", to, nil)
+		_ = nc.PublishRequest("$JS.API.CONSUMER.MSG.NEXT.FEED.siem-a", to, []byte(`{"batch":1,"no_wait":true}`))
+	}
+	if _, err := c.Info(t.Context()); err != nil { // which is behind them
+		t.Fatal(err)
+	}
+	feed(t, a, 6, "a")
+	if got := strings.Join(pull(nc, "siem-a"), ""); !strings.Contains(got, `"n":6`) {
+		t.Errorf("at last %s", got)
+	}
+	if last, err := edge.Last(t.Context()); err != nil || last != 1 {
+		t.Errorf("the log ends at %d: %v", last, err)
+	}
+	if n, _, err := a.Head(t.Context()); err != nil || n != 7 {
+		t.Errorf("the feed has %d records: %v", n, err)
+	}
+	for _, s := range others {
+		for {
+			m, err := s.NextMsg(10 * time.Millisecond)
+			if err != nil {
+				break
+			}
+			if strings.Contains(string(m.Data), `"of":"b"`) || strings.Contains(string(m.Data), "secret") {
+				t.Errorf("%s hears %s: %s", s.Subject, m.Subject, m.Data)
+			}
+		}
+	}
+	// And the other hears what is its own only.
+	if got := strings.Join(pull(subscriber(t, dir, "siem-b"), "siem-b"), ""); got != `{"of":"b","n":1}{"of":"b","n":2}` {
+		t.Errorf("the other pulled %s", got)
+	}
+}
+
+// Credentials and what a subscriber has not acknowledged stay over restarts.
+func TestSubscriberAfterRestart(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "log")
+	o := embed.Options{Dir: dir, Listen: "127.0.0.1:0", Subscribers: []embed.Subscriber{{Name: "siem", Tenant: "a"}}}
+	var urls []string
+	for round := range 2 {
+		func() {
+			srv, err := embed.Start(o)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() {
+				if err := srv.Close(); err != nil {
+					t.Error(err)
+				}
+			}()
+			l := (&world{t, srv}).open(bus.Options{Role: bus.RoleAudit})
+			defer l.Close()
+			a, err := l.Audit(t.Context())
+			if err == nil {
+				err = a.Subscriber(t.Context(), "siem", "a")
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			b, err := os.ReadFile(filepath.Join(dir, "subscribers", "siem.url"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			pass, _, _ := strings.Cut(string(b), "@")
+			urls = append(urls, pass)
+			if round == 0 {
+				feed(t, a, 0, "a")
+				return
+			}
+			nc := subscriber(t, dir, "siem")
+			js, err := jetstream.New(nc)
+			if err != nil {
+				t.Fatal(err)
+			}
+			c, err := js.Consumer(t.Context(), "FEED", "siem")
+			if err != nil {
+				t.Fatal(err)
+			}
+			batch, err := c.Fetch(1, jetstream.FetchMaxWait(patience))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if m, ok := <-batch.Messages(); !ok || string(m.Data()) != `{"of":"a","n":0}` {
+				t.Errorf("%v", m)
+			}
+		}()
+	}
+	if urls[0] != urls[1] {
+		t.Error("the credentials are new after a restart")
+	}
+}
+
+// The feed takes no record that does not follow the one before.
+func TestFeedIsDense(t *testing.T) {
+	w := start(t, embed.Options{})
+	a, err := w.open(bus.Options{Role: bus.RoleAudit}).Audit(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	records := func(n int) []bus.FeedRecord {
+		var all []bus.FeedRecord
+		for i := range n {
+			all = append(all, bus.FeedRecord{Subject: "audit.a.b.c", Payload: fmt.Append(nil, i)})
+		}
+		return all
+	}
+	if err := a.Append(t.Context(), 0, records(10)); err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range []uint64{0, 5, 9, 11, 100} {
+		if err := a.Append(t.Context(), n, records(3)); err == nil {
+			t.Errorf("it takes records from %d on", n)
+		}
+	}
+	if err := a.Append(t.Context(), 10, records(3)); err != nil {
+		t.Fatal(err)
+	}
+	if n, _, err := a.Head(t.Context()); n != 13 || err != nil {
+		t.Errorf("%d records: %v", n, err)
+	}
+	for _, role := range bus.Roles() {
+		if role == bus.RoleAudit || role == bus.RoleAdmin {
+			continue
+		}
+		l := w.open(bus.Options{Role: role})
+		other, err := l.Audit(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		if err := other.Append(ctx, 13, records(1)); err == nil {
+			t.Errorf("%s can write the feed", role)
+		}
+		cancel()
+		ctx, cancel = context.WithTimeout(t.Context(), 100*time.Millisecond)
+		if s, err := other.Secret(ctx, "", "", 32, true); err == nil && s != nil {
+			t.Errorf("%s can read the salts", role)
+		}
+		cancel()
+	}
+}
+
+// What is erased is overwritten, the session's only, and an erasure is no part of
+// what it erases; to do so again does no harm.
+func TestEraseOverwrites(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "log")
+	w := start(t, embed.Options{Dir: dir})
+	l := w.open(bus.Options{Role: bus.RoleAudit})
+	a, err := l.Audit(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	edge := w.open(bus.Options{Role: bus.RoleEdge})
+	gone, stays := request("canary-gone"), request("canary-stays")
+	stays.Session = schemas.NewSessionKey("acme", "researcher", "two")
+	for _, e := range []schemas.Event{gone, stays} {
+		if _, err := edge.Publish(t.Context(), e); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := a.Secret(t.Context(), e.Tenant, e.Session, 32, false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	erased := gone
+	erased.Call, erased.Root, erased.Body, erased.Data = "", "", nil, &schemas.Erased{ID: "x"}
+	receipt, err := l.Publish(t.Context(), erased)
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = a.Append(t.Context(), 0, []bus.FeedRecord{
+		{Subject: "audit.acme.researcher.requested", Payload: []byte("canary-gone of " + gone.Session)},
+		{Subject: "audit.acme.researcher.requested", Payload: []byte("canary-stays of " + stays.Session)},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cut := func(payload []byte) ([]byte, bool) {
+		return []byte("without"), strings.Contains(string(payload), "canary-gone")
+	}
+	for range 2 {
+		if err := a.Erase(t.Context(), gone.Tenant, gone.Session, receipt.Seq, cut); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := l.Load(t.Context(), 1); !errors.Is(err, schemas.ErrNotFound) {
+		t.Errorf("the event: %v", err)
+	}
+	if e, err := l.Load(t.Context(), 3); err != nil || e.Kind() != schemas.KindErased {
+		t.Errorf("the erasure: %v", err)
+	}
+	if s, err := a.Secret(t.Context(), gone.Tenant, gone.Session, 32, true); s != nil || err != nil {
+		t.Errorf("the secret: %v %v", s, err)
+	}
+	if s, err := a.Secret(t.Context(), stays.Tenant, stays.Session, 32, true); s == nil || err != nil {
+		t.Errorf("the other's secret: %v", err)
+	}
+	var records []string
+	for r, err := range a.Feed(t.Context(), 0, 2) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		records = append(records, fmt.Sprint(r.Number, " ", string(r.Payload)))
+	}
+	if got := strings.Join(records, "; "); got != "0 without; 1 canary-stays of "+string(stays.Session) {
+		t.Errorf("the feed: %s", got)
+	}
+	var there []string
+	err = filepath.WalkDir(dir, func(path string, d os.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		b, err := os.ReadFile(path)
+		if strings.Contains(string(b), "canary-gone") {
+			there = append(there, path)
+		}
+		return err
+	})
+	if err != nil || len(there) > 0 {
+		t.Errorf("%v: what was said is still in %v", err, there)
+	}
+	// Nobody else deletes.
+	for _, role := range bus.Roles() {
+		if role == bus.RoleAudit || role == bus.RoleAdmin {
+			continue
+		}
+		nc, err := w.srv.Connect(role, nats.ErrorHandler(func(*nats.Conn, *nats.Subscription, error) {}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, stream := range []string{"EVENTS", "SYSTEM", "AUDIT", "FEED", "AUDIT_STATE", "DEAD"} {
+			if m, err := nc.Request("$JS.API.STREAM.MSG.DELETE."+stream, []byte(`{"seq":2}`), 30*time.Millisecond); err == nil {
+				t.Errorf("%s deletes of %s: %s", role, stream, m.Data)
+			}
+		}
+		nc.Close()
+	}
+}
