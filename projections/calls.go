@@ -12,7 +12,7 @@ import (
 func calls() Table {
 	return Table{
 		Name: "calls_v1", View: "calls", Help: "every call that has ended, with its times",
-		Columns: slices.Concat(ofCall(), targetColumns(), []Column{
+		Columns: slices.Concat(ofCall(), ofTrace(), targetColumns(), []Column{
 			{"outcome", "LowCardinality(String)"}, // completed, failed, denied, cancelled
 			{"code", "LowCardinality(String)"},    // why it failed
 			{"rule", "LowCardinality(String)"},    // that let it go on, or denied it
@@ -28,15 +28,14 @@ func calls() Table {
 			{"chunks", "UInt32"},
 			{"request_bytes", "UInt32 CODEC(T64, ZSTD(1))"},
 			{"answer_bytes", "UInt32 CODEC(T64, ZSTD(1))"},
-			{"trace", "String CODEC(ZSTD(1))"},
 		}),
 		More: []string{
-			"trace_id String DEFAULT substring(trace, 4, 32)",
 			// For what is metered at models, which are not called yet.
 			"model LowCardinality(String) DEFAULT ''",
 			"input_tokens UInt64 DEFAULT 0 CODEC(T64, ZSTD(1))",
 			"output_tokens UInt64 DEFAULT 0 CODEC(T64, ZSTD(1))",
 			"cost_nanousd Int64 DEFAULT 0 CODEC(T64, ZSTD(1))",
+			"INDEX by_trace trace_id TYPE bloom_filter(0.01) GRANULARITY 1",
 			"INDEX by_call call TYPE bloom_filter(0.01) GRANULARITY 1",
 			"INDEX by_session session TYPE bloom_filter(0.01) GRANULARITY 1",
 		},
@@ -67,10 +66,10 @@ func calls() Table {
 			} else if s.UpstreamAt.IsZero() {
 				queue = micros(s.AuthorizedAt, e.Stored)
 			}
-			row = targetRow(callRow(row, e), s.Target)
+			row = targetRow(traceRow(callRow(row, e), e), s.Target)
 			return append(row, string(e.Kind()), word(code), word(rule), reason, uint16(status), int32(errorCode), at(s.RequestedAt),
 				micros(s.RequestedAt, e.Stored), policy, queue, upstream,
-				uint16(s.Attempts), uint32(s.Chunks), uint32(s.RequestSize), uint32(len(e.Body)), e.Trace)
+				uint16(s.Attempts), uint32(s.Chunks), uint32(s.RequestSize), uint32(len(e.Body)))
 		},
 	}
 }

@@ -16,9 +16,8 @@ func events() Table {
 			{"kind", "LowCardinality(String)"},
 			{"id", "String CODEC(ZSTD(1))"},
 			{"time", "DateTime64(9, 'UTC') CODEC(Delta, ZSTD(1))"}, // of whoever emitted it
-		}, ofCall(), targetColumns(), []Column{
+		}, ofCall(), ofTrace(), targetColumns(), []Column{
 			{"edge", "LowCardinality(String)"},
-			{"trace", "String CODEC(ZSTD(1))"},
 			{"rule", "LowCardinality(String)"},
 			{"reason", "String CODEC(ZSTD(1))"},
 			{"code", "LowCardinality(String)"},
@@ -30,7 +29,6 @@ func events() Table {
 			{"body", "String CODEC(ZSTD(3))"},
 		}),
 		More: []string{
-			"trace_id String DEFAULT substring(trace, 4, 32)",
 			"INDEX by_session session TYPE bloom_filter(0.01) GRANULARITY 1",
 			"INDEX by_call call TYPE bloom_filter(0.01) GRANULARITY 1",
 			"INDEX by_trace trace_id TYPE bloom_filter(0.01) GRANULARITY 1",
@@ -51,7 +49,7 @@ func events() Table {
 			case *schemas.Denied:
 				t, d = p.Target, p.Decision
 			case *schemas.Held:
-				d = p.Decision
+				t, d = p.Target, p.Decision
 			case *schemas.Completed:
 				t, status, errorCode = p.Target, p.Status, p.ErrorCode
 			case *schemas.Failed:
@@ -81,8 +79,8 @@ func events() Table {
 			envelope, _ := e.MarshalString() // of an event that was read from one
 			hash := sha256.Sum256(e.Body)
 			row = append(row, string(e.Kind()), string(e.ID()), at(e.Time))
-			row = targetRow(callRow(row, e), t)
-			return append(row, word(e.Edge), e.Trace, word(d.Rule), reason, word(code), uint16(status), int32(errorCode),
+			row = targetRow(traceRow(callRow(row, e), e), t)
+			return append(row, word(e.Edge), word(d.Rule), reason, word(code), uint16(status), int32(errorCode),
 				envelope, uint32(len(e.Body)), hash[:], e.Body)
 		},
 	}

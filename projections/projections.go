@@ -76,6 +76,20 @@ func ofCall() []Column {
 	}
 }
 
+// ofTrace are the ids of the trace that a call belongs to, of its span, and of
+// the span by which it was made.
+func ofTrace() []Column {
+	return []Column{
+		{"trace_id", "String CODEC(ZSTD(1))"},
+		{"span_id", "String CODEC(ZSTD(1))"},
+		{"parent_span_id", "String CODEC(ZSTD(1))"},
+	}
+}
+
+func traceRow(row []any, e schemas.Event) []any {
+	return append(row, e.TraceID(), e.SpanID(), e.ParentSpan())
+}
+
 func callRow(row []any, e schemas.Event) []any {
 	return append(row, word(e.Tenant), string(e.Session), string(e.Call), string(e.Parent), string(e.Root), word(e.Agent))
 }

@@ -227,15 +227,15 @@ func written(t *testing.T, e projections.Server) {
 	}
 
 	for sql, want := range map[string]string{
-		"SELECT log, count(), uniqExact(seq), max(seq) FROM events_v1 GROUP BY log ORDER BY log":                                                                 "one 80 80 80;two 4 4 4",
-		"SELECT outcome, count() FROM calls_v1 WHERE log = 'one' GROUP BY outcome ORDER BY 1":                                                                    "completed 20;denied 10;failed 10",
-		"SELECT total_us, policy_us, queue_us, upstream_us, request_bytes, answer_bytes, rule, status, trace_id FROM calls_v1 WHERE call = 'c1' AND log = 'one'": "1000 1000 1000 0 15 9 allow 200 0af7651916cd43dd8448eb211c80319c",
-		"SELECT code, reason, rule, total_us FROM calls WHERE call IN ('c2', 'c3') ORDER BY call":                                                                " because no 1000;timeout slow allow 1000",
-		"SELECT count(), countIf(parent != ''), countIf(root = call) FROM edges_v1 WHERE log = 'one'":                                                            "40 20 20",
-		"SELECT root, caused, root_name FROM fan_out(hours=24) LIMIT 1":                                                                                          "c0 1 read",
-		"SELECT depth, tools FROM longest_chains(hours=24) LIMIT 1":                                                                                              "2 [files read files read]",
-		"SELECT agent, calls, caused, failed, denied, sessions FROM top_talkers(hours=24)":                                                                       "researcher 40 20 10 10 3",
-		"SELECT hex(body) FROM events WHERE kind = 'completed' AND call = 'c0' LIMIT 1":                                                                          "7B2272223A22FF227D",
+		"SELECT log, count(), uniqExact(seq), max(seq) FROM events_v1 GROUP BY log ORDER BY log":                                                                                                  "one 80 80 80;two 4 4 4",
+		"SELECT outcome, count() FROM calls_v1 WHERE log = 'one' GROUP BY outcome ORDER BY 1":                                                                                                     "completed 20;denied 10;failed 10",
+		"SELECT total_us, policy_us, queue_us, upstream_us, request_bytes, answer_bytes, rule, status, trace_id, parent_span_id, length(span_id) FROM calls_v1 WHERE call = 'c1' AND log = 'one'": "1000 1000 1000 0 15 9 allow 200 0af7651916cd43dd8448eb211c80319c b7ad6b7169203331 16",
+		"SELECT code, reason, rule, total_us FROM calls WHERE call IN ('c2', 'c3') ORDER BY call":                                                                                                 " because no 1000;timeout slow allow 1000",
+		"SELECT count(), countIf(parent != ''), countIf(root = call) FROM edges_v1 WHERE log = 'one'":                                                                                             "40 20 20",
+		"SELECT root, caused, root_name FROM fan_out(hours=24) LIMIT 1":                                                                                                                           "c0 1 read",
+		"SELECT depth, tools FROM longest_chains(hours=24) LIMIT 1":                                                                                                                               "2 [files read files read]",
+		"SELECT agent, calls, caused, failed, denied, sessions FROM top_talkers(hours=24)":                                                                                                        "researcher 40 20 10 10 3",
+		"SELECT hex(body) FROM events WHERE kind = 'completed' AND call = 'c0' LIMIT 1":                                                                                                           "7B2272223A22FF227D",
 	} {
 		if got := strings.Join(ask(t, e, sql), ";"); got != want {
 			t.Errorf("%s:\n%s\nwant\n%s", sql, got, want)

@@ -41,15 +41,20 @@ SELECT tenant, session, root, any(agent) AS agent, count() - 1 AS caused, uniqEx
   argMax(server, call = root) AS root_server, argMax(name, call = root) AS root_name, min(stored) AS began
 FROM edges WHERE `+lately+` AND root IN (SELECT root FROM edges_v1 WHERE parent != '' AND `+lately+`)
 GROUP BY tenant, session, root ORDER BY caused DESC, root`),
-		q("longest_chains", "(hours=24)", "calls that cause calls that cause calls: the deepest, with the tools on the way", `
+		// Only what was caused is followed; the first call of each is looked up at the end.
+		q("longest_chains", "(hours=24)", "calls that cause calls that cause calls: the hundred deepest, with the tools on the way", `
 WITH RECURSIVE
-  edge AS (SELECT root, parent, call, tenant, session, concat(server, ' ', if(name = '', method, name)) AS tool FROM edges_v1
-    WHERE `+lately+` AND (parent != '' OR call IN (SELECT root FROM edges_v1 WHERE parent != '' AND `+lately+`))),
+  caused AS (SELECT tenant, root, parent, call, concat(server, ' ', if(name = '', method, name)) AS tool FROM edges_v1 WHERE parent != '' AND `+lately+`),
   chain AS (
-    SELECT tenant, session, root, call, 1 AS depth, [tool] AS tools FROM edge WHERE parent = ''
+    SELECT tenant, root, call, toUInt32(2) AS depth, [tool] AS tools FROM caused WHERE parent = root
     UNION ALL
-    SELECT e.tenant, e.session, e.root, e.call, c.depth + 1, arrayPushBack(c.tools, e.tool) FROM edge AS e JOIN chain AS c ON e.parent = c.call WHERE c.depth < 32)
-SELECT tenant, session, root, max(c.depth) AS depth, argMax(c.tools, c.depth) AS tools FROM chain AS c GROUP BY tenant, session, root ORDER BY depth DESC, root`),
+    SELECT e.tenant, e.root, e.call, c.depth + 1, arrayPushBack(c.tools, e.tool) FROM caused AS e JOIN chain AS c ON e.parent = c.call WHERE c.depth < 32),
+  deepest AS (SELECT tenant, root, max(chain.depth) AS depth, argMax(chain.tools, chain.depth) AS tools FROM chain GROUP BY tenant, root ORDER BY depth DESC, root LIMIT 100)
+SELECT d.tenant AS tenant, f.session AS session, d.root AS root, f.agent AS agent, d.depth AS depth, arrayPushFront(d.tools, f.tool) AS tools
+FROM deepest AS d LEFT JOIN (
+  SELECT call, any(session) AS session, any(agent) AS agent, any(concat(server, ' ', if(name = '', method, name))) AS tool FROM edges_v1
+  WHERE call IN (SELECT root FROM deepest) GROUP BY call) AS f ON f.call = d.root
+ORDER BY depth DESC, root`),
 		q("unused_tools", "(hours=24)", "tools that a server has listed and nobody has called", `
 SELECT server, tool FROM (
   SELECT server, arrayJoin(JSONExtractArrayRaw(argMax(body, seq), 'result', 'tools')) AS definition, JSONExtractString(definition, 'name') AS tool
