@@ -248,6 +248,9 @@ func (w withHeaders) RoundTrip(r *http.Request) (*http.Response, error) {
 // traced is a gateway before a server of each era; more is further configuration.
 // The first server acts as the agent helper when it calls back.
 func traced(t *testing.T, more string, env ...string) *gateway.Gateway {
+	if !strings.Contains(more, "clickhouse:") {
+		more += "clickhouse: false\n"
+	}
 	var url string
 	modern, old := relayServer(t, &url, &mcp.StreamableHTTPOptions{Stateless: true}), relayServer(t, &url, nil)
 	agents := "tenants: [{id: acme}]\nauth: {anonymous: researcher}\nagents:\n  - {id: researcher, tenant: acme}\n"
@@ -255,8 +258,8 @@ func traced(t *testing.T, more string, env ...string) *gateway.Gateway {
 		agents += fmt.Sprintf("  - {id: %s, tenant: acme, token_sha256: %x}\n", id, sha256.Sum256([]byte(tokenOf(id))))
 	}
 	g := gateway.Start(t, agents+"servers:\n"+gateway.Server("relay", modern, "acts_as: [helper]")+gateway.Server("old", old, "")+
-		"allow:\n  - {agents: ['*'], servers: ['*'], tools: [echo, relay, call_many], methods: ['server/discover', 'tools/list', initialize, 'notifications/*']}\n"+
-		"fanout: {tools: [call_many]}\nclickhouse: false\n"+more, env...)
+		"allow:\n  - {agents: ['*'], servers: ['*'], tools: [echo, relay, ghost, call_many], methods: ['server/discover', 'tools/list', initialize, 'notifications/*']}\n"+
+		"fanout: {tools: [call_many]}\n"+more, env...)
 	url = g.URL
 	return g
 }
