@@ -50,6 +50,44 @@ func (l *Log) readTo(ctx context.Context, f Filter, at *uint64, last uint64, wan
 	}
 }
 
+// ReadSince is Read from the first event on that was stored at a time or after it.
+func (l *Log) ReadSince(ctx context.Context, f Filter, since time.Time) iter.Seq2[schemas.Event, error] {
+	return func(yield func(schemas.Event, error) bool) {
+		from, err := l.since(ctx, since)
+		if err != nil {
+			yield(schemas.Event{}, err)
+			return
+		}
+		l.Read(ctx, f, from)(yield)
+	}
+}
+
+// since is the sequence of the first event of a time, or one after the newest.
+func (l *Log) since(ctx context.Context, at time.Time) (uint64, error) {
+	info, err := retry(ctx, l, func(ctx context.Context) (*jetstream.StreamInfo, error) { return l.stream.Info(ctx) })
+	if err != nil {
+		return 0, fmt.Errorf("read the log: %w", err)
+	}
+	// Halving, as events lie in the order of their times. None is ever missing
+	// between the first and the last.
+	low, high := max(info.State.FirstSeq, 1), info.State.LastSeq+1
+	for low < high {
+		mid := low + (high-low)/2
+		m, err := retry(ctx, l, func(ctx context.Context) (*jetstream.RawStreamMsg, error) { return l.stream.GetMsg(ctx, mid) })
+		switch {
+		case errors.Is(err, jetstream.ErrMsgNotFound): // it has aged out meanwhile
+			low = mid + 1
+		case err != nil:
+			return 0, fmt.Errorf("read the log: %w", err)
+		case m.Time.Before(at):
+			low = mid + 1
+		default:
+			high = mid
+		}
+	}
+	return low, nil
+}
+
 // readAt reads with a consumer, which in a cluster is at one of the nodes and
 // has what that one has by now; at is moved along. It is false when the reader
 // wants no more.

@@ -50,7 +50,7 @@ var writes = map[Role][]schemas.Kind{
 //
 // A grant is an operator's alone: policy cannot approve what it holds.
 var records = map[Role][]string{
-	RolePolicy:   {"policy"},
+	RolePolicy:   {"policy", "use"},
 	RoleDispatch: {"tool"},
 	RoleOperator: {"policy", "approval", "tool"},
 }
