@@ -128,6 +128,10 @@ type Options struct {
 
 	places *places // of the fronts together
 
+	// Shows tells, of an authorized list of which policy has to be asked about each
+	// name, what it may show. nil, or an error: nothing.
+	Shows func(ctx context.Context, authorized schemas.Event) (func(name string) bool, error)
+
 	// Lost tells whether an event was stored before an unclean boot, after
 	// which later events of its call may be gone. nil: never.
 	Lost func(schemas.Event) bool
@@ -731,6 +735,21 @@ func (r *run) call(ctx context.Context, body []byte) (ending, error) {
 	}
 }
 
+// each is [Call].Each.
+func (r *run) each(ctx context.Context) func(string) bool {
+	if !r.a.Each {
+		return nil
+	}
+	if r.d.opt.Shows != nil {
+		shows, err := r.d.opt.Shows(ctx, r.e)
+		if err == nil {
+			return shows
+		}
+		r.d.opt.Log.Error("what a list may show is not known, so it shows nothing", "session", r.e.Session, "call", r.e.Call, "error", err)
+	}
+	return func(string) bool { return false }
+}
+
 // attempt calls the upstream once.
 func (r *run) attempt(ctx context.Context, body []byte, settle func(error)) (Answer, *Fault) {
 	at := r.d.opt.Now()
@@ -742,7 +761,7 @@ func (r *run) attempt(ctx context.Context, body []byte, settle func(error)) (Ans
 		}
 	}
 	answer, err := r.up.call(ctx, Call{
-		ID: r.e.Call, Event: r.e, Requested: &r.a.Requested, Only: r.a.Only, Trace: r.onward(), Body: body, Era: r.era,
+		ID: r.e.Call, Event: r.e, Requested: &r.a.Requested, Only: r.a.Only, Each: r.each(ctx), Trace: r.onward(), Body: body, Era: r.era,
 		Connected: func() {
 			// One call probes an open breaker, and it may be a long one: a
 			// connection is proof enough to let the others go.

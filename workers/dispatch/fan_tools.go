@@ -52,7 +52,7 @@ func (q *question) ownListed(method string) (raw [][]byte, removed []string) {
 		return nil, nil
 	}
 	for _, t := range q.own {
-		if !allowed(q.c.Only, t.name) {
+		if !q.c.shows(t.name) {
 			removed = append(removed, t.name)
 			continue
 		}

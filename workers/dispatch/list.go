@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"strings"
 
-	"waybill.dev/schemas"
 	"waybill.dev/schemas/jsonrpc"
 )
 
@@ -34,9 +33,9 @@ var errList = errors.New("a list that cannot be filtered")
 //
 // m must have been decoded without AllowCaseVariants: otherwise a client that
 // ignores case could read another name than was judged here.
-func filterList(m *jsonrpc.Message, method string, only []string) (body []byte, removed []string, more int, err error) {
+func filterList(m *jsonrpc.Message, method string, c Call) (body []byte, removed []string, more int, err error) {
 	at, ok := lists[method]
-	if !ok || only == nil || !m.Result().Exists() {
+	if !ok || !c.filters() || !m.Result().Exists() {
 		return m.Raw(), nil, 0, nil
 	}
 	array := m.Result().Get(at.array)
@@ -52,12 +51,8 @@ func filterList(m *jsonrpc.Message, method string, only []string) (body []byte, 
 	}
 	patch := m.Patch().Filter(array, func(_ int, element jsonrpc.Value) bool {
 		name, ok := element.Get(at.name).Text()
-		if ok {
-			for _, pattern := range only {
-				if schemas.Match(pattern, name) {
-					return true
-				}
-			}
+		if ok && c.shows(name) {
+			return true
 		}
 		if len(removed) < maxRemoved {
 			removed = append(removed, clip(name, maxRemovedName))

@@ -482,14 +482,14 @@ func (m *mcpServer) stream(body io.Reader, c Call, progress func([]byte) error) 
 }
 
 func (m *mcpServer) decode(b []byte, c Call) (*jsonrpc.Message, error) {
-	return jsonrpc.Decode(b, jsonrpc.Limits{Bytes: int(m.maxAnswer), Depth: answerDepth, AllowCaseVariants: c.Only == nil})
+	return jsonrpc.Decode(b, jsonrpc.Limits{Bytes: int(m.maxAnswer), Depth: answerDepth, AllowCaseVariants: !c.filters()})
 }
 
 // done makes the answer of the message that answers.
 func (m *mcpServer) done(msg *jsonrpc.Message, c Call) (Answer, error) {
 	var a Answer
 	var err error
-	if a.Body, a.Removed, a.RemovedMore, err = filterList(msg, c.Requested.Method, c.Only); err != nil {
+	if a.Body, a.Removed, a.RemovedMore, err = filterList(msg, c.Requested.Method, c); err != nil {
 		return Answer{}, &Fault{Kind: Garbled, Err: err}
 	}
 	a.ErrorCode, _ = msg.ErrorCode()

@@ -384,7 +384,7 @@ func (s *session) discover(ctx context.Context, c Call) (Answer, error) {
 	r := modernly(c.Requested)
 	r.Method, r.Name, r.Alias, r.OneWay = "server/discover", "", "", false
 	ask := c
-	ask.Requested, ask.Only = r, nil
+	ask.Requested, ask.Only, ask.Each = r, nil, nil
 	ask.Body = []byte(`{"jsonrpc":"2.0","id":"-","method":"server/discover","params":{"_meta":` + string(s.meta()) + `}}`)
 	answer, err := s.m.modern(ctx, ask, s.say)
 	if err != nil {

@@ -428,13 +428,13 @@ func (a *restAPI) call(ctx context.Context, c Call, _ func([]byte) error) (Answe
 	default:
 		return m.fail(jsonrpc.CodeMethodNotFound, "Method not found", nil)
 	}
-	if err != nil || answer.ErrorCode != 0 || target.Method != "tools/list" || c.Only == nil {
+	if err != nil || answer.ErrorCode != 0 || target.Method != "tools/list" || !c.filters() {
 		return answer, err
 	}
 	// Decoded as an upstream's answer is, and filtered by the same code.
 	list, err := jsonrpc.Decode(answer.Body, jsonrpc.Limits{Bytes: len(answer.Body), Depth: answerDepth})
 	if err == nil {
-		answer.Body, answer.Removed, answer.RemovedMore, err = filterList(list, target.Method, c.Only)
+		answer.Body, answer.Removed, answer.RemovedMore, err = filterList(list, target.Method, c)
 	}
 	if err != nil {
 		return Answer{}, faultf(Garbled, "the list of tools: %w", err)

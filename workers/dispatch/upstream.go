@@ -43,8 +43,9 @@ type Call struct {
 	ID        schemas.CallID
 	Event     schemas.Event // that authorized it: whose call it is
 	Requested *schemas.Requested
-	Only      []string // see schemas.Authorized; nil: everything
-	Trace     onward   // zero: none
+	Only      []string               // see schemas.Authorized; nil: everything
+	Each      func(name string) bool // and of that, what it says; nil: all of it
+	Trace     onward                 // zero: none
 	Body      []byte
 
 	// Era is that in which it is made, where it was decided who makes it by that;
@@ -53,6 +54,14 @@ type Call struct {
 
 	Connected func() // there is a connection
 	Heard     func() // the answer has begun
+}
+
+// filters tells whether a list must not be shown as it is.
+func (c Call) filters() bool { return c.Only != nil || c.Each != nil }
+
+// shows tells whether a list may show a name.
+func (c Call) shows(name string) bool {
+	return allowed(c.Only, name) && (c.Each == nil || c.Each(name))
 }
 
 // Answer is what the upstream said.

@@ -16,19 +16,19 @@ import (
 // There is no list of groups: a request names its agent only, and a decision
 // may depend on nothing that its event does not hold.
 type Allow struct {
-	ID      string   // by position: allow[0]
-	Tenants []string // whose agents; none: those of every tenant
-	Agents  []string
-	Servers []string
+	ID      string   `json:"id"`                // by position: allow[0]
+	Tenants []string `json:"tenants,omitempty"` // whose agents; none: those of every tenant
+	Agents  []string `json:"agents"`
+	Servers []string `json:"servers"`
 
 	// Tools that may be called. Exactly "*" among them means every method of
 	// the server, known or unknown; otherwise these tools' tools/call and
 	// nothing else.
-	Tools []string
+	Tools []string `json:"tools,omitempty"`
 
 	// Methods opens further methods, but never tools/call. A permitted
 	// tools/list shows what Tools of all the caller's rules let it call.
-	Methods []string
+	Methods []string `json:"methods,omitempty"`
 }
 
 // Rule compiles the entry. An error says what is wrong with what the operator
@@ -61,7 +61,7 @@ func (a Allow) Rule() (Rule, error) {
 	if r.tools.all {
 		r.list = []string{"*"}
 	}
-	return Rule{ID: a.ID, Effect: Permit, Match: r.match}, nil
+	return Rule{ID: a.ID, Effect: Permit, Servers: slices.Clone(a.Servers), Match: r.match}, nil
 }
 
 // checkPattern refuses the patterns besides "*" that fit an empty name: a list
@@ -83,7 +83,8 @@ type allow struct {
 	list                                     []string // of tools, for Match.Tools
 }
 
-func (a *allow) match(e *schemas.Event, q *schemas.Requested) (Match, error) {
+func (a *allow) match(in *Input) (Match, error) {
+	e, q := in.Event, in.Request
 	if !a.agents.match(string(e.Agent)) || !a.servers.match(q.Server) ||
 		!a.tenants.empty() && !a.tenants.match(string(e.Tenant)) {
 		return Match{}, nil

@@ -5,10 +5,13 @@ package policy
 // agree. test/arch_test.go checks it.
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
 	"strings"
+
+	"cel.dev/cel-go/common/types/ref"
 
 	"waybill.dev/schemas"
 )
@@ -17,42 +20,81 @@ import (
 type Effect int
 
 const (
-	Permit Effect = iota + 1 // the call may go on, unless another rule forbids it
-	Forbid                   // the call may not go on, whatever else is said
+	Permit  Effect = iota + 1 // the call may go on, unless another rule says otherwise
+	Forbid                    // the call may not go on, whatever else is said
+	Approve                   // what is permitted has to be approved by a person first
+	Oblige                    // what is permitted comes with obligations
 )
+
+func (e Effect) String() string {
+	if e < Permit || e > Oblige {
+		return "no effect"
+	}
+	return [...]string{"permit", "forbid", "require_approval", "oblige"}[e-1]
+}
 
 // A Rule is one line of the policy, of whatever kind.
 type Rule struct {
 	ID     string // decisions name it
 	Effect Effect
+	Reason string // for operators
 
-	// Match looks at a request; q is e's payload. It must not change either
-	// and must be pure: the same event gives the same match, and the same
-	// error. A rule that fails or panics is taken at its worst: a permit does
-	// not apply, a forbid does.
-	Match func(e *schemas.Event, q *schemas.Requested) (Match, error)
+	// Methods and Servers are patterns of what the rule may concern, to find it
+	// by; Match looks by itself. None: all.
+	Methods, Servers []string
+
+	Obligations Obligations // not of a forbid
+
+	// Match looks at a request. It must not change it and must be pure: the same
+	// event with the same facts gives the same match, and the same error. A rule
+	// that fails or panics is taken at its worst: a permit does not apply, any
+	// other does.
+	Match func(in *Input) (Match, error)
+
+	needs  func(in *Input) needs // facts that it may look at; nil: none
+	where  string                // file and line
+	when   string                // its condition, as written
+	filter bool                  // it says of single tools whether a list may show them
+}
+
+// Input is what a rule looks at.
+type Input struct {
+	Event   *schemas.Event
+	Request *schemas.Requested // the event's payload
+	Facts   Facts
+
+	anyArgs bool    // it is asked about a tool, whatever the arguments
+	args    ref.Val // see arguments
 }
 
 // Match is what a rule finds in a request.
 type Match struct {
 	Applies bool // the rule's effect holds for this request
+	Maybe   bool // it would for some arguments; only where these are left open
 
 	// Tools answers a tools/list: patterns ([schemas.Match]) of the tools that
-	// this permit lets the caller call on this server, also when it does not
-	// apply to the listing itself. "*" is all of them. A forbid leaves it nil:
-	// patterns cannot be subtracted, so the kind of rule that forbids single
-	// tools must bring its own way of keeping them out of lists.
+	// this permit may let the caller call on this server, also when it does not
+	// apply to the listing itself. "*" is all of them.
 	Tools []string
+
+	// Each says that of the tools of this server the rule has to be asked about
+	// each by its name ([Bundle.Shows]).
+	Each bool
 }
 
 // Verdict is the word on one request.
 type Verdict struct {
 	Permit bool
+	Hold   bool     // it would be permitted, if a person approved
 	Rule   string   // the rule that decided, the first in order; "" for default deny
-	Reason string   // of a denial, for operators; a permit's reason is its rule
+	Reason string   // of a denial or a hold, for operators; a permit's reason is its rule
 	Only   []string // what a permitted tools/list may show; nil: all of it
+	Each   bool     // and of that, what [Bundle.Shows] says
 
-	Faults []Fault // rules that failed on the way; their consequence is already drawn
+	Matches     []string    // the rules that spoke, sorted
+	Obligations Obligations // of all of them together, where it is permitted or held
+	Limits      []Limit     // that were looked at, and count the call where it is permitted
+	Faults      []Fault     // rules that failed on the way; their consequence is already drawn
 }
 
 // Fault is a rule that could not be evaluated.
@@ -71,8 +113,10 @@ const (
 )
 
 // Decide says whether the event, which must be a request, may go on. It is
-// pure. A forbid wins over every permit; without a permit the call is denied.
-func (p *Policy) Decide(e schemas.Event) Verdict {
+// pure. All rules are asked that may concern it; a forbid wins over everything,
+// a limit that is reached over what is left, then a rule that requires approval
+// over the permits; without a permit the call is denied.
+func (b *Bundle) Decide(e schemas.Event, facts Facts) Verdict {
 	q, ok := e.Data.(*schemas.Requested)
 	switch {
 	case !ok || q == nil:
@@ -81,61 +125,158 @@ func (p *Policy) Decide(e schemas.Event) Verdict {
 		return Verdict{Reason: "unknown protocol"}
 	case q.Server == "":
 		return Verdict{Reason: "no server is named"}
-	case !p.servers[q.Server]:
+	case !b.servers[q.Server]:
 		return Verdict{Reason: "unknown server"}
 	case q.Method == "":
 		return Verdict{Reason: "no method is named"}
 	}
-	for i := range p.forbids {
-		r := &p.forbids[i]
-		m, err := r.match(&e, q)
-		if err != nil {
-			return Verdict{
-				Rule: r.ID, Reason: "a rule that forbids failed: " + brief(err), Faults: []Fault{{r.ID, err}},
-			}
-		}
-		if m.Applies {
-			return Verdict{Rule: r.ID, Reason: "a rule forbids this call"}
-		}
-	}
-	return p.permit(&e, q)
-}
-
-// permit asks the permits. The first that applies decides, but for a listing
-// all are asked, since each may open tools to be listed.
-func (p *Policy) permit(e *schemas.Event, q *schemas.Requested) Verdict {
 	var v Verdict
-	list := q.Method == toolsList
+	in := &Input{Event: &e, Request: q, Facts: facts}
 	tools := []string{} // not nil: a permit of the list alone shows nothing
-	for i := range p.permits {
-		r := &p.permits[i]
-		m, err := r.match(e, q)
+	var forbids, permits, approves, obliges []*Rule
+	for _, r := range b.concerning(q) {
+		m, err := r.match(in)
 		if err != nil {
 			v.Faults = append(v.Faults, Fault{r.ID, err})
+			m = Match{Applies: r.Effect != Permit, Each: m.Each}
+		}
+		tools = append(tools, m.Tools...)
+		v.Each = v.Each || m.Each
+		if !m.Applies {
 			continue
 		}
-		if m.Applies && !v.Permit {
-			v.Permit, v.Rule = true, r.ID
-		}
-		if v.Permit && !list {
-			return v
-		}
-		if list {
-			tools = append(tools, m.Tools...)
+		v.Matches = append(v.Matches, r.ID)
+		switch r.Effect {
+		case Permit:
+			permits = append(permits, r)
+		case Forbid:
+			forbids = append(forbids, r)
+		case Approve:
+			approves = append(approves, r)
+		case Oblige:
+			obliges = append(obliges, r)
 		}
 	}
-	if !v.Permit {
-		v.Reason = "no rule permits this call"
-		if len(v.Faults) > 0 {
-			v.Reason += "; rule " + v.Faults[0].Rule + " failed: " + brief(v.Faults[0].Err)
+	slices.Sort(v.Matches)
+	failed := func(r *Rule) (error, bool) {
+		i := slices.IndexFunc(v.Faults, func(f Fault) bool { return f.Rule == r.ID })
+		if i < 0 {
+			return nil, false
+		}
+		return v.Faults[i].Err, true
+	}
+	deny := func(r *Rule, reason string) Verdict {
+		v.Rule, v.Reason = r.ID, reason
+		if err, ok := failed(r); ok {
+			v.Reason += ", since it failed: " + brief(err)
+		}
+		v.Only, v.Each = nil, false
+		return v
+	}
+	if len(forbids) > 0 {
+		r := forbids[0]
+		return deny(r, cmp.Or(r.Reason, "a rule forbids this call"))
+	}
+	if len(permits) == 0 {
+		v.Reason, v.Each = "no rule permits this call", false
+		for _, f := range v.Faults {
+			if r := b.rule(f.Rule); r != nil && r.Effect == Permit {
+				v.Reason += "; rule " + f.Rule + " failed: " + brief(f.Err)
+				break
+			}
 		}
 		return v
 	}
-	if !slices.Contains(tools, "*") {
-		slices.Sort(tools)
-		v.Only = slices.Compact(tools)
+	v.Rule = permits[0].ID
+	for _, r := range slices.Concat(permits, approves, obliges) {
+		v.Obligations.add(r.Obligations)
+		l, ok := r.limit(in)
+		if !ok {
+			continue
+		}
+		v.Limits = append(v.Limits, l)
+		count, known := facts.Counts[l.key()]
+		if !known {
+			return deny(r, "a rate limit cannot be held, since the calls are not counted")
+		}
+		if count >= l.Calls {
+			return deny(r, cmp.Or(r.Reason, "the rate limit is reached")+": "+l.String())
+		}
+	}
+	said := strings.TrimRight(strings.SplitN(facts.Approval, " ", 2)[0], ":")
+	switch {
+	case said == "" && len(approves) > 0:
+		r := approves[0]
+		v.Hold = true
+		v.Rule, v.Reason = r.ID, cmp.Or(r.Reason, "a person has to approve this call")
+		if err, ok := failed(r); ok {
+			v.Reason += "; the rule failed: " + brief(err)
+		}
+		return v
+	case said == "" || said == ApprovalGranted:
+	default:
+		// Whatever the rules say by now: who was refused, or has left, is not let on.
+		r := permits[0]
+		if len(approves) > 0 {
+			r = approves[0]
+		}
+		switch said {
+		case ApprovalSilence:
+			return deny(r, "nobody has approved the call in time")
+		case ApprovalGone:
+			return deny(r, "the caller did not wait for the approval")
+		}
+		return deny(r, facts.Approval)
+	}
+	v.Permit = true
+	if q.Method == toolsList {
+		if !slices.Contains(tools, "*") {
+			slices.Sort(tools)
+			v.Only = slices.Compact(tools)
+		}
+	} else {
+		v.Each = false
 	}
 	return v
+}
+
+// Shows tells whether a list may show a tool: whether the caller of the
+// tools/list e, which was permitted, could call it with some arguments, as far as
+// the facts of that decision go. It is pure.
+//
+// With the arguments open, a condition may be open too. An open permit counts, as
+// some arguments may meet it; an open forbid does not, as some may not. A limit
+// that is reached for now and an approval to be asked for hide nothing.
+func (b *Bundle) Shows(e schemas.Event, facts Facts, tool string) bool {
+	var q schemas.Requested
+	switch d := e.Data.(type) {
+	case *schemas.Requested:
+		q = *d
+	case *schemas.Authorized:
+		q = d.Requested
+	default:
+		return false
+	}
+	if !b.servers[q.Server] || tool == "" {
+		return false
+	}
+	q.Method, q.Name, q.Alias = toolsCall, tool, ""
+	e.Data, e.Body = &q, nil
+	in := &Input{Event: &e, Request: &q, Facts: facts, anyArgs: true}
+	permitted := false
+	for _, r := range b.concerning(&q) {
+		if r.Effect != Permit && r.Effect != Forbid {
+			continue
+		}
+		m, err := r.match(in)
+		switch {
+		case r.Effect == Forbid && (err != nil || m.Applies):
+			return false
+		case r.Effect == Permit && err == nil && (m.Applies || m.Maybe):
+			permitted = true
+		}
+	}
+	return permitted
 }
 
 // errPanicked stands for whatever a rule panicked with, which may hold an
@@ -144,13 +285,13 @@ var errPanicked = errors.New("the rule panicked")
 
 // match evaluates the rule and turns a panic into an error: one broken rule
 // must not take the worker down with it, again and again at each redelivery.
-func (r *Rule) match(e *schemas.Event, q *schemas.Requested) (m Match, err error) {
+func (r *Rule) match(in *Input) (m Match, err error) {
 	defer func() {
 		if v := recover(); v != nil {
 			m, err = Match{}, panicked{fmt.Sprint(v)}
 		}
 	}()
-	return r.Match(e, q)
+	return r.Match(in)
 }
 
 // panicked keeps the value for the operator's log and out of the decision.

@@ -34,7 +34,11 @@ func call(method, name string) schemas.Event {
 // past.
 func newPolicy(t testing.TB, rules ...Rule) *Policy {
 	t.Helper()
-	p, err := New(Options{Rules: rules, Servers: []string{"files", "mail"}, Past: nothing, Duplicates: time.Minute})
+	b, err := NewBundle(rules, []string{"files", "mail"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := New(Options{Bundle: b, Past: nothing, Duplicates: time.Minute})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -59,11 +63,11 @@ func compile(t testing.TB, allows ...Allow) []Rule {
 
 // fixed is a rule that always says the same.
 func fixed(id string, effect Effect, m Match, err error) Rule {
-	return Rule{ID: id, Effect: effect, Match: func(*schemas.Event, *schemas.Requested) (Match, error) { return m, err }}
+	return Rule{ID: id, Effect: effect, Match: func(*Input) (Match, error) { return m, err }}
 }
 
 func panics(id string, effect Effect) Rule {
-	return Rule{ID: id, Effect: effect, Match: func(*schemas.Event, *schemas.Requested) (Match, error) {
+	return Rule{ID: id, Effect: effect, Match: func(*Input) (Match, error) {
 		var none *schemas.Requested
 		_ = none.Server // a nil pointer, as a bug would have it
 		return Match{Applies: true}, nil
@@ -100,10 +104,10 @@ func TestCombine(t *testing.T) {
 		{"forbid that does not apply", []Rule{idle, yes}, true, "yes", "", 0},
 		{"permit fails", []Rule{badYes}, false, "", "bad-yes failed: no such field", 1},
 		{"permit fails, another permits", []Rule{badYes, yes}, true, "yes", "", 1},
-		{"forbid fails", []Rule{yes, badNo}, false, "bad-no", "failed: no such field", 1},
+		{"forbid fails", []Rule{yes, badNo}, false, "bad-no", "since it failed: no such field", 1},
 		{"permit panics", []Rule{panics("p", Permit)}, false, "", "p failed: the rule panicked", 1},
 		{"permit panics, another permits", []Rule{panics("p", Permit), yes}, true, "yes", "", 1},
-		{"forbid panics", []Rule{yes, panics("p", Forbid)}, false, "p", "failed: the rule panicked", 1},
+		{"forbid panics", []Rule{yes, panics("p", Forbid)}, false, "p", "since it failed: the rule panicked", 1},
 	}
 	for _, tt := range tests {
 		v := newPolicy(t, tt.rules...).Decide(call("tools/call", "read"))
@@ -153,32 +157,32 @@ func TestDecideRefuses(t *testing.T) {
 		}
 	}
 	// An empty name in the list does not make the empty server known.
-	p, err := New(Options{
-		Rules: []Rule{fixed("yes", Permit, Match{Applies: true}, nil)}, Servers: []string{""},
-		Past: nothing, Duplicates: time.Minute,
-	})
+	b, err := NewBundle([]Rule{fixed("yes", Permit, Match{Applies: true}, nil)}, []string{""})
 	if err != nil {
 		t.Fatal(err)
 	}
 	e := call("tools/call", "read")
 	e.Data.(*schemas.Requested).Server = ""
-	if p.Decide(e).Permit {
+	if b.Decide(e, Facts{}).Permit {
 		t.Error("the empty server is known")
 	}
 }
 
 func TestNew(t *testing.T) {
-	ok := fixed("a", Permit, Match{}, nil)
-	for name, o := range map[string]Options{
-		"no past":      {Duplicates: time.Minute},
-		"no window":    {Past: nothing},
-		"no id":        {Past: nothing, Duplicates: time.Minute, Rules: []Rule{fixed("", Permit, Match{}, nil)}},
-		"same id":      {Past: nothing, Duplicates: time.Minute, Rules: []Rule{ok, ok}},
-		"no match":     {Past: nothing, Duplicates: time.Minute, Rules: []Rule{{ID: "a", Effect: Permit}}},
-		"no effect":    {Past: nothing, Duplicates: time.Minute, Rules: []Rule{fixed("a", 0, Match{}, nil)}},
-		"other effect": {Past: nothing, Duplicates: time.Minute, Rules: []Rule{fixed("a", 9, Match{}, nil)}},
-	} {
+	for name, o := range map[string]Options{"no past": {Duplicates: time.Minute}, "no window": {Past: nothing}} {
 		if _, err := New(o); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+	ok := fixed("a", Permit, Match{}, nil)
+	for name, rules := range map[string][]Rule{
+		"no id":        {fixed("", Permit, Match{}, nil)},
+		"same id":      {ok, ok},
+		"no match":     {{ID: "a", Effect: Permit}},
+		"no effect":    {fixed("a", 0, Match{}, nil)},
+		"other effect": {fixed("a", 9, Match{}, nil)},
+	} {
+		if _, err := NewBundle(rules, nil); err == nil {
 			t.Errorf("%s: accepted", name)
 		}
 	}

@@ -4,8 +4,6 @@ import (
 	"errors"
 	"slices"
 	"strings"
-
-	"waybill.dev/schemas"
 )
 
 // Front is a kind of rule that belongs to the program, not to the operator: it
@@ -29,8 +27,8 @@ func (f Front) Rule() (Rule, error) {
 		return Rule{}, errors.New("no endpoints are named")
 	}
 	names := slices.Clone(f.Names)
-	return Rule{ID: f.ID, Effect: Permit, Match: func(_ *schemas.Event, q *schemas.Requested) (Match, error) {
-		return Match{Applies: slices.Contains(names, q.Server) && hollow(q.Method)}, nil
+	return Rule{ID: f.ID, Effect: Permit, Servers: names, Match: func(in *Input) (Match, error) {
+		return Match{Applies: slices.Contains(names, in.Request.Server) && hollow(in.Request.Method)}, nil
 	}}, nil
 }
 

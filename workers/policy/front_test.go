@@ -2,7 +2,6 @@ package policy
 
 import (
 	"testing"
-	"time"
 
 	"waybill.dev/schemas"
 )
@@ -18,17 +17,14 @@ func TestFront(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p, err := New(Options{
-		Rules: []Rule{allow, rule}, Servers: []string{schemas.Gateway, "support", "files"},
-		Past: nothing, Duplicates: time.Minute,
-	})
+	b, err := NewBundle([]Rule{allow, rule}, []string{schemas.Gateway, "support", "files"})
 	if err != nil {
 		t.Fatal(err)
 	}
 	decide := func(agent schemas.Agent, server, method, name string) Verdict {
-		return p.Decide(schemas.Event{Agent: agent, Data: &schemas.Requested{
+		return b.Decide(schemas.Event{Agent: agent, Data: &schemas.Requested{
 			Target: schemas.Target{Protocol: "mcp", Server: server, Method: method, Name: name},
-		}})
+		}}, Facts{})
 	}
 	for _, method := range []string{
 		"initialize", "server/discover", "ping", "tools/list", "prompts/list", "resources/list", "resources/templates/list",

@@ -15,21 +15,17 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync/atomic"
 	"time"
 
 	"waybill.dev/schemas"
 )
 
-// Options are all that a Policy depends on. Policy keeps them unchanged for
-// its life: another policy is another Policy.
+// Options are all that a Policy depends on.
 type Options struct {
-	// Rules in the order in which the operator wrote them. The order decides
-	// only which of several agreeing rules a decision names.
-	Rules []Rule
-
-	// Servers are the upstreams that exist. A call to any other is denied,
-	// whatever the rules say, so that guessing names teaches nothing.
-	Servers []string
+	// Bundle is in force until another is activated ([Policy.Activate]). nil:
+	// everything is denied until then.
+	Bundle *Bundle
 
 	// Past reads what the log holds of a call. Required.
 	Past schemas.Past
@@ -37,22 +33,33 @@ type Options struct {
 	// Duplicates is the window in which the log drops a repeated ID. Required.
 	Duplicates time.Duration
 
+	// Facts that rules may speak of. Where one is nil, or says nil, the fact is
+	// not known, and a rule that needs it fails. An error is that of a log that
+	// cannot be read: the event is decided on when it can.
+	Groups  func(schemas.Tenant, schemas.Agent) []string // never nil for an agent that has none
+	Tool    func(t schemas.Tenant, server, tool string) *ToolFacts
+	Session func(context.Context, schemas.Event) (*SessionFacts, error)
+
+	// What is held is asked for, and decided on again, with these; without them
+	// it is denied.
+	Load  func(ctx context.Context, seq uint64) (schemas.Event, error)
+	Store schemas.Emit
+	Claim func(ctx context.Context, id string, use []byte, last uint64) (uint64, error) // see Approvals
+
 	Now func() time.Time // default time.Now
 	Log *slog.Logger     // for rules that fail; default: none
 }
 
-// Policy is safe for concurrent use; it holds nothing that changes.
+// Policy is safe for concurrent use. Which rules it has changes as a whole: a
+// decision is made by one bundle, the one that it names.
 type Policy struct {
-	forbids, permits []Rule // each in the operator's order
-	servers          map[string]bool
-	past             schemas.Past
-	duplicates       time.Duration
-	now              func() time.Time
-	log              *slog.Logger
+	o      Options
+	bundle atomic.Pointer[Bundle]
+	limits *limiter
+	holds  *holds
 }
 
-// New checks the options. Rules must have an ID, unique among them, an effect
-// and a function; no rules at all is a policy too, which denies everything.
+// New checks the options.
 func New(o Options) (*Policy, error) {
 	if o.Past == nil {
 		return nil, errors.New("policy: no Past")
@@ -60,42 +67,28 @@ func New(o Options) (*Policy, error) {
 	if o.Duplicates <= 0 {
 		return nil, errors.New("policy: no Duplicates window")
 	}
-	p := &Policy{
-		servers: make(map[string]bool, len(o.Servers)),
-		past:    o.Past, duplicates: o.Duplicates, now: o.Now, log: o.Log,
+	if o.Now == nil {
+		o.Now = time.Now
 	}
-	if p.now == nil {
-		p.now = time.Now
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
 	}
-	if p.log == nil {
-		p.log = slog.New(slog.DiscardHandler)
-	}
-	for _, s := range o.Servers {
-		p.servers[s] = true
-	}
-	seen := make(map[string]bool, len(o.Rules))
-	for i, r := range o.Rules {
-		switch {
-		case r.ID == "":
-			return nil, fmt.Errorf("policy: rule %d has no ID", i)
-		case seen[r.ID]:
-			return nil, fmt.Errorf("policy: two rules are called %s", r.ID)
-		case r.Match == nil:
-			return nil, fmt.Errorf("policy: rule %s has no Match", r.ID)
-		case r.Effect == Forbid:
-			p.forbids = append(p.forbids, r)
-		case r.Effect == Permit:
-			p.permits = append(p.permits, r)
-		default:
-			return nil, fmt.Errorf("policy: rule %s neither permits nor forbids", r.ID)
-		}
-		seen[r.ID] = true
-	}
+	p := &Policy{o: o, limits: newLimiter(), holds: newHolds()}
+	p.bundle.Store(o.Bundle)
 	return p, nil
 }
 
+// Activate puts a bundle in force for all that is decided from now on.
+func (p *Policy) Activate(b *Bundle) { p.bundle.Store(b) }
+
+// Bundle is the one in force, or nil.
+func (p *Policy) Bundle() *Bundle { return p.bundle.Load() }
+
+// Decide is [Bundle.Decide] of the bundle in force, without facts.
+func (p *Policy) Decide(e schemas.Event) Verdict { return p.bundle.Load().Decide(e, Facts{}) }
+
 // Handle is the [schemas.Handler] for requested events; it leaves the others
-// alone. It emits exactly one of authorized, denied and failed (expired, or
+// alone. It emits exactly one of authorized, denied, held and failed (expired, or
 // invalid when the log refuses the decision for good), or nothing when the log
 // already holds a decision or an ending of the call. It
 // returns an error, and so is called again, only when the log could not be
@@ -105,12 +98,12 @@ func (p *Policy) Handle(ctx context.Context, e schemas.Event, emit schemas.Emit)
 	if !ok || q == nil {
 		return nil
 	}
-	now := p.now()
+	now := p.o.Now()
 	expired := !q.Deadline.IsZero() && !now.Before(q.Deadline)
 	// The log drops a second decision by its ID only for so long. Half of the
 	// window is left for the clocks' difference and for storing the decision.
-	if old := now.Sub(e.Stored) > p.duplicates/2; old || expired {
-		past, err := p.past(ctx, e)
+	if old := now.Sub(e.Stored) > p.o.Duplicates/2; old || expired {
+		past, err := p.o.Past(ctx, e)
 		if err != nil {
 			return fmt.Errorf("read the past of call %s: %w", e.Call, err)
 		}
@@ -118,7 +111,177 @@ func (p *Policy) Handle(ctx context.Context, e schemas.Event, emit schemas.Emit)
 			return nil
 		}
 	}
-	next := e.Next(p.decision(e, q, expired))
+	if expired {
+		return p.store(ctx, e, q, &schemas.Failed{
+			Summary: summary(e, q),
+			Code:    schemas.FailExpired, Detail: "the deadline passed before policy decided",
+		}, nil, emit)
+	}
+	return p.decide(ctx, e, q, 1, approval{}, emit)
+}
+
+// decide decides on a request for the nth time, and stores the decision. asked is
+// what became of the approval that was asked for, if n is not 1.
+func (p *Policy) decide(ctx context.Context, e schemas.Event, q *schemas.Requested, n int, asked approval, emit schemas.Emit) error {
+	b := p.bundle.Load()
+	if b == nil {
+		return p.store(ctx, e, q, &schemas.Denied{
+			Summary:  summary(e, q),
+			Decision: schemas.Decision{N: n, Reason: "no policy is in force"},
+		}, nil, emit)
+	}
+	facts, limits, err := p.facts(ctx, b, e, q)
+	if err != nil {
+		return err
+	}
+	facts.Approval = asked.fact
+	word := schemas.Decision{N: n, PolicySHA256: b.Digest}
+	if t := facts.Tool; t != nil {
+		word.ToolSHA256 = t.SHA256
+	}
+	if q.Method == toolsCall {
+		// Of a request that cannot be read there are none, and a rule that looks
+		// at them fails.
+		args, _ := argumentsOf(q.Method, e.Body)
+		word.ArgsSHA256 = digest(args.Raw())
+	}
+	id := approvalID(e, q, word)
+	if n > 1 {
+		if word.Approval = id; id != asked.id {
+			facts.Approval = ApprovalRefused + ": the tool is another than the one that was asked for"
+		}
+	}
+	decide := func() (Verdict, func()) {
+		return p.limits.decide(limits, e.Call, p.at(e, n), &facts, func() Verdict { return b.Decide(e, facts) })
+	}
+	v, release := decide()
+	if v.Hold {
+		word.Approval = id
+		if facts.Approval, err = p.approval(ctx, e, id); err != nil {
+			return err
+		}
+		if facts.Approval != "" {
+			v, release = decide()
+		}
+	}
+	for _, f := range v.Faults {
+		p.o.Log.Warn("policy rule failed", "rule", f.Rule, "error", f.Err,
+			"session", e.Session, "call", e.Call, "kind", e.Kind())
+	}
+	word.Rule, word.Reason, word.Facts = v.Rule, v.Reason, facts.Record()
+	word.Matches, word.MatchesMore = v.Matches, 0
+	if more := len(v.Matches) - maxMatches; more > 0 {
+		word.Matches, word.MatchesMore = v.Matches[:maxMatches], more
+	}
+	if v.Permit || v.Hold {
+		word.Obligations = v.Obligations.Record()
+	}
+	data, body := p.payload(e, q, v, word)
+	err = p.store(ctx, e, q, data, body, emit)
+	if err != nil || data.Kind() != schemas.KindAuthorized {
+		release()
+	}
+	if held, ok := data.(*schemas.Held); ok && err == nil {
+		p.holds.add(e.Next(held, nil))
+	}
+	return err
+}
+
+// maxMatches is how many of the rules that spoke a decision names.
+const maxMatches = 32
+
+// at is when a call counts for rate limits: when it was asked for, or, of one
+// that was held, now.
+func (p *Policy) at(e schemas.Event, n int) time.Time {
+	if n > 1 {
+		return p.o.Now()
+	}
+	return e.Stored
+}
+
+// facts finds out what the rules may need to know.
+func (p *Policy) facts(ctx context.Context, b *Bundle, e schemas.Event, q *schemas.Requested) (f Facts, limits []Limit, err error) {
+	n := b.needs(&e, q)
+	if n.groups && p.o.Groups != nil {
+		f.Groups = p.o.Groups(e.Tenant, e.Agent)
+	}
+	if p.o.Tool != nil && q.Method == toolsCall {
+		f.Tool = p.o.Tool(e.Tenant, q.Server, q.Name)
+	}
+	if n.session && p.o.Session != nil {
+		if f.Session, err = p.o.Session(ctx, e); err != nil {
+			return f, nil, fmt.Errorf("facts of session %s: %w", e.Session, err)
+		}
+	}
+	return f, n.limits, nil
+}
+
+// payload makes the payload and the body of a decision.
+func (p *Policy) payload(e schemas.Event, q *schemas.Requested, v Verdict, word schemas.Decision) (schemas.Payload, []byte) {
+	deny := func() (schemas.Payload, []byte) {
+		word.Obligations = nil
+		return &schemas.Denied{Summary: summary(e, q), Decision: word}, nil
+	}
+	if v.Hold {
+		expires := q.Deadline
+		if w := v.Obligations.Wait; w > 0 {
+			expires = e.Stored.Add(w)
+		} else if expires.IsZero() {
+			expires = e.Stored.Add(patience)
+		}
+		if p.o.Load == nil || p.o.Store == nil || p.o.Claim == nil {
+			word.Reason += "; nobody can be asked"
+			return deny()
+		}
+		if !p.holds.room(e.Agent) {
+			word.Reason += "; too many calls wait for an approval already"
+			return deny()
+		}
+		return &schemas.Held{Target: q.Target, Decision: word, RequestedSeq: e.Seq, RequestedAt: e.Stored, Expires: expires}, nil
+	}
+	if !v.Permit {
+		return deny()
+	}
+	a := &schemas.Authorized{
+		Requested: *q, Decision: word, RequestedSeq: e.Seq, RequestedAt: e.Stored, Only: v.Only, Each: v.Each,
+	}
+	if word.N > 1 && !q.Deadline.IsZero() {
+		// The deadline is not about persons: the call has the time that it had.
+		a.Deadline = p.o.Now().UTC().Add(q.Deadline.Sub(e.Stored))
+	}
+	if d := v.Obligations.Deadline; d > 0 {
+		begin := e.Stored
+		if word.N > 1 {
+			begin = p.o.Now().UTC()
+		}
+		if until := begin.Add(d); a.Deadline.IsZero() || until.Before(a.Deadline) {
+			a.Deadline = until
+		}
+	}
+	body := e.Body
+	if len(v.Obligations.Redact) > 0 {
+		var err error
+		if body, err = redact(q, e.Body, v.Obligations.Redact); err != nil {
+			word.Reason = brief(err)
+			return deny()
+		}
+		return a, body
+	}
+	if len(body) <= schemas.InlineBody {
+		return a, body
+	}
+	a.BodySize, a.BodySHA256 = len(body), digest(body)
+	return a, nil
+}
+
+// patience is how long an approval is waited for where neither rule nor call has
+// a time.
+const patience = time.Minute
+
+// store stores a decision, or an ending in its place if the log refuses it for
+// good.
+func (p *Policy) store(ctx context.Context, e schemas.Event, q *schemas.Requested, data schemas.Payload, body []byte, emit schemas.Emit) error {
+	next := e.Next(data, body)
 	_, err := emit(ctx, next)
 	if errors.Is(err, schemas.ErrTooLarge) || errors.Is(err, schemas.ErrInvalid) {
 		err = p.refused(ctx, e, q, next.Kind(), emit, err)
@@ -129,6 +292,11 @@ func (p *Policy) Handle(ctx context.Context, e schemas.Event, emit schemas.Emit)
 	return nil
 }
 
+func digest(b []byte) string {
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:])
+}
+
 // refused ends a call whose decision the log refuses for good, so that it is
 // never carried out. An earlier delivery may have had other rules, whose
 // decision was not refused; that one stands.
@@ -136,14 +304,14 @@ func (p *Policy) refused(ctx context.Context, e schemas.Event, q *schemas.Reques
 	if k == schemas.KindFailed {
 		return why // nothing smaller is left to say
 	}
-	past, err := p.past(ctx, e)
+	past, err := p.o.Past(ctx, e)
 	if err != nil {
 		return fmt.Errorf("%w; read the past: %w", why, err)
 	}
 	if settled(past, e.Call) {
 		return nil
 	}
-	p.log.Error("the log refuses a decision", "session", e.Session, "call", e.Call, "kind", k, "error", why)
+	p.o.Log.Error("the log refuses a decision", "session", e.Session, "call", e.Call, "kind", k, "error", why)
 	detail := "the log refuses the decision, which is too large"
 	if errors.Is(why, schemas.ErrInvalid) {
 		detail = "the log refuses the decision, which is no valid event"
@@ -172,31 +340,4 @@ func settled(past []schemas.Event, call schemas.CallID) bool {
 		}
 	}
 	return false
-}
-
-// decision makes the payload and the body of what follows the request.
-func (p *Policy) decision(e schemas.Event, q *schemas.Requested, expired bool) (schemas.Payload, []byte) {
-	if expired {
-		return &schemas.Failed{
-			Summary: summary(e, q), Code: schemas.FailExpired, Detail: "the deadline passed before policy decided",
-		}, nil
-	}
-	v := p.Decide(e)
-	for _, f := range v.Faults {
-		p.log.Warn("policy rule failed", "rule", f.Rule, "error", f.Err,
-			"session", e.Session, "call", e.Call, "kind", e.Kind())
-	}
-	word := schemas.Decision{N: 1, Rule: v.Rule, Reason: v.Reason}
-	if !v.Permit {
-		return &schemas.Denied{Summary: summary(e, q), Decision: word}, nil
-	}
-	a := &schemas.Authorized{
-		Requested: *q, Decision: word, RequestedSeq: e.Seq, RequestedAt: e.Stored, Only: v.Only,
-	}
-	if len(e.Body) <= schemas.InlineBody {
-		return a, e.Body
-	}
-	sum := sha256.Sum256(e.Body)
-	a.BodySize, a.BodySHA256 = len(e.Body), hex.EncodeToString(sum[:])
-	return a, nil
 }

@@ -22,9 +22,12 @@ func nothing(context.Context, schemas.Event) ([]schemas.Event, error) { return n
 // time after it was stored, and returns what it emitted.
 func run(t *testing.T, e schemas.Event, after time.Duration, past schemas.Past) ([]schemas.Event, error) {
 	t.Helper()
+	b, err := NewBundle(compile(t, Allow{Agents: []string{"*"}, Servers: []string{"*"}, Tools: []string{"read"}, Methods: []string{"tools/list"}}), []string{"files"})
+	if err != nil {
+		t.Fatal(err)
+	}
 	p, err := New(Options{
-		Rules:   compile(t, Allow{Agents: []string{"*"}, Servers: []string{"*"}, Tools: []string{"read"}, Methods: []string{"tools/list"}}),
-		Servers: []string{"files"}, Past: past, Duplicates: 40 * time.Second,
+		Bundle: b, Past: past, Duplicates: 40 * time.Second,
 		Now: func() time.Time { return e.Stored.Add(after) },
 	})
 	if err != nil {
@@ -53,7 +56,11 @@ func TestHandle(t *testing.T) {
 	stream.Data.(*schemas.Requested).Deadline = time.Time{}
 
 	target := func(e schemas.Event) schemas.Target { return e.Data.(*schemas.Requested).Target }
-	decided := schemas.Decision{N: 1, Rule: "allow[0]"}
+	empty := sha256.Sum256(nil)
+	none := hex.EncodeToString(empty[:]) // the body has no arguments
+	decided := schemas.Decision{N: 1, Rule: "allow[0]", Matches: []string{"allow[0]"}, ArgsSHA256: none}
+	listed := decided
+	listed.ArgsSHA256 = ""
 	for _, tt := range []struct {
 		name  string
 		e     schemas.Event
@@ -65,7 +72,7 @@ func TestHandle(t *testing.T) {
 			Requested: *yes.Data.(*schemas.Requested), Decision: decided, RequestedSeq: 7, RequestedAt: yes.Stored,
 		}, yes.Body},
 		{"list", list, time.Second, &schemas.Authorized{
-			Requested: *list.Data.(*schemas.Requested), Decision: decided, RequestedSeq: 7, RequestedAt: yes.Stored,
+			Requested: *list.Data.(*schemas.Requested), Decision: listed, RequestedSeq: 7, RequestedAt: yes.Stored,
 			Only: []string{"read"},
 		}, list.Body},
 		{"body at the limit", fits, time.Second, &schemas.Authorized{
@@ -77,7 +84,7 @@ func TestHandle(t *testing.T) {
 		}, nil},
 		{"denied", no, time.Second, &schemas.Denied{
 			Summary:  schemas.Summary{Target: target(no), RequestedAt: no.Stored, RequestSize: len(no.Body), Revision: "2026-07-28"},
-			Decision: schemas.Decision{N: 1, Reason: "no rule permits this call"},
+			Decision: schemas.Decision{N: 1, Reason: "no rule permits this call", ArgsSHA256: none},
 		}, nil},
 		{"expired", yes, time.Minute, &schemas.Failed{
 			Summary: schemas.Summary{Target: target(yes), RequestedAt: yes.Stored, RequestSize: len(yes.Body), Revision: "2026-07-28"},
@@ -172,7 +179,7 @@ func TestHandleFails(t *testing.T) {
 	for _, e := range []schemas.Event{call("tools/call", "read"), call("tools/call", "write")} {
 		stored := 0
 		p := newPolicy(t, compile(t, Allow{Agents: []string{"*"}, Servers: []string{"*"}, Tools: []string{"read"}})...)
-		p.now = func() time.Time { return e.Stored }
+		p.o.Now = func() time.Time { return e.Stored }
 		err := p.Handle(t.Context(), e, func(context.Context, schemas.Event) (schemas.Receipt, error) {
 			stored++
 			return schemas.Receipt{}, broken
@@ -225,8 +232,8 @@ func TestRefused(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			p := newPolicy(t, compile(t, Allow{Agents: []string{"*"}, Servers: []string{"*"}, Tools: []string{"read"}})...)
-			p.now = func() time.Time { return tt.e.Stored.Add(tt.after) }
-			p.past = func(context.Context, schemas.Event) ([]schemas.Event, error) { return tt.past, tt.unread }
+			p.o.Now = func() time.Time { return tt.e.Stored.Add(tt.after) }
+			p.o.Past = func(context.Context, schemas.Event) ([]schemas.Event, error) { return tt.past, tt.unread }
 			var out []schemas.Event
 			err := p.Handle(t.Context(), tt.e, func(_ context.Context, e schemas.Event) (schemas.Receipt, error) {
 				if out = append(out, e); len(out) > 1 {
@@ -271,9 +278,12 @@ func TestHandleLeavesOthersAlone(t *testing.T) {
 func TestFaultsAreLogged(t *testing.T) {
 	var out bytes.Buffer
 	e := call("tools/call", "read")
+	b, err := NewBundle([]Rule{panics("broken", Permit), fixed("yes", Permit, Match{Applies: true}, nil)}, []string{"files"})
+	if err != nil {
+		t.Fatal(err)
+	}
 	p, err := New(Options{
-		Rules:   []Rule{panics("broken", Permit), fixed("yes", Permit, Match{Applies: true}, nil)},
-		Servers: []string{"files"}, Past: nothing, Duplicates: time.Minute,
+		Bundle: b, Past: nothing, Duplicates: time.Minute,
 		Now: func() time.Time { return e.Stored },
 		Log: slog.New(slog.NewTextHandler(&out, nil)),
 	})
@@ -295,7 +305,7 @@ func TestFaultsAreLogged(t *testing.T) {
 func BenchmarkHandle(b *testing.B) {
 	e := call("tools/call", "read")
 	p := newPolicy(b, compile(b, Allow{Agents: []string{"*"}, Servers: []string{"*"}, Tools: []string{"*"}})...)
-	p.now = func() time.Time { return e.Stored }
+	p.o.Now = func() time.Time { return e.Stored }
 	emit := func(context.Context, schemas.Event) (schemas.Receipt, error) { return schemas.Receipt{}, nil }
 	b.ReportAllocs()
 	for b.Loop() {

@@ -59,7 +59,7 @@ type Config struct {
 	Fanout     FanoutConfig   `yaml:"fanout" json:"fanout,omitzero"`
 	Audit      AuditConfig    `yaml:"audit" json:"audit"` // audit_role.go
 
-	Policies any `yaml:"policies" json:"-"` // not built yet
+	Policies []string `yaml:"policies" json:"policies,omitempty"` // files of rules, * and ? stand for characters of a name; beside them may lie tests, *_test.yaml
 
 	dir string // of the file
 }
@@ -359,7 +359,6 @@ func (c *Config) check() error {
 			bad("%s: not built yet", key)
 		}
 	}
-	notBuilt("policies", c.Policies != nil)
 	c.ClickHouse.check(bad)
 	c.Traces.check(bad)
 	if e := c.Bus.Embedded; e != nil {
@@ -652,7 +651,9 @@ func together(errs []error) error {
 // away: what one of them refuses must not wait until the gateway starts. The
 // secrets are left out, since they may be on another machine.
 func (c *Config) build() error {
-	if _, err := c.rules(); err != nil {
+	// Without the rules in files: who talks to a running gateway must not be kept
+	// from it by one that is being written.
+	if _, _, err := (&Config{Allow: c.Allow, Servers: c.Servers, Views: c.Views, Fanout: c.Fanout}).compilePolicy(); err != nil {
 		return err
 	}
 	if _, err := edge.New(edge.Options{Hosts: c.Hosts, Origins: c.Origins}); err != nil {
@@ -675,23 +676,72 @@ func (c *Config) build() error {
 	return nil
 }
 
-// rules are the policy. Every kind of rule stands in this list.
-func (c *Config) rules() ([]policy.Rule, error) {
-	var rules []policy.Rule
+// policySource is the policy as it is written. Every place where rules are written
+// stands in this list.
+func (c *Config) policySource() (policy.Source, error) {
+	s := policy.Source{Servers: c.frontNames(), Fronts: c.frontNames()}
+	for _, up := range c.Servers {
+		s.Servers = append(s.Servers, up.Name)
+	}
 	for i, a := range c.Allow {
-		r, err := policy.Allow{
+		s.Allow = append(s.Allow, policy.Allow{
 			ID: fmt.Sprintf("allow[%d]", i), Agents: a.Agents, Servers: a.Servers, Tools: a.Tools, Methods: a.Methods,
-		}.Rule()
-		if err != nil {
-			return nil, err
-		}
-		rules = append(rules, r)
+		})
 	}
-	r, err := policy.Front{ID: "fronts", Names: c.frontNames()}.Rule()
+	var err error
+	s.Files, err = c.ruleFiles(false)
+	return s, err
+}
+
+// compilePolicy makes the policy ready, and returns its encoded form too.
+func (c *Config) compilePolicy() (*policy.Bundle, []byte, error) {
+	s, err := c.policySource()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	return append(rules, r), nil
+	encoded, err := s.Encode()
+	if err != nil {
+		return nil, nil, err
+	}
+	b, err := policy.Compile(encoded)
+	if err != nil {
+		return nil, nil, fmt.Errorf("policies: %w", err)
+	}
+	return b, encoded, nil
+}
+
+// testFile ends the name of a file with tests for rules, which stands beside them.
+const testFile = "_test.yaml"
+
+// ruleFiles reads the files of rules, or those with tests for them, named as
+// from the configuration's directory.
+func (c *Config) ruleFiles(tests bool) ([]policy.File, error) {
+	seen := map[string]bool{}
+	var files []policy.File
+	for i, pattern := range c.Policies {
+		found, err := filepath.Glob(c.path(pattern))
+		if err != nil {
+			return nil, fmt.Errorf("policies[%d]: %q: %w", i, pattern, err)
+		}
+		if len(found) == 0 && !strings.ContainsAny(pattern, "*?[") {
+			return nil, fmt.Errorf("policies[%d]: %s: no such file", i, c.path(pattern))
+		}
+		for _, name := range found {
+			if seen[name] || strings.HasSuffix(name, testFile) != tests {
+				continue
+			}
+			seen[name] = true
+			text, err := os.ReadFile(name)
+			if err != nil {
+				return nil, fmt.Errorf("policies[%d]: %w", i, err)
+			}
+			if rel, err := filepath.Rel(c.dir, name); err == nil {
+				name = filepath.ToSlash(rel)
+			}
+			files = append(files, policy.File{Name: name, Text: string(text)})
+		}
+	}
+	return files, nil
 }
 
 // sync is how often, or always, the embedded log is flushed to disk.
@@ -833,8 +883,8 @@ func (c *Config) notes() []string {
 	if len(c.Servers) == 0 {
 		notes = append(notes, "there are no servers to call")
 	}
-	if len(c.Allow) == 0 {
-		notes = append(notes, "there is no rule in allow, so every call is denied")
+	if len(c.Allow) == 0 && len(c.Policies) == 0 {
+		notes = append(notes, "there is no rule in allow or policies, so every call is denied")
 	}
 	for i, a := range c.Allow {
 		unknown := func(key string, names []string, known func(string) bool) {
@@ -910,6 +960,9 @@ func configCheck(_ context.Context, env Env, args []string) error {
 		return err
 	}
 	c, err := loadConfig(*file)
+	if err == nil {
+		_, _, err = c.compilePolicy()
+	}
 	if err != nil {
 		return err
 	}

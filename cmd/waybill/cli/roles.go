@@ -25,7 +25,6 @@ import (
 	"waybill.dev/schemas"
 	"waybill.dev/schemas/jsonrpc"
 	"waybill.dev/workers/dispatch"
-	"waybill.dev/workers/policy"
 )
 
 // gateway is one process of the gateway: the parts of the data flow, in the
@@ -48,6 +47,7 @@ type gateway struct {
 	front          *edge.Server
 	agents         *mcp.Adapter
 	dispatcher     *dispatch.Dispatcher
+	policy         *rules // nil without that role
 	metrics        *metrics
 	server         projections.Server      // of the record; nil without
 	engine         *projections.Engine     // the server, where it is the one inside
@@ -279,36 +279,6 @@ func (g *gateway) notReady() string {
 	return ""
 }
 
-// addPolicy: requested → authorized | denied.
-func (g *gateway) addPolicy(ctx context.Context, _ net.Listener) error {
-	l, err := g.open(ctx, bus.RolePolicy)
-	if err != nil {
-		return err
-	}
-	rules, err := g.c.rules()
-	if err != nil {
-		return err
-	}
-	servers := g.c.frontNames()
-	for _, s := range g.c.Servers {
-		servers = append(servers, s.Name)
-	}
-	p, err := policy.New(policy.Options{
-		Rules: rules, Servers: servers, Past: l.Past, Duplicates: bus.Duplicates, Now: time.Now, Log: g.log,
-	})
-	if err != nil {
-		return err
-	}
-	ready := g.up("policy")
-	g.workers = append(g.workers, part{"policy", func(ctx context.Context) error {
-		return l.Run(ctx, bus.Work{
-			Name: "policy", Kinds: []schemas.Kind{schemas.KindRequested}, InFlight: 256,
-			Drain: g.c.Limits.Drain.Duration, Up: ready.Store,
-		}, p.Handle)
-	}})
-	return nil
-}
-
 // addDispatch: authorized → (started) → (progressed)* → an ending.
 func (g *gateway) addDispatch(ctx context.Context, _ net.Listener) error {
 	l, err := g.open(ctx, bus.RoleDispatch)
@@ -331,6 +301,10 @@ func (g *gateway) addDispatch(ctx context.Context, _ net.Listener) error {
 	if err != nil {
 		return err
 	}
+	judge, err := newJudge(ctx, l)
+	if err != nil {
+		return err
+	}
 	d, err := dispatch.New(dispatch.Options{
 		StateKey: stateKey, Owners: owners, Flags: g.traceFlags(), Traced: g.c.Traces.on(g.env.Getenv),
 		Servers: servers, Load: l.Load, Past: l.Past, Latest: l.Latest, Store: l.Publish,
@@ -341,6 +315,7 @@ func (g *gateway) addDispatch(ctx context.Context, _ net.Listener) error {
 		// A tenant has half of them: with one server, one for each session it may have.
 		TaskPatience: g.c.Limits.TaskPatience.Duration,
 		MaxSessions:  max(10_000, 2*g.c.Limits.SessionsPerTenant),
+		Shows:        judge.shows,
 		Lost:         func(e schemas.Event) bool { return e.Seq <= g.lost },
 		Instance:     g.instance, Duplicates: bus.Duplicates, Now: time.Now, Log: g.log,
 	})

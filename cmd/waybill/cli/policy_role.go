@@ -1,0 +1,423 @@
+package cli
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"os"
+	"os/signal"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"waybill.dev/bus"
+	"waybill.dev/schemas"
+	"waybill.dev/workers/policy"
+)
+
+// The policy in force is a record of the system: policy.active, with the digest
+// of a bundle, which is a content of it. Who has files of rules stores the bundle
+// and the record when they change; every policy worker follows the records, and
+// so all have the same, each call being decided by one.
+const (
+	policyKind   = "policy"
+	activePolicy = "active"
+)
+
+// activation is a record that puts a bundle in force.
+type activation struct {
+	SHA256 string    `json:"sha256"`
+	By     string    `json:"by"` // the process
+	Rules  int       `json:"rules"`
+	At     time.Time `json:"at"`
+}
+
+// addPolicy: requested → authorized | denied | held → authorized | denied.
+func (g *gateway) addPolicy(ctx context.Context, _ net.Listener) error {
+	l, err := g.open(ctx, bus.RolePolicy)
+	if err != nil {
+		return err
+	}
+	sys, err := l.System(ctx)
+	if err != nil {
+		return err
+	}
+	groups := map[schemas.Agent][]string{}
+	tenants := map[schemas.Agent]schemas.Tenant{}
+	for _, a := range g.c.Agents {
+		groups[a.ID], tenants[a.ID] = append([]string{}, a.Groups...), a.Tenant
+	}
+	p, err := policy.New(policy.Options{
+		Past: l.Past, Duplicates: bus.Duplicates,
+		Groups: func(t schemas.Tenant, a schemas.Agent) []string {
+			if tenants[a] != t {
+				return nil
+			}
+			return groups[a]
+		},
+		Session: func(ctx context.Context, e schemas.Event) (*policy.SessionFacts, error) {
+			return sessionFacts(ctx, l, e)
+		},
+		Load: l.Load, Store: l.Publish,
+		Claim: func(ctx context.Context, id string, use []byte, last uint64) (uint64, error) {
+			return sys.AppendAfter(ctx, policy.UseKind, id, use, last)
+		},
+		Now: time.Now, Log: g.log,
+	})
+	if err != nil {
+		return err
+	}
+	r := &rules{g: g, l: l, sys: sys, p: p, known: make(chan struct{}), limits: make(chan uint64, 1)}
+	if g.policy, err = r, r.load(ctx); err != nil {
+		return err
+	}
+	ready, following, held := g.up("policy"), g.up("policy rules"), g.up("approvals")
+	g.workers = append(g.workers,
+		part{"rules", func(ctx context.Context) error { return r.follow(ctx, following.Store) }},
+		part{"rule files", r.watch},
+		part{"limits", r.count},
+		part{"held", func(ctx context.Context) error {
+			return l.Follow(ctx, bus.Filter{Kinds: []schemas.Kind{schemas.KindHeld, schemas.KindCancel, schemas.KindClosed}}, 0, held.Store, p.Heard)
+		}},
+		part{"approvals", func(ctx context.Context) error {
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-r.known:
+				return p.Run(ctx)
+			}
+		}},
+		part{"policy", func(ctx context.Context) error {
+			select { // what is in force and what was approved is known first
+			case <-ctx.Done():
+				return nil
+			case <-r.known:
+			}
+			return l.Run(ctx, bus.Work{
+				Name: "policy", Kinds: []schemas.Kind{schemas.KindRequested}, InFlight: 256,
+				Drain: g.c.Limits.Drain.Duration, Up: ready.Store,
+			}, p.Handle)
+		}},
+	)
+	return nil
+}
+
+// sessionFacts counts what was decided in the session of a request so far.
+func sessionFacts(ctx context.Context, l *bus.Log, e schemas.Event) (*policy.SessionFacts, error) {
+	f := &policy.SessionFacts{Tools: []string{}}
+	tools := map[string]bool{}
+	of := bus.Filter{Tenant: e.Tenant, Session: e.Session, Kinds: []schemas.Kind{schemas.KindAuthorized, schemas.KindDenied}}
+	for e, err := range l.Read(ctx, of, 1) {
+		if errors.Is(err, bus.ErrUndecodable) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		switch d := e.Data.(type) {
+		case *schemas.Authorized:
+			if d.Method == "tools/call" {
+				f.Calls++
+				tools[d.Server+"/"+d.Name] = true
+			}
+		case *schemas.Denied:
+			f.Denied++
+		}
+	}
+	f.Tools = append(f.Tools, slices.Sorted(maps.Keys(tools))...)
+	return f, nil
+}
+
+// rules keeps the policy of one process: its files, and what is in force.
+type rules struct {
+	g      *gateway
+	l      *bus.Log
+	sys    *bus.System
+	p      *policy.Policy
+	known  chan struct{} // closed when the records that there were are known
+	limits chan uint64   // told from where on decisions are to be counted, when rules first limit
+
+	counting atomic.Bool
+	broken   atomic.Pointer[string] // what is wrong with the files; nil: nothing
+	loads    atomic.Int64           // bundles put in force
+	failures atomic.Int64           // bundles that could not be
+
+	files string // owned by watch: how they looked when they were last read
+}
+
+// load reads the files when the process starts, and puts them in force, unless
+// others have come after them: a process that starts again with what was
+// replaced long ago must not bring it back.
+func (r *rules) load(ctx context.Context) error {
+	r.files = r.look()
+	b, encoded, err := r.g.c.compilePolicy()
+	if err != nil {
+		return err
+	}
+	active, err := r.sys.Latest(ctx, policyKind, activePolicy)
+	switch {
+	case errors.Is(err, schemas.ErrNotFound):
+	case err != nil:
+		return err
+	default:
+		var now activation
+		if err := json.Unmarshal(active.Body, &now); err == nil && now.SHA256 == b.Digest {
+			return r.activate(ctx, b)
+		}
+		if r.g.c.Bus.URL != "" {
+			if _, err := r.sys.Get(ctx, b.Digest); err == nil {
+				r.g.log.Warn("the rules of this process were replaced by others, which stay in force; SIGHUP puts these in force again",
+					"these", b.Digest, "in_force", now.SHA256)
+				return nil
+			}
+		}
+	}
+	return r.publish(ctx, b, encoded)
+}
+
+// publish stores a bundle and puts it in force everywhere.
+func (r *rules) publish(ctx context.Context, b *policy.Bundle, encoded []byte) error {
+	if _, err := r.sys.Put(ctx, encoded); err != nil {
+		return fmt.Errorf("store the policy: %w", err)
+	}
+	body, err := json.Marshal(activation{SHA256: b.Digest, By: r.g.instance, Rules: b.Rules(), At: time.Now().UTC()})
+	if err != nil {
+		return err
+	}
+	if _, err := r.sys.Append(ctx, policyKind, activePolicy, body); err != nil {
+		return fmt.Errorf("put the policy in force: %w", err)
+	}
+	return nil
+}
+
+// activate puts a bundle in force here. The first that limits waits until what
+// was decided before is counted.
+func (r *rules) activate(ctx context.Context, b *policy.Bundle) error {
+	if before := r.p.Bundle(); before != nil && before.Digest == b.Digest {
+		return nil
+	}
+	if b.Limits() && !r.counting.Load() {
+		from, err := r.l.Last(ctx)
+		if err != nil {
+			return err
+		}
+		since := time.Now().Add(-policy.LongestLimit)
+		for e, err := range r.l.ReadSince(ctx, bus.Filter{Kinds: []schemas.Kind{schemas.KindAuthorized}}, since) {
+			if errors.Is(err, bus.ErrUndecodable) {
+				continue
+			}
+			if err == nil {
+				err = r.p.Heard(ctx, e)
+			}
+			if err != nil {
+				return fmt.Errorf("count what was decided before: %w", err)
+			}
+		}
+		r.counting.Store(true)
+		r.limits <- from
+	}
+	r.p.Activate(b)
+	r.loads.Add(1)
+	r.g.log.Info("policy in force", "sha256", b.Digest, "rules", b.Rules())
+	return nil
+}
+
+// count hears what others decide, once there are limits.
+func (r *rules) count(ctx context.Context) error {
+	select {
+	case <-ctx.Done():
+		return nil
+	case from := <-r.limits:
+		return r.l.Follow(ctx, bus.Filter{Kinds: []schemas.Kind{schemas.KindAuthorized}}, from, nil, r.p.Heard)
+	}
+}
+
+// follow takes the records of the system.
+func (r *rules) follow(ctx context.Context, up func(bool)) error {
+	caught := sync.OnceFunc(func() { close(r.known) })
+	var latest *bus.Record // of the activations, until all are known: only the last counts
+	all := false
+	take := func(ctx context.Context, rec bus.Record) error {
+		if rec.Kind != policyKind {
+			return r.p.Record(rec.Kind, rec.Name, rec.Seq, rec.Body)
+		}
+		if latest = &rec; !all {
+			return nil
+		}
+		return r.take(ctx, rec)
+	}
+	return r.sys.Watch(ctx, []string{policyKind, policy.WordKind, policy.UseKind}, func(known bool) {
+		if all = known; known {
+			if latest != nil {
+				for ctx.Err() == nil {
+					err := r.take(ctx, *latest)
+					if err == nil || r.p.Bundle() != nil {
+						break
+					}
+					r.g.log.Error("the policy in force cannot be had, so nothing is decided", "error", err)
+					select {
+					case <-ctx.Done():
+					case <-time.After(time.Second):
+					}
+				}
+			}
+			if r.p.Bundle() != nil {
+				caught()
+			}
+		}
+		up(known && r.p.Bundle() != nil)
+	}, take)
+}
+
+// take puts in force what a record says. If it cannot, what is in force stays.
+func (r *rules) take(ctx context.Context, rec bus.Record) error {
+	if rec.Name != activePolicy {
+		return nil
+	}
+	err := func() error {
+		var a activation
+		if err := json.Unmarshal(rec.Body, &a); err != nil {
+			return fmt.Errorf("record %d: %w", rec.Seq, err)
+		}
+		b, err := bundleOf(ctx, r.sys, a.SHA256)
+		if err != nil {
+			return err
+		}
+		return r.activate(ctx, b)
+	}()
+	if err != nil {
+		r.failures.Add(1)
+		return fmt.Errorf("policy of record %d: %w", rec.Seq, err)
+	}
+	return nil
+}
+
+func bundleOf(ctx context.Context, sys *bus.System, digest string) (*policy.Bundle, error) {
+	encoded, err := sys.Get(ctx, digest)
+	if err != nil {
+		return nil, err
+	}
+	return policy.Compile(encoded)
+}
+
+// watch reads the files again when they have changed, or on SIGHUP. Files that
+// do not compile change nothing.
+func (r *rules) watch(ctx context.Context) error {
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, syscall.SIGHUP)
+	defer signal.Stop(hup)
+	t := time.NewTicker(time.Second)
+	defer t.Stop()
+	for {
+		asked := false
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-hup:
+			asked = true
+		case <-t.C:
+		}
+		now := r.look()
+		if now == r.files && !asked {
+			continue
+		}
+		r.files = now
+		if err := r.reload(ctx, asked); err != nil && ctx.Err() == nil {
+			text := err.Error()
+			r.broken.Store(&text)
+			r.failures.Add(1)
+			r.g.log.Error("the rules were changed and cannot be put in force; the former stay", "error", err)
+			continue
+		}
+		r.broken.Store(nil)
+	}
+}
+
+func (r *rules) reload(ctx context.Context, asked bool) error {
+	b, encoded, err := r.g.c.compilePolicy()
+	if err != nil {
+		return err
+	}
+	if now := r.p.Bundle(); now != nil && now.Digest == b.Digest {
+		if asked {
+			r.g.log.Info("the rules are what is in force already", "sha256", b.Digest)
+		}
+		return nil
+	}
+	return r.publish(ctx, b, encoded)
+}
+
+// look is how the files look from outside, to see that they have changed.
+func (r *rules) look() string {
+	if len(r.g.c.Policies) == 0 {
+		return ""
+	}
+	files, err := r.g.c.ruleFiles(false)
+	if err != nil {
+		return "error: " + err.Error()
+	}
+	h := sha256.New()
+	for _, f := range files {
+		_, _ = fmt.Fprintf(h, "%q %d %s", f.Name, len(f.Text), f.Text)
+	}
+	return hex.EncodeToString(h.Sum(nil))
+}
+
+// judge tells of single tools whether a list may show them, as the bundle says by
+// which the list was permitted.
+type judge struct {
+	sys *bus.System
+
+	mu      sync.Mutex
+	bundles map[string]*policy.Bundle // some of them, by digest
+}
+
+func newJudge(ctx context.Context, l *bus.Log) (*judge, error) {
+	sys, err := l.System(ctx)
+	return &judge{sys: sys, bundles: map[string]*policy.Bundle{}}, err
+}
+
+// shows is dispatch.Options.Shows.
+func (j *judge) shows(ctx context.Context, authorized schemas.Event) (func(string) bool, error) {
+	a, ok := authorized.Data.(*schemas.Authorized)
+	if !ok {
+		return nil, fmt.Errorf("call %s is not authorized", authorized.Call)
+	}
+	b, err := j.bundle(ctx, a.PolicySHA256)
+	if err != nil {
+		return nil, fmt.Errorf("the policy of call %s: %w", authorized.Call, err)
+	}
+	facts, err := policy.FactsOf(a.Facts)
+	if err != nil {
+		return nil, fmt.Errorf("call %s: %w", authorized.Call, err)
+	}
+	authorized.Stored = a.RequestedAt // the time that its request was decided on
+	return func(name string) bool { return b.Shows(authorized, facts, name) }, nil
+}
+
+func (j *judge) bundle(ctx context.Context, digest string) (*policy.Bundle, error) {
+	j.mu.Lock()
+	b := j.bundles[digest]
+	j.mu.Unlock()
+	if b != nil {
+		return b, nil
+	}
+	b, err := bundleOf(ctx, j.sys, digest)
+	if err != nil {
+		return nil, err
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if len(j.bundles) >= 8 {
+		clear(j.bundles)
+	}
+	j.bundles[digest] = b
+	return b, nil
+}

@@ -1,0 +1,332 @@
+package policy
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"slices"
+	"strconv"
+	"strings"
+
+	"cel.dev/cel-go/cel"
+	"cel.dev/cel-go/common"
+	"cel.dev/cel-go/common/ast"
+	"cel.dev/cel-go/common/types"
+	"cel.dev/cel-go/common/types/ref"
+	"cel.dev/cel-go/common/types/traits"
+	"cel.dev/cel-go/ext"
+	"cel.dev/cel-go/parser"
+
+	"waybill.dev/schemas/jsonrpc"
+)
+
+// Engine is what evaluates conditions. A bundle names it, since another might
+// decide otherwise.
+const Engine = "cel.dev/cel-go v0.33.2"
+
+// Bounds of a condition.
+const (
+	maxCondition = 4 << 10 // characters
+	maxNesting   = 2       // of loops (all, exists, map, filter) within each other
+
+	// maxCost bounds a condition that loops, which may take as long as the caller's
+	// arguments make it: past it, it fails. The rest takes as long as it is written.
+	maxCost = 200_000
+)
+
+// variables are what a condition may speak of; anything else is an error when
+// the rule is loaded. There is no clock among them, nor anything else that is not
+// the request itself or a fact that the decision records.
+func variables() []cel.EnvOption {
+	var all []cel.EnvOption
+	for _, v := range []struct {
+		name string
+		of   *cel.Type
+	}{
+		{"agent.id", cel.StringType}, {"agent.tenant", cel.StringType}, {"agent.groups", cel.ListType(cel.StringType)},
+		{"protocol", cel.StringType}, {"revision", cel.StringType},
+		{"server", cel.StringType}, {"method", cel.StringType}, {"name", cel.StringType},
+		{"args", cel.DynType}, {"time", cel.TimestampType},
+		{"session.id", cel.StringType}, {"session.calls", cel.IntType}, {"session.denied", cel.IntType},
+		{"session.tools", cel.ListType(cel.StringType)},
+		{"tool.digest", cel.StringType}, {"tool.read_only", cel.BoolType}, {"tool.destructive", cel.BoolType},
+		{"tool.idempotent", cel.BoolType}, {"tool.open_world", cel.BoolType},
+	} {
+		all = append(all, cel.Variable(v.name, v.of))
+	}
+	return all
+}
+
+// environment is what conditions are checked against.
+func environment() (*cel.Env, error) {
+	return cel.NewCustomEnv(append(variables(),
+		cel.StdLib(),
+		cel.ClearMacros(),
+		cel.Macros(hasMember, cel.AllMacro, cel.ExistsMacro, cel.ExistsOneMacro, cel.FilterMacro, cel.MapMacro, cel.MapFilterMacro),
+		ext.Strings(),
+		cel.CrossTypeNumericComparisons(true),
+		cel.DefaultUTCTimeZone(true),
+		cel.ParserExpressionSizeLimit(maxCondition),
+		cel.ParserRecursionLimit(64),
+		cel.ASTValidators(
+			cel.ValidateRegexLiterals(), cel.ValidateDurationLiterals(), cel.ValidateTimestampLiterals(),
+			cel.ValidateHomogeneousAggregateLiterals(), cel.ValidateComprehensionNestingLimit(maxNesting),
+		),
+		cel.Function(objectOnly, cel.Overload(objectOnly, []*cel.Type{cel.DynType}, cel.DynType, cel.UnaryBinding(object))),
+	)...)
+}
+
+// objectOnly is a function that no condition can name.
+const objectOnly = "@object"
+
+// hasMember is has(), but for one thing: of what is no object it fails, where
+// CEL says no. A caller that sends a text where a rule expects an object would
+// else pass the rule.
+var hasMember = parser.NewGlobalMacro("has", 1, func(eh parser.ExprHelper, _ ast.Expr, args []ast.Expr) (ast.Expr, *common.Error) {
+	if args[0].Kind() != ast.SelectKind {
+		return nil, eh.NewError(args[0].ID(), "has() takes a member, such as has(args.amount)")
+	}
+	s := args[0].AsSelect()
+	return eh.NewPresenceTest(eh.NewCall(objectOnly, s.Operand()), s.FieldName()), nil
+})
+
+func object(v ref.Val) ref.Val {
+	switch v.(type) {
+	case traits.Mapper, *types.Unknown, *types.Err:
+		return v
+	}
+	return types.NewErr("no object: %s", v.Type().TypeName())
+}
+
+// condition is a compiled `when`.
+type condition struct {
+	text    string
+	program cel.Program
+	uses    map[string]bool // of the variables
+}
+
+// conditionError is what is wrong with a condition, and where in its text.
+type conditionError struct {
+	line, column int // from 1
+	what         string
+}
+
+func (e *conditionError) Error() string { return e.what }
+
+// compileCondition checks a condition and makes it ready.
+func compileCondition(env *cel.Env, text string) (_ *condition, err error) {
+	checked, issues := env.Compile(text)
+	if err := issues.Err(); err != nil {
+		first := issues.Errors()[0]
+		return nil, &conditionError{first.Location.Line(), first.Location.Column() + 1, first.Message}
+	}
+	if !checked.OutputType().IsExactType(cel.BoolType) && !checked.OutputType().IsExactType(cel.DynType) {
+		return nil, &conditionError{1, 1, "a condition is true or false, this is " + checked.OutputType().String()}
+	}
+	c := &condition{text: text, uses: map[string]bool{}}
+	loops := false
+	ast.PreOrderVisit(checked.NativeRep().Expr(), ast.NewExprVisitor(func(e ast.Expr) {
+		if e.Kind() == ast.ComprehensionKind {
+			loops = true
+		}
+	}))
+	for _, r := range checked.NativeRep().ReferenceMap() {
+		if r.Name != "" {
+			c.uses[r.Name] = true
+		}
+	}
+	options := []cel.ProgramOption{cel.EvalOptions(cel.OptOptimize)}
+	if loops {
+		options = append(options, cel.CostLimit(maxCost))
+	}
+	if c.program, err = env.Program(checked, options...); err != nil {
+		return nil, &conditionError{1, 1, err.Error()}
+	}
+	return c, nil
+}
+
+// truth is what a condition says of a request.
+type truth int
+
+const (
+	no truth = iota
+	yes
+	maybe // it depends on arguments, which are not known
+)
+
+// errNotBool: a condition of a type that is known only when it is evaluated.
+var errNotBool = errors.New("the condition is neither true nor false")
+
+// eval evaluates the condition. Values that it cannot work with make an error,
+// never a word.
+func (c *condition) eval(in *Input) (truth, error) {
+	v, _, err := c.program.Eval(in)
+	switch v := v.(type) {
+	case types.Bool:
+		if err == nil && v {
+			return yes, nil
+		}
+	case *types.Unknown:
+		if err == nil {
+			return maybe, nil
+		}
+	default:
+		if err == nil {
+			err = errNotBool
+		}
+	}
+	return no, err
+}
+
+// ResolveName and Parent make an Input what a condition reads (cel.Activation).
+func (in *Input) ResolveName(name string) (any, bool) {
+	switch name {
+	case "agent.id":
+		return types.String(in.Event.Agent), true
+	case "agent.tenant":
+		return types.String(in.Event.Tenant), true
+	case "agent.groups":
+		return in.Facts.Groups, in.Facts.Groups != nil
+	case "protocol":
+		return types.String(in.Request.Protocol), true
+	case "revision":
+		return types.String(in.Request.Revision), true
+	case "server":
+		return types.String(in.Request.Server), true
+	case "method":
+		return types.String(in.Request.Method), true
+	case "name":
+		return types.String(in.Request.Name), true
+	case "args":
+		return in.arguments(), true
+	case "time":
+		return types.Timestamp{Time: in.Event.Stored.UTC()}, true
+	case "session.id":
+		return types.String(in.Event.Session), true
+	}
+	if s := in.Facts.Session; s != nil {
+		switch name {
+		case "session.calls":
+			return types.Int(s.Calls), true
+		case "session.denied":
+			return types.Int(s.Denied), true
+		case "session.tools":
+			return s.Tools, true
+		}
+	}
+	if t := in.Facts.Tool; t != nil {
+		switch name {
+		case "tool.digest":
+			return types.String(t.SHA256), true
+		case "tool.read_only":
+			return types.Bool(t.ReadOnly), true
+		case "tool.destructive":
+			return types.Bool(t.Destructive), true
+		case "tool.idempotent":
+			return types.Bool(t.Idempotent), true
+		case "tool.open_world":
+			return types.Bool(t.OpenWorld), true
+		}
+	}
+	return nil, false
+}
+
+// Parent is none.
+func (in *Input) Parent() cel.Activation { return nil }
+
+// arguments are what the request asks with, read once. They are a value, an
+// unknown, or an error, which any condition that looks at them comes to.
+func (in *Input) arguments() ref.Val {
+	if in.args == nil {
+		in.args = in.readArguments()
+	}
+	return in.args
+}
+
+func (in *Input) readArguments() ref.Val {
+	if in.anyArgs {
+		return types.NewUnknown(1, types.NewAttributeTrail("args"))
+	}
+	v, err := argumentsOf(in.Request.Method, in.Event.Body)
+	if err != nil {
+		return types.NewErr("the arguments cannot be read: %s", err.Error())
+	}
+	if !v.Exists() {
+		return types.NewStringInterfaceMap(types.DefaultTypeAdapter, map[string]any{})
+	}
+	return celValue(v)
+}
+
+// argumentsOf finds the arguments in a request: of a tool or a prompt those
+// themselves, of any other method the params. It may find none.
+func argumentsOf(method string, body []byte) (jsonrpc.Value, error) {
+	m, err := jsonrpc.Decode(body, jsonrpc.Limits{})
+	if err != nil {
+		return jsonrpc.Value{}, err
+	}
+	v := m.Params()
+	if method == toolsCall || method == "prompts/get" {
+		v = v.Get("arguments")
+	}
+	if v.Exists() && v.Kind() != jsonrpc.Object {
+		return jsonrpc.Value{}, fmt.Errorf("they are no object but %s", v.Kind())
+	}
+	return v, nil
+}
+
+// celValue is a piece of JSON as a condition sees it. A number is an int if it is
+// written as one and fits, else a double; one that is neither is an error to
+// whoever looks at it.
+func celValue(v jsonrpc.Value) ref.Val {
+	switch v.Kind() {
+	case jsonrpc.Bool:
+		b, _ := v.Bool()
+		return types.Bool(b)
+	case jsonrpc.String:
+		s, _ := v.Text()
+		return types.String(s)
+	case jsonrpc.Number:
+		if i, ok := v.Int(); ok {
+			return types.Int(i)
+		}
+		text := string(v.Raw())
+		f, err := strconv.ParseFloat(text, 64)
+		if err != nil || !strings.ContainsAny(text, ".eE") && math.Abs(f) >= 1<<53 {
+			return types.NewErr("a number cannot be held: %s", text[:min(len(text), 40)])
+		}
+		return types.Double(f)
+	case jsonrpc.Array:
+		var list []ref.Val
+		for e := range v.Elements() {
+			list = append(list, celValue(e))
+		}
+		return types.NewRefValList(types.DefaultTypeAdapter, list)
+	case jsonrpc.Object:
+		o := members{of: map[string]any{}}
+		for name, member := range v.Members() {
+			o.names = append(o.names, types.String(name))
+			o.of[name] = celValue(member)
+		}
+		o.Mapper = types.NewStringInterfaceMap(types.DefaultTypeAdapter, o.of)
+		return o
+	}
+	return types.NullValue
+}
+
+// members is an object whose members are gone through in the order in which they
+// are written: a map's own order is chance.
+type members struct {
+	traits.Mapper
+	names []ref.Val
+	of    map[string]any
+}
+
+// Iterator yields the names.
+func (m members) Iterator() traits.Iterator {
+	return types.NewRefValList(types.DefaultTypeAdapter, m.names).(traits.Lister).Iterator()
+}
+
+// usesAny tells whether a condition speaks of any of the variables.
+func (c *condition) usesAny(names ...string) bool {
+	return c != nil && slices.ContainsFunc(names, func(n string) bool { return c.uses[n] })
+}

@@ -1,0 +1,158 @@
+package policy
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"waybill.dev/schemas"
+	"waybill.dev/schemas/jsonrpc"
+)
+
+// Obligations are what a rule orders for the calls that it lets go on. Those of
+// all rules that apply come together.
+type Obligations struct {
+	Redact   []string      // arguments, by path: to.iban, items.*.note
+	Tags     []string      // for the record
+	Deadline time.Duration // of the call, after its request; 0: its own
+	Wait     time.Duration // how long an approval is waited for; 0: to the call's deadline
+
+	limit *limitRule // of one rule; see Rule.limit
+}
+
+// limitRule is a rate limit as a rule has it.
+type limitRule struct {
+	Calls int
+	Per   time.Duration
+	By    []string // agent, tenant, server, tool, session
+}
+
+// add puts those of another rule to these.
+func (o *Obligations) add(more Obligations) {
+	union := func(a, b []string) []string {
+		a = append(slices.Clone(a), b...)
+		slices.Sort(a)
+		return slices.Compact(a)
+	}
+	least := func(a, b time.Duration) time.Duration {
+		if a == 0 || b != 0 && b < a {
+			return b
+		}
+		return a
+	}
+	if len(more.Redact) > 0 {
+		o.Redact = union(o.Redact, more.Redact)
+	}
+	if len(more.Tags) > 0 {
+		o.Tags = union(o.Tags, more.Tags)
+	}
+	o.Deadline, o.Wait = least(o.Deadline, more.Deadline), least(o.Wait, more.Wait)
+}
+
+// Record writes them as a decision holds them.
+func (o Obligations) Record() []string {
+	var all []string
+	for _, t := range o.Tags {
+		all = append(all, "tag "+t)
+	}
+	for _, p := range o.Redact {
+		all = append(all, "redact "+p)
+	}
+	if o.Deadline > 0 {
+		all = append(all, "deadline "+o.Deadline.String())
+	}
+	return all
+}
+
+// limit is the rule's rate limit for a request, if it has one.
+func (r *Rule) limit(in *Input) (Limit, bool) {
+	l := r.Obligations.limit
+	if l == nil {
+		return Limit{}, false
+	}
+	who := []string{"tenant=" + string(in.Event.Tenant)}
+	for _, by := range l.By {
+		switch by {
+		case "agent":
+			who = append(who, "agent="+string(in.Event.Agent))
+		case "server":
+			who = append(who, "server="+in.Request.Server)
+		case "tool":
+			who = append(who, fmt.Sprintf("tool=%s/%.200s", in.Request.Server, strings.ToValidUTF8(in.Request.Name, "�")))
+		case "session":
+			who = append(who, "session="+string(in.Event.Session))
+		}
+	}
+	return Limit{Rule: r.ID, Who: strings.Join(who, " "), Calls: l.Calls, Per: l.Per}, true
+}
+
+// redacted is what stands in a place of what was redacted.
+const redacted = `"[redacted]"`
+
+// errRedact: what a rule orders to be redacted cannot be.
+var errRedact = errors.New("the arguments cannot be redacted")
+
+// redact takes the arguments at some paths out of a request. What is not there
+// needs no redacting. It is pure, and so is the request that it makes.
+func redact(q *schemas.Requested, body []byte, paths []string) ([]byte, error) {
+	m, err := jsonrpc.Decode(body, jsonrpc.Limits{})
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", errRedact, err)
+	}
+	args := m.Params()
+	if q.Method == toolsCall || q.Method == "prompts/get" {
+		args = args.Get("arguments")
+	}
+	var found []jsonrpc.Value
+	for _, p := range paths {
+		found = append(found, at(args, strings.Split(p, "."))...)
+	}
+	if len(found) == 0 {
+		return body, nil
+	}
+	for name := range q.Headers {
+		if strings.HasPrefix(name, "Mcp-Param-") {
+			return nil, fmt.Errorf("%w: header %s repeats one of them", errRedact, name)
+		}
+	}
+	// One may be within another: then the outer one is enough.
+	slices.SortFunc(found, func(a, b jsonrpc.Value) int {
+		if a.Offset() != b.Offset() {
+			return a.Offset() - b.Offset()
+		}
+		return len(b.Raw()) - len(a.Raw())
+	})
+	patch, end := m.Patch(), -1
+	for _, v := range found {
+		if v.Offset() >= end {
+			patch, end = patch.Replace(v, []byte(redacted)), v.Offset()+len(v.Raw())
+		}
+	}
+	if err := patch.Err(); err != nil {
+		return nil, fmt.Errorf("%w: %w", errRedact, err)
+	}
+	return patch.Bytes(), nil
+}
+
+// at finds the values at a path; * stands for every member or element.
+func at(v jsonrpc.Value, path []string) []jsonrpc.Value {
+	if len(path) == 0 {
+		if v.Exists() {
+			return []jsonrpc.Value{v}
+		}
+		return nil
+	}
+	if path[0] != "*" {
+		return at(v.Get(path[0]), path[1:])
+	}
+	var all []jsonrpc.Value
+	for _, m := range v.Members() {
+		all = append(all, at(m, path[1:])...)
+	}
+	for e := range v.Elements() {
+		all = append(all, at(e, path[1:])...)
+	}
+	return all
+}
