@@ -72,6 +72,9 @@ type Match struct {
 	Applies bool // the rule's effect holds for this request
 	Maybe   bool // it would for some arguments; only where these are left open
 
+	// Selected says that only its condition keeps the rule from applying.
+	Selected bool
+
 	// Tools answers a tools/list: patterns ([schemas.Match]) of the tools that
 	// this permit may let the caller call on this server, also when it does not
 	// apply to the listing itself. "*" is all of them.

@@ -382,7 +382,7 @@ func (s *selectors) matcher(effect Effect) func(*Input) (Match, error) {
 		if err != nil {
 			return m, err
 		}
-		m.Applies, m.Maybe = t == yes, t == maybe
+		m.Applies, m.Maybe, m.Selected = t == yes, t == maybe, true
 		return m, nil
 	}
 }

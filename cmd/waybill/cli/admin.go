@@ -38,6 +38,10 @@ import (
 //	GET /api/v1/sessions            token; ?tenant=&limit=  one session per line (NDJSON), newest last
 //	GET /api/v1/sessions/S/events   token; ?from=clickhouse  one event per line, as schemas.Event is written
 //	GET /api/v1/query               token; ?sql=  what the record answers, see answerLine
+//	GET /api/v1/calls/CALL          token; the events of one call
+//	GET /api/v1/policies/SHA256     token; the policy of a digest, as it is stored
+//	GET /api/v1/approvals           token; ?all=  what waits for an approval, one per line
+//	POST /api/v1/approvals/ID       token; {"said": "granted" or "refused", "by", "for": seconds, "uses", "note"}
 //	GET /api/v1/events              token; ?tenant=&session=&kind=  the same, live, until the client leaves
 //	GET /api/v1/audit/lines         token; all that `waybill audit verify` reads, one audit.Line per line
 //	GET /api/v1/audit/checkpoint    token; the newest checkpoint and the public keys
@@ -62,7 +66,16 @@ func (g *gateway) addAdmin(ctx context.Context, ln net.Listener) error {
 	if err != nil {
 		return err
 	}
+	operator, err := g.open(ctx, bus.RoleOperator)
+	if err != nil {
+		return err
+	}
+	sys, err := operator.System(ctx)
+	if err != nil {
+		return err
+	}
 	a := &admin{g: g, l: l, hash: sha256.Sum256([]byte(token))}
+	people := &approvals{a, sys}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
@@ -81,6 +94,10 @@ func (g *gateway) addAdmin(ctx context.Context, ln net.Listener) error {
 		"GET /api/v1/sessions":                  a.sessions,
 		"GET /api/v1/sessions/{session}/events": a.session,
 		"GET /api/v1/events":                    a.events,
+		"GET /api/v1/calls/{call}":              people.call,
+		"GET /api/v1/policies/{digest}":         people.bundle,
+		"GET /api/v1/approvals":                 people.list,
+		"POST /api/v1/approvals/{id}":           people.say,
 		"GET /api/v1/query":                     a.query,
 		"GET /api/v1/audit/lines":               a.auditLines,
 		"GET /api/v1/audit/checkpoint":          a.auditCheckpoint,

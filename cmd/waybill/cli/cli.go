@@ -43,6 +43,10 @@ func commands() []command {
 		{"audit verify", "[FILE] [--against FILE] [--key KEY]... [--json]", "hold the log and the record against the signed checkpoints", auditVerify},
 		{"audit prove", "SEQ [--out FILE]", "prove that an event is in the log, to whoever has the public key", auditProve},
 		{"audit checkpoint", "[--json]", "print the newest signed checkpoint", auditCheckpoint},
+		{"policy check", "[--config FILE] [--json]", "check the rules and print the digest of the policy", policyCheck},
+		{"policy test", "[--config FILE] [-v] [--json]", "run the tests that stand beside the rules", policyTest},
+		{"policy explain", "CALL | --agent A --server S --tool T [--args A]", "say which rule decides a call, and why", policyExplain},
+		{"approvals", "[list | grant ID | refuse ID] [--by NAME]", "list the calls that wait for a person, grant or refuse one", approvalsCommand},
 		{"erase", "SESSION [--reason TEXT] [--json]", "destroy what was said in a session; its digests stay", erase},
 		{"connect", "[--server NAME] [--url URL]", "be a stdio MCP server: the running gateway's, or one of its servers", connect},
 		{"query", "'SQL' | --list [--json | --csv]", "ask the record, in ClickHouse's SQL", query},
@@ -54,8 +58,7 @@ func commands() []command {
 // mistake of theirs.
 func later() []string {
 	return []string{
-		"export", "import", "rebuild",
-		"policy check", "policy test", "policy explain", "approvals", "tools", "agents",
+		"export", "import", "rebuild", "tools", "agents",
 	}
 }
 
@@ -152,7 +155,7 @@ func leading(args []string) (lead, rest []string) {
 	for n < len(args) && strings.HasPrefix(args[n], "-") {
 		switch flag := strings.TrimLeft(args[n], "-"); {
 		case strings.Contains(flag, "="):
-		case slices.Contains([]string{"json", "csv", "list", "full", "feed", "log-json", "help", "h", "version"}, flag):
+		case slices.Contains([]string{"json", "csv", "list", "full", "feed", "all", "v", "log-json", "help", "h", "version"}, flag):
 		default:
 			n++ // and its value
 		}

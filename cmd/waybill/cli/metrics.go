@@ -199,7 +199,24 @@ func (m *metrics) gauges() error {
 	if err != nil {
 		return err
 	}
+	broken, err := m.meter.Int64ObservableGauge("waybill.policy.broken", metric.WithDescription("1 while the files of rules cannot be put in force; the former rules are."))
+	if err != nil {
+		return err
+	}
+	loads, err := m.meter.Int64ObservableCounter("waybill.policy.loads", metric.WithDescription("Policies put in force, and not, by outcome."))
+	if err != nil {
+		return err
+	}
 	_, err = m.meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
+		if r := m.g.policy; r != nil {
+			var is int64
+			if r.broken.Load() != nil {
+				is = 1
+			}
+			o.ObserveInt64(broken, is)
+			o.ObserveInt64(loads, r.loads.Load(), metric.WithAttributes(attribute.String("outcome", "in_force")))
+			o.ObserveInt64(loads, r.failures.Load(), metric.WithAttributes(attribute.String("outcome", "failed")))
+		}
 		if m.g.dispatcher != nil {
 			for _, s := range m.g.dispatcher.Stats() {
 				server := attribute.String("server", s.Server)
@@ -221,7 +238,7 @@ func (m *metrics) gauges() error {
 			o.ObserveInt64(refused, int64(n), metric.WithAttributes(attribute.String("cause", cause.String())))
 		}
 		return nil
-	}, inflight, refused, open, streams, upstream, sessions, breaker)
+	}, inflight, refused, open, streams, upstream, sessions, breaker, broken, loads)
 	return err
 }
 

@@ -153,6 +153,7 @@ func runScript(t *testing.T, file, bin string) {
 		}
 	}
 	for _, name := range s.files {
+		s.check(os.MkdirAll(filepath.Dir(filepath.Join(s.dir, name)), 0o700))
 		s.check(os.WriteFile(filepath.Join(s.dir, name), []byte(content[name].String()), 0o600))
 	}
 	for i, line := range lines {
