@@ -35,18 +35,6 @@ func NewCallID(now time.Time) CallID {
 	return CallID("c" + token32.EncodeToString(b[:]))
 }
 
-// Minted is when the call's id was made; ok is false for what is no such id.
-func (c CallID) Minted() (at time.Time, ok bool) {
-	if len(c) != 27 || c[0] != 'c' {
-		return time.Time{}, false
-	}
-	b, err := token32.DecodeString(string(c[1:]))
-	if err != nil || len(b) != 16 {
-		return time.Time{}, false
-	}
-	return time.UnixMilli(int64(binary.BigEndian.Uint64(b[:8]) >> 16)), true
-}
-
 // NewReplica mints the name of an edge process that has none yet.
 func NewReplica() Replica {
 	var b [5]byte

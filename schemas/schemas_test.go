@@ -344,15 +344,3 @@ func ExampleMatch() {
 	fmt.Println(Match("files_*", "files_read"), Match("files_*", "mail_send"))
 	// Output: true false
 }
-
-func TestMinted(t *testing.T) {
-	at := time.Date(2026, 7, 28, 12, 0, 0, int(7*time.Millisecond), time.UTC)
-	if got, ok := NewCallID(at).Minted(); !ok || !got.Equal(at) {
-		t.Errorf("minted at %s, %t", got, ok)
-	}
-	for _, c := range []CallID{"", "c", "s0123456789abcdefghijklmnop", "c0123456789abcdefghijklmno!"} {
-		if at, ok := c.Minted(); ok {
-			t.Errorf("%q was minted at %s", c, at)
-		}
-	}
-}

@@ -225,8 +225,8 @@ func (a *approvals) bundle(w http.ResponseWriter, r *http.Request) {
 // call writes the events of one call.
 func (a *approvals) call(w http.ResponseWriter, r *http.Request) {
 	id := schemas.CallID(r.PathValue("call"))
-	at, ok := id.Minted()
-	if !ok {
+	at := id.Minted()
+	if at.IsZero() {
 		http.Error(w, "not a call's id", http.StatusBadRequest)
 		return
 	}
