@@ -175,6 +175,19 @@ rules:
 
 	r.want("silence", r.later("read", `{"key":"s"}`), false, 5)
 
+	// Who asked for progress is told why nothing happens.
+	told := make(chan string, 1)
+	go func() {
+		a, err := r.Post(t.Context(), "up", "tools/call", "count",
+			`{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"count","arguments":{"key":"p"},`+strings.Replace(gateway.Meta, "{", `{"progressToken":"tok",`, 1)+`}}`)
+		told <- fmt.Sprint(err, " ", string(a.Body))
+	}()
+	p := r.asked(`{"key":"p"}`, 1)
+	r.say("refuse", p.ID, "--by", "ann")
+	if said := <-told; !strings.Contains(said, `"progressToken":"tok","progress":0,"message":"The call waits for the approval of a person."`) {
+		t.Errorf("a client that asked for progress is told %s", said)
+	}
+
 	// A grant that has expired says nothing any more.
 	six := r.later("count", `{"key":"c"}`)
 	c := r.asked(`{"key":"c"}`, 1)

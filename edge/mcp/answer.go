@@ -89,9 +89,11 @@ func (c *caller) emit(ctx context.Context, e schemas.Event) (schemas.Receipt, er
 		}
 		return schemas.Receipt{}, c.stream.Send(sse.Event{Data: c.a.outward(c.front, d.Server, c.renumber(e.Body))})
 	case *schemas.Held:
-		// A person decides, and the deadline is not about persons.
-		if c.late != nil {
-			c.late.Stop()
+		c.a.hold(c.late, c.request, d)
+		if c.stream != nil && !c.request.Stream {
+			if body := c.a.waiting(ctx, e.Call, d); body != nil {
+				return schemas.Receipt{}, c.stream.Send(sse.Event{Data: body})
+			}
 		}
 	case *schemas.Asked:
 		// The revision has no requests to the client. Dispatch translates or

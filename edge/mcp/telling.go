@@ -103,7 +103,7 @@ func (c *telling) at(seq uint64) string {
 
 // emit writes one event to the client. It returns an error when the client
 // cannot be written to; the context ends, too.
-func (c *telling) emit(_ context.Context, e schemas.Event) (schemas.Receipt, error) {
+func (c *telling) emit(ctx context.Context, e schemas.Event) (schemas.Receipt, error) {
 	if c.ended {
 		return schemas.Receipt{}, nil
 	}
@@ -131,9 +131,9 @@ func (c *telling) emit(_ context.Context, e schemas.Event) (schemas.Receipt, err
 	case *schemas.Asked:
 		err = c.question(e, d)
 	case *schemas.Held:
-		// A person decides, and the deadline is not about persons.
-		if c.late != nil {
-			c.late.Stop()
+		c.a.hold(c.late, c.request, d)
+		if body := c.a.waiting(ctx, e.Call, d); body != nil {
+			err = c.send(e.Seq, c.server(""), body)
 		}
 	case *schemas.Cancel:
 		if len(e.Body) > 0 { // the client's own: there is no answer
