@@ -30,8 +30,10 @@ const (
 	maxNesting   = 2       // of loops (all, exists, map, filter) within each other
 
 	// maxCost bounds a condition that loops, which may take as long as the caller's
-	// arguments make it: past it, it fails. The rest takes as long as it is written.
-	maxCost = 200_000
+	// arguments make it: past it, it fails. Counting is dear, and left out where there
+	// are no more than fewValues to loop over. The rest takes as long as it is written.
+	maxCost   = 200_000
+	fewValues = 100
 )
 
 // variables are what a condition may speak of; anything else is an error when
@@ -87,7 +89,11 @@ var hasMember = parser.NewGlobalMacro("has", 1, func(eh parser.ExprHelper, _ ast
 		return nil, eh.NewError(args[0].ID(), "has() takes a member, such as has(args.amount)")
 	}
 	s := args[0].AsSelect()
-	return eh.NewPresenceTest(eh.NewCall(objectOnly, s.Operand()), s.FieldName()), nil
+	of := s.Operand()
+	if of.Kind() == ast.IdentKind && of.AsIdent() == "args" {
+		return eh.NewPresenceTest(of, s.FieldName()), nil // an object, or an error anyway
+	}
+	return eh.NewPresenceTest(eh.NewCall(objectOnly, of), s.FieldName()), nil
 })
 
 func object(v ref.Val) ref.Val {
@@ -102,6 +108,7 @@ func object(v ref.Val) ref.Val {
 type condition struct {
 	text    string
 	program cel.Program
+	counted cel.Program     // the same, held to maxCost; nil: it does not loop
 	uses    map[string]bool // of the variables
 }
 
@@ -135,11 +142,11 @@ func compileCondition(env *cel.Env, text string) (_ *condition, err error) {
 			c.uses[r.Name] = true
 		}
 	}
-	options := []cel.ProgramOption{cel.EvalOptions(cel.OptOptimize)}
-	if loops {
-		options = append(options, cel.CostLimit(maxCost))
+	optimize := cel.EvalOptions(cel.OptOptimize)
+	if c.program, err = env.Program(checked, optimize); err == nil && loops {
+		c.counted, err = env.Program(checked, optimize, cel.CostLimit(maxCost))
 	}
-	if c.program, err = env.Program(checked, options...); err != nil {
+	if err != nil {
 		return nil, &conditionError{1, 1, err.Error()}
 	}
 	return c, nil
@@ -160,7 +167,11 @@ var errNotBool = errors.New("the condition is neither true nor false")
 // eval evaluates the condition. Values that it cannot work with make an error,
 // never a word.
 func (c *condition) eval(in *Input) (truth, error) {
-	v, _, err := c.program.Eval(in)
+	program := c.program
+	if c.counted != nil && in.values() > fewValues {
+		program = c.counted
+	}
+	v, _, err := program.Eval(in)
 	switch v := v.(type) {
 	case types.Bool:
 		if err == nil && v {
@@ -254,7 +265,17 @@ func (in *Input) readArguments() ref.Val {
 	if !v.Exists() {
 		return types.NewStringInterfaceMap(types.DefaultTypeAdapter, map[string]any{})
 	}
-	return celValue(v)
+	return celValue(v, &in.size)
+}
+
+// values is how much there is that a condition may loop over.
+func (in *Input) values() int {
+	in.arguments()
+	n := in.size + len(in.Facts.Groups)
+	if in.Facts.Session != nil {
+		n += len(in.Facts.Session.Tools)
+	}
+	return n
 }
 
 // argumentsOf finds the arguments in a request: of a tool or a prompt those
@@ -276,8 +297,9 @@ func argumentsOf(method string, body []byte) (jsonrpc.Value, error) {
 
 // celValue is a piece of JSON as a condition sees it. A number is an int if it is
 // written as one and fits, else a double; one that is neither is an error to
-// whoever looks at it.
-func celValue(v jsonrpc.Value) ref.Val {
+// whoever looks at it. n counts the values.
+func celValue(v jsonrpc.Value, n *int) ref.Val {
+	*n++
 	switch v.Kind() {
 	case jsonrpc.Bool:
 		b, _ := v.Bool()
@@ -298,14 +320,14 @@ func celValue(v jsonrpc.Value) ref.Val {
 	case jsonrpc.Array:
 		var list []ref.Val
 		for e := range v.Elements() {
-			list = append(list, celValue(e))
+			list = append(list, celValue(e, n))
 		}
 		return types.NewRefValList(types.DefaultTypeAdapter, list)
 	case jsonrpc.Object:
 		o := members{of: map[string]any{}}
 		for name, member := range v.Members() {
 			o.names = append(o.names, types.String(name))
-			o.of[name] = celValue(member)
+			o.of[name] = celValue(member, n)
 		}
 		o.Mapper = types.NewStringInterfaceMap(types.DefaultTypeAdapter, o.of)
 		return o

@@ -51,10 +51,9 @@ type Rule struct {
 	// other does.
 	Match func(in *Input) (Match, error)
 
-	needs  func(in *Input) needs // facts that it may look at; nil: none
-	where  string                // file and line
-	when   string                // its condition, as written
-	filter bool                  // it says of single tools whether a list may show them
+	needs func(in *Input) needs // facts that it may look at; nil: none
+	where string                // file and line
+	when  string                // its condition, as written
 }
 
 // Input is what a rule looks at.
@@ -65,6 +64,7 @@ type Input struct {
 
 	anyArgs bool    // it is asked about a tool, whatever the arguments
 	args    ref.Val // see arguments
+	size    int     // how many values these are
 }
 
 // Match is what a rule finds in a request.
@@ -173,7 +173,7 @@ func (b *Bundle) Decide(e schemas.Event, facts Facts) Verdict {
 		if err, ok := failed(r); ok {
 			v.Reason += ", since it failed: " + brief(err)
 		}
-		v.Only, v.Each = nil, false
+		v.Only, v.Each, v.Obligations = nil, false, Obligations{}
 		return v
 	}
 	if len(forbids) > 0 {
@@ -192,7 +192,7 @@ func (b *Bundle) Decide(e schemas.Event, facts Facts) Verdict {
 	}
 	v.Rule = permits[0].ID
 	for _, r := range slices.Concat(permits, approves, obliges) {
-		v.Obligations.add(r.Obligations)
+		v.Obligations.add(&r.Obligations)
 		l, ok := r.limit(in)
 		if !ok {
 			continue
@@ -206,7 +206,9 @@ func (b *Bundle) Decide(e schemas.Event, facts Facts) Verdict {
 			return deny(r, cmp.Or(r.Reason, "the rate limit is reached")+": "+l.String())
 		}
 	}
-	said := strings.TrimRight(strings.SplitN(facts.Approval, " ", 2)[0], ":")
+	v.Obligations.order()
+	said, _, _ := strings.Cut(facts.Approval, " ")
+	said = strings.TrimSuffix(said, ":")
 	switch {
 	case said == "" && len(approves) > 0:
 		r := approves[0]

@@ -239,8 +239,7 @@ func (w *ruleYAML) rule(env *cel.Env, file string) (Rule, []error) {
 		}
 		r.Obligations.Wait = d
 	}
-	r.Match, r.filter = s.matcher(r.Effect), true
-	r.needs = s.needs(&r)
+	s.arm(&r)
 	return r, errs
 }
 
@@ -314,6 +313,12 @@ type selectors struct {
 	byTenant, byAgent, byGroup, byServer, byMethod   bool
 	toolList                                         []string // of tools, for Match.Tools
 	when                                             *condition
+}
+
+// arm makes a rule of them.
+func (s *selectors) arm(r *Rule) {
+	r.Match = s.matcher(r.Effect)
+	r.needs = s.needs(r)
 }
 
 // who tells whether the rule concerns the caller and the server, as far as that

@@ -29,26 +29,22 @@ type limitRule struct {
 	By    []string // agent, tenant, server, tool, session
 }
 
-// add puts those of another rule to these.
-func (o *Obligations) add(more Obligations) {
-	union := func(a, b []string) []string {
-		a = append(slices.Clone(a), b...)
-		slices.Sort(a)
-		return slices.Compact(a)
-	}
+// add puts those of another rule to these; order sorts them when all are there.
+func (o *Obligations) add(more *Obligations) {
 	least := func(a, b time.Duration) time.Duration {
 		if a == 0 || b != 0 && b < a {
 			return b
 		}
 		return a
 	}
-	if len(more.Redact) > 0 {
-		o.Redact = union(o.Redact, more.Redact)
-	}
-	if len(more.Tags) > 0 {
-		o.Tags = union(o.Tags, more.Tags)
-	}
+	o.Redact, o.Tags = append(o.Redact, more.Redact...), append(o.Tags, more.Tags...)
 	o.Deadline, o.Wait = least(o.Deadline, more.Deadline), least(o.Wait, more.Wait)
+}
+
+func (o *Obligations) order() {
+	slices.Sort(o.Redact)
+	slices.Sort(o.Tags)
+	o.Redact, o.Tags = slices.Compact(o.Redact), slices.Compact(o.Tags)
 }
 
 // Record writes them as a decision holds them.

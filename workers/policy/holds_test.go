@@ -1,0 +1,440 @@
+package policy
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"waybill.dev/schemas"
+)
+
+// desk is a policy with a log, and records of the system, in memory.
+type desk struct {
+	t *testing.T
+	p *Policy
+
+	mu     sync.Mutex
+	events []schemas.Event
+	last   map[string]uint64 // sequence of the newest use
+	seq    uint64
+	claim  func(stored bool) error // fails a claim, before or after it is stored
+}
+
+const holding = `
+rules:
+  - {id: all, effect: permit, match: {tools: ["*"]}}
+  - {id: ask, effect: require_approval, match: {tools: [pay]}, wait: 5m}
+`
+
+func newDesk(t *testing.T, rules string) *desk {
+	d := &desk{t: t, last: map[string]uint64{}}
+	p, err := New(Options{
+		Bundle: bundle(t, rules), Duplicates: 2 * time.Minute,
+		Past: func(_ context.Context, e schemas.Event) (past []schemas.Event, err error) {
+			d.mu.Lock()
+			defer d.mu.Unlock()
+			for _, p := range d.events {
+				if p.Call == e.Call {
+					past = append(past, p)
+				}
+			}
+			return past, nil
+		},
+		Load: func(_ context.Context, seq uint64) (schemas.Event, error) {
+			d.mu.Lock()
+			defer d.mu.Unlock()
+			if seq == 0 || seq > uint64(len(d.events)) {
+				return schemas.Event{}, schemas.ErrNotFound
+			}
+			return d.events[seq-1], nil
+		},
+		Store: d.store, Claim: d.use,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.p = p
+	return d
+}
+
+func (d *desk) store(_ context.Context, e schemas.Event) (schemas.Receipt, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := e.Check(); err != nil {
+		return schemas.Receipt{}, err
+	}
+	for _, p := range d.events {
+		if p.ID() == e.ID() {
+			return schemas.Receipt{Seq: p.Seq, Duplicate: true}, nil
+		}
+	}
+	e.Seq, e.Stored = uint64(len(d.events)+1), time.Now()
+	d.events = append(d.events, e)
+	return schemas.Receipt{Seq: e.Seq}, nil
+}
+
+func (d *desk) use(_ context.Context, id string, use []byte, last uint64) (uint64, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.claim != nil {
+		if err := d.claim(false); err != nil {
+			return 0, err
+		}
+	}
+	if d.last[id] != last {
+		return 0, errors.New("overtaken")
+	}
+	d.seq++
+	d.last[id] = d.seq
+	seq := d.seq
+	if d.claim != nil {
+		if err := d.claim(true); err != nil {
+			go d.p.Record(UseKind, id, seq, use) // the watch brings it
+			return 0, err
+		}
+	}
+	return seq, nil
+}
+
+// request asks for a payment.
+func (d *desk) request(call schemas.CallID, args string) schemas.Event {
+	e := with("pay", args)
+	e.Call, e.Root = call, call
+	q := *e.Data.(*schemas.Requested)
+	q.Deadline = time.Now().Add(time.Minute)
+	e.Data, e.Stored = &q, time.Now()
+	r, err := d.store(d.t.Context(), e)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	e.Seq = r.Seq
+	return e
+}
+
+func (d *desk) say(id string, w Word) {
+	d.mu.Lock()
+	d.seq++
+	seq := d.seq
+	d.mu.Unlock()
+	if w.Expires.IsZero() {
+		w.Expires = time.Now().Add(10 * time.Minute)
+	}
+	body, err := json.Marshal(w)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	if err := d.p.Record(WordKind, id, seq, body); err != nil {
+		d.t.Fatal(err)
+	}
+}
+
+// of is what was decided of a call: kinds and numbers, in order.
+func (d *desk) of(call schemas.CallID) string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var all []string
+	for _, e := range d.events {
+		if e.Call != call {
+			continue
+		}
+		switch p := e.Data.(type) {
+		case *schemas.Held:
+			all = append(all, fmt.Sprintf("held %d", p.N))
+		case *schemas.Authorized:
+			all = append(all, fmt.Sprintf("authorized %d", p.N))
+		case *schemas.Denied:
+			all = append(all, fmt.Sprintf("denied %d", p.N))
+		}
+	}
+	return strings.Join(all, ", ")
+}
+
+func (d *desk) id(call schemas.CallID) string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, e := range d.events {
+		if h, ok := e.Data.(*schemas.Held); ok && e.Call == call {
+			return h.Approval
+		}
+	}
+	d.t.Fatalf("call %s is not held", call)
+	return ""
+}
+
+func TestHolds(t *testing.T) {
+	grant := Word{Said: ApprovalGranted, By: "ann", Uses: 1}
+	for _, tt := range []struct {
+		name string
+		do   func(d *desk)
+		want map[schemas.CallID]string
+	}{
+		{"granted", func(d *desk) { d.say(d.id("c1"), grant) }, map[schemas.CallID]string{"c1": "held 1, authorized 2"}},
+		{"refused", func(d *desk) { d.say(d.id("c1"), Word{Said: ApprovalRefused, By: "ann"}) }, map[schemas.CallID]string{"c1": "held 1, denied 2"}},
+		{"silence", func(d *desk) { time.Sleep(6 * time.Minute) }, map[schemas.CallID]string{"c1": "held 1, denied 2"}},
+		{"not yet", func(d *desk) { time.Sleep(4 * time.Minute) }, map[schemas.CallID]string{"c1": "held 1"}},
+		{"by who asks", func(d *desk) {
+			w := grant
+			w.By = "researcher"
+			d.say(d.id("c1"), w)
+		}, map[schemas.CallID]string{"c1": "held 1"}},
+		{"by nobody", func(d *desk) { d.say(d.id("c1"), Word{Said: ApprovalGranted, Uses: 1}) }, map[schemas.CallID]string{"c1": "held 1"}},
+		{"no uses", func(d *desk) { d.say(d.id("c1"), Word{Said: ApprovalGranted, By: "ann"}) }, map[schemas.CallID]string{"c1": "held 1"}},
+		{"expired before it is heard", func(d *desk) {
+			w := grant
+			w.Expires = time.Now().Add(-time.Second)
+			d.say(d.id("c1"), w)
+		}, map[schemas.CallID]string{"c1": "held 1"}},
+		{"another approval", func(d *desk) { d.say("a0", grant) }, map[schemas.CallID]string{"c1": "held 1"}},
+		{"nonsense", func(d *desk) { _ = d.p.Record(WordKind, d.id("c1"), 99, []byte("{")) }, map[schemas.CallID]string{"c1": "held 1, denied 2"}},
+		{"one use for two", func(d *desk) {
+			d.hand("c2", `{"n":1}`)
+			d.say(d.id("c1"), grant)
+		}, map[schemas.CallID]string{"": "one of c1 c2"}},
+		{"two uses for two, a third waits", func(d *desk) {
+			d.hand("c2", `{"n":1}`)
+			w := grant
+			w.Uses = 2
+			d.say(d.id("c1"), w)
+			synctest.Wait()
+			d.hand("c3", `{"n":1}`)
+		}, map[schemas.CallID]string{"c1": "held 1, authorized 2", "c2": "held 1, authorized 2", "c3": "held 1"}},
+		{"other arguments", func(d *desk) {
+			d.hand("c2", `{"n":2}`)
+			d.say(d.id("c1"), grant)
+		}, map[schemas.CallID]string{"c1": "held 1, authorized 2", "c2": "held 1"}},
+		{"granted before it is asked again", func(d *desk) {
+			w := grant
+			w.Uses = 2
+			d.say(d.id("c1"), w)
+			synctest.Wait()
+			d.hand("c2", `{"n":1}`)
+		}, map[schemas.CallID]string{"c1": "held 1, authorized 2", "c2": "authorized 1"}},
+		{"taken back, then granted", func(d *desk) {
+			d.hear("c1", &schemas.Cancel{})
+			synctest.Wait()
+			d.say(d.id("c1"), grant)
+		}, map[schemas.CallID]string{"c1": "held 1, denied 2"}},
+		{"the session is closed", func(d *desk) { d.hear("", &schemas.Closed{}) }, map[schemas.CallID]string{"c1": "held 1, denied 2"}},
+		{"forbidden by now", func(d *desk) {
+			d.p.Activate(bundle(d.t, holding+"  - {id: none, effect: forbid, match: {tools: [pay]}}\n"))
+			d.say(d.id("c1"), grant)
+		}, map[schemas.CallID]string{"c1": "held 1, denied 2"}},
+		{"the tool has changed", func(d *desk) {
+			d.p.o.Tool = func(schemas.Tenant, string, string) *ToolFacts { return &ToolFacts{SHA256: "other"} }
+			d.say(d.id("c1"), grant)
+		}, map[schemas.CallID]string{"c1": "held 1, denied 2"}},
+		{"a claim that fails", func(d *desk) {
+			n := 0
+			d.claim = func(stored bool) error {
+				if n++; !stored && n < 3 {
+					return errors.New("injected")
+				}
+				return nil
+			}
+			d.say(d.id("c1"), grant)
+			time.Sleep(10 * time.Second)
+		}, map[schemas.CallID]string{"c1": "held 1, authorized 2"}},
+		{"a claim that fails after it is stored", func(d *desk) {
+			once := false
+			d.claim = func(stored bool) error {
+				if stored && !once {
+					once = true
+					return errors.New("injected")
+				}
+				return nil
+			}
+			d.say(d.id("c1"), grant)
+			time.Sleep(10 * time.Second)
+			d.hand("c2", `{"n":1}`) // the use is gone
+		}, map[schemas.CallID]string{"c1": "held 1, authorized 2", "c2": "held 1"}},
+		{"delivered again while it is held", func(d *desk) {
+			e := d.events[0]
+			if err := d.p.Handle(d.t.Context(), e, d.store); err != nil {
+				d.t.Error(err)
+			}
+			d.say(d.id("c1"), grant)
+		}, map[schemas.CallID]string{"c1": "held 1, authorized 2"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				d := newDesk(t, holding)
+				ctx, stop := context.WithCancel(t.Context())
+				var running sync.WaitGroup
+				running.Go(func() {
+					if err := d.p.Run(ctx); err != nil {
+						t.Error(err)
+					}
+				})
+				d.hand("c1", `{"n":1}`)
+				synctest.Wait()
+				tt.do(d)
+				synctest.Wait()
+				stop()
+				running.Wait()
+				for call, want := range tt.want {
+					if call == "" {
+						if one, two := d.of("c1"), d.of("c2"); (one == "held 1, authorized 2") == (two == "held 1, authorized 2") {
+							t.Errorf("c1: %s; c2: %s", one, two)
+						}
+						continue
+					}
+					if got := d.of(call); got != want {
+						t.Errorf("%s: %s, want %s", call, got, want)
+					}
+				}
+				for _, e := range d.events {
+					if a, ok := e.Data.(*schemas.Authorized); ok && a.Name == "pay" {
+						if !strings.HasPrefix(a.Facts["approval"], "granted by ann, record ") || a.Approval == "" {
+							t.Errorf("authorized by %v, approval %q", a.Facts, a.Approval)
+						}
+						if a.N == 2 && a.Deadline.Sub(time.Now()) <= 0 && tt.name == "granted" {
+							t.Errorf("its deadline has passed when it is granted: %s", a.Deadline)
+						}
+					}
+				}
+			})
+		})
+	}
+}
+
+// hand has a call decided.
+func (d *desk) hand(call schemas.CallID, args string) {
+	if err := d.p.Handle(d.t.Context(), d.request(call, args), d.store); err != nil {
+		d.t.Error(err)
+	}
+}
+
+// hear tells of an event of c1's session.
+func (d *desk) hear(call schemas.CallID, data schemas.Payload) {
+	e := d.events[0].Next(data, nil)
+	e.Call = call
+	if err := d.p.Heard(d.t.Context(), e); err != nil {
+		d.t.Error(err)
+	}
+}
+
+// Another process takes over what is held, from the log alone.
+func TestHoldsAreTakenOver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		one := newDesk(t, holding)
+		one.hand("c1", `{"n":1}`)
+		two := newDesk(t, holding)
+		two.events = one.events
+		for _, e := range two.events {
+			if err := two.p.Heard(t.Context(), e); err != nil {
+				t.Fatal(err)
+			}
+		}
+		two.say(two.id("c1"), Word{Said: ApprovalGranted, By: "ann", Uses: 1})
+		two.p.resumeAll(t.Context())
+		if got := two.of("c1"); got != "held 1, authorized 2" {
+			t.Error(got)
+		}
+		// What was settled is not touched again.
+		for _, e := range two.events {
+			if _, ok := e.Data.(*schemas.Held); ok {
+				_ = two.p.Heard(t.Context(), e)
+			}
+		}
+		time.Sleep(time.Hour)
+		two.p.resumeAll(t.Context())
+		if got := two.of("c1"); got != "held 1, authorized 2" {
+			t.Error(got)
+		}
+	})
+}
+
+// Nobody can be made to wait without bound.
+func TestHoldsAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newDesk(t, holding)
+		for i := range maxHeldAgent + 1 {
+			d.hand(schemas.CallID(fmt.Sprintf("c%d", i)), fmt.Sprintf(`{"n":%d}`, i))
+		}
+		if got := d.of("c99"); got != "held 1" {
+			t.Errorf("call 99: %s", got)
+		}
+		if got := d.of("c100"); got != "denied 1" {
+			t.Errorf("call 100: %s", got)
+		}
+		bare, err := New(Options{Bundle: bundle(t, holding), Past: nothing, Duplicates: time.Minute})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.p = bare
+		d.hand("c200", `{"n":1}`)
+		if got := d.of("c200"); got != "denied 1" {
+			t.Errorf("where nobody can be asked: %s", got)
+		}
+	})
+}
+
+// TestLimiter: exactly as many as the limit lets, at once and within any window;
+// what is not stored does not count; a call counts once.
+func TestLimiter(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newDesk(t, `
+rules:
+  - {id: some, effect: permit, match: {tools: [pay]}, obligations: {limit: {calls: 3, per: 1m, by: [agent]}}}
+`)
+		count := func(from, to int) (n int) {
+			for i := from; i < to; i++ {
+				if d.of(schemas.CallID(fmt.Sprintf("c%d", i))) == "authorized 1" {
+					n++
+				}
+			}
+			return n
+		}
+		var all sync.WaitGroup
+		for i := range 20 {
+			all.Go(func() { d.hand(schemas.CallID(fmt.Sprintf("c%d", i)), `{}`) })
+		}
+		all.Wait()
+		if n := count(0, 20); n != 3 {
+			t.Errorf("%d of 20 at once", n)
+		}
+		time.Sleep(59 * time.Second)
+		d.hand("c20", `{}`)
+		time.Sleep(2 * time.Second)
+		d.hand("c21", `{}`)
+		if d.of("c20") != "denied 1" || d.of("c21") != "authorized 1" {
+			t.Errorf("after 59s %s, after 61s %s", d.of("c20"), d.of("c21"))
+		}
+		// A decision that is not stored lets another go on.
+		time.Sleep(2 * time.Minute)
+		e := d.request("c22", `{}`)
+		for range 5 {
+			if err := d.p.Handle(t.Context(), e, func(context.Context, schemas.Event) (schemas.Receipt, error) {
+				return schemas.Receipt{}, errors.New("injected")
+			}); err == nil {
+				t.Error("an error is swallowed")
+			}
+		}
+		for i := 23; i < 30; i++ {
+			d.hand(schemas.CallID(fmt.Sprintf("c%d", i)), `{}`)
+		}
+		if n := count(22, 30); n != 3 {
+			t.Errorf("%d after some that were not stored", n)
+		}
+		// Who hears of what others decide counts it, once.
+		other := newDesk(t, holding)
+		other.p.Activate(d.p.Bundle())
+		for range 2 {
+			for _, e := range d.events {
+				if err := other.p.Heard(t.Context(), e); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		other.hand("c90", `{}`)
+		if got := other.of("c90"); got != "denied 1" {
+			t.Errorf("another worker: %s", got)
+		}
+	})
+}
