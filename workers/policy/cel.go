@@ -258,7 +258,10 @@ func (in *Input) readArguments() ref.Val {
 	if in.anyArgs {
 		return types.NewUnknown(1, types.NewAttributeTrail("args"))
 	}
-	v, err := argumentsOf(in.Request.Method, in.Event.Body)
+	if in.read == nil {
+		in.read = readRequest(in.Request.Method, in.Event.Body)
+	}
+	v, err := in.read.args, in.read.err
 	if err != nil {
 		return types.NewErr("the arguments cannot be read: %s", err.Error())
 	}
@@ -276,6 +279,17 @@ func (in *Input) values() int {
 		n += len(in.Facts.Session.Tools)
 	}
 	return n
+}
+
+// read is what a request asks with, or why that cannot be read.
+type read struct {
+	args jsonrpc.Value
+	err  error
+}
+
+func readRequest(method string, body []byte) *read {
+	v, err := argumentsOf(method, body)
+	return &read{v, err}
 }
 
 // argumentsOf finds the arguments in a request: of a tool or a prompt those

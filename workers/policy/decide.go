@@ -63,6 +63,7 @@ type Input struct {
 	Facts   Facts
 
 	anyArgs bool    // it is asked about a tool, whatever the arguments
+	read    *read   // what was read of the request already; may be nil
 	args    ref.Val // see arguments
 	size    int     // how many values these are
 }
@@ -120,9 +121,14 @@ const (
 // a limit that is reached over what is left, then a rule that requires approval
 // over the permits; without a permit the call is denied.
 func (b *Bundle) Decide(e schemas.Event, facts Facts) Verdict {
-	q, ok := e.Data.(*schemas.Requested)
+	q, _ := e.Data.(*schemas.Requested)
+	return b.decide(&Input{Event: &e, Request: q, Facts: facts})
+}
+
+func (b *Bundle) decide(in *Input) Verdict {
+	q, facts := in.Request, in.Facts
 	switch {
-	case !ok || q == nil:
+	case q == nil:
 		return Verdict{Reason: "not a request"}
 	case !slices.Contains(protocols, q.Protocol):
 		return Verdict{Reason: "unknown protocol"}
@@ -134,7 +140,6 @@ func (b *Bundle) Decide(e schemas.Event, facts Facts) Verdict {
 		return Verdict{Reason: "no method is named"}
 	}
 	var v Verdict
-	in := &Input{Event: &e, Request: q, Facts: facts}
 	tools := []string{} // not nil: a permit of the list alone shows nothing
 	var forbids, permits, approves, obliges []*Rule
 	for _, r := range b.concerning(q) {

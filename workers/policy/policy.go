@@ -1,11 +1,24 @@
 // Package policy decides which calls may go on. It is default deny: a call
 // that no rule permits is denied, with an event that says why.
 //
-// Begin with [Rule], what every kind of rule compiles to, then
-// [Policy.Decide], which is pure, and [Policy.Handle], which puts it between
-// the log's `requested` and `authorized`. A new kind of rule is one file with
-// a struct as the operator writes it and a method Rule() (Rule, error):
-// allow.go is the pattern.
+// Begin with [Rule], what every kind of rule compiles to, then [Bundle.Decide],
+// which is pure, and [Policy.Handle], which puts it between the log's `requested`
+// and `authorized`, `denied` or `held`. A new kind of rule is one file with a
+// struct as the operator writes it and a method Rule() (Rule, error): allow.go is
+// the pattern; file.go is the kind that the operator's files are of. It goes into
+// the list of [Source].
+//
+// A decision is a function of the event, of the facts that it records ([Facts])
+// and of the bundle that it names. What is not a function (counting, asking,
+// the clock) is in policy.go, limits.go and holds.go, and done before it.
+//
+// What a list shows is what can be called. A listing's decision says by patterns
+// what the permits open ([schemas.Authorized].Only), and, where a condition or a
+// forbid has a say, that each name has to be asked about: [Bundle.Shows], with the
+// same bundle and facts. A condition on arguments is then open: a permit of which
+// some arguments may meet the condition counts, a forbid counts only if it is
+// met whatever the arguments are. So a tool is shown if, by each rule for itself,
+// some arguments could be allowed.
 package policy
 
 import (
@@ -139,25 +152,27 @@ func (p *Policy) decide(ctx context.Context, e schemas.Event, q *schemas.Request
 	if t := facts.Tool; t != nil {
 		word.ToolSHA256 = t.SHA256
 	}
+	var asks *read
 	if q.Method == toolsCall {
 		// Of a request that cannot be read there are none, and a rule that looks
 		// at them fails.
-		args, _ := argumentsOf(q.Method, e.Body)
-		word.ArgsSHA256 = digest(args.Raw())
+		asks = readRequest(q.Method, e.Body)
+		word.ArgsSHA256 = digest(asks.args.Raw())
 	}
-	id := approvalID(e, q, word)
 	if n > 1 {
-		if word.Approval = id; id != asked.id {
+		if word.Approval = approvalID(e, q, word); word.Approval != asked.id {
 			facts.Approval = ApprovalRefused + ": the tool is another than the one that was asked for"
 		}
 	}
 	decide := func() (Verdict, func()) {
-		return p.limits.decide(limits, e.Call, p.at(e, n), &facts, func() Verdict { return b.Decide(e, facts) })
+		return p.limits.decide(limits, e.Call, p.at(e, n), &facts, func() Verdict {
+			return b.decide(&Input{Event: &e, Request: q, Facts: facts, read: asks})
+		})
 	}
 	v, release := decide()
 	if v.Hold {
-		word.Approval = id
-		if facts.Approval, err = p.approval(ctx, e, id); err != nil {
+		word.Approval = approvalID(e, q, word)
+		if facts.Approval, err = p.approval(ctx, e, word.Approval); err != nil {
 			return err
 		}
 		if facts.Approval != "" {

@@ -314,3 +314,25 @@ func BenchmarkHandle(b *testing.B) {
 		}
 	}
 }
+
+// Without any policy, and with one of no rules, everything is denied.
+func TestNoPolicy(t *testing.T) {
+	empty, err := NewBundle(nil, []string{"files"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, b := range map[string]*Bundle{"none": nil, "empty": empty} {
+		p, err := New(Options{Bundle: b, Past: nothing, Duplicates: time.Minute, Now: func() time.Time { return call("", "").Stored }})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var kinds []schemas.Kind
+		err = p.Handle(t.Context(), call("tools/call", "read"), func(_ context.Context, e schemas.Event) (schemas.Receipt, error) {
+			kinds = append(kinds, e.Kind())
+			return schemas.Receipt{}, nil
+		})
+		if err != nil || len(kinds) != 1 || kinds[0] != schemas.KindDenied {
+			t.Errorf("%s: %v, %v", name, kinds, err)
+		}
+	}
+}
