@@ -136,6 +136,10 @@ type Tasked struct {
 	// Session is, where the server has a task of its own in one of its sessions,
 	// that session's [Connected].By.
 	Session string `json:"session,omitempty"`
+
+	// Waits is the id of a request that is about to be made there, which waits for
+	// what the task asks: whoever goes on with the task has to take it back.
+	Waits string `json:"waits,omitempty"`
 }
 
 // Summary is what every ending repeats of its call, so that one event is
