@@ -114,3 +114,130 @@ func TestCoreTasksSurvive(t *testing.T) {
 		t.Errorf("the server was called %d times", n)
 	}
 }
+
+const research = "simulate-research-query"
+
+// A server of 2025-11-25 whose tool wants to be called as a task, and a client of
+// 2026-07-28 that takes tasks: it sees the extension, over kills and stops of the
+// gateway, and the server was called once.
+func TestTasksOfLegacyServers(t *testing.T) {
+	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("everything", peers.ServerEverything(t), "")))
+	c := newTaker(t, g, "everything")
+	for method, want := range map[string][]string{
+		"server/discover": {`"extensions":{"io.modelcontextprotocol/tasks":{}}`, `"capabilities":{`},
+		"tools/list":      {`"name":"` + research + `"`, `"inputSchema"`},
+	} {
+		_, body := c.ask(method, "", `"x":0`)
+		for _, w := range want {
+			if !strings.Contains(string(body), w) {
+				t.Errorf("%s: %s is not in %s", method, w, body)
+			}
+		}
+		if strings.Contains(string(body), "taskSupport") || strings.Contains(string(body), `"requests"`) {
+			t.Errorf("%s: what the revision does not have is told: %s", method, body)
+		}
+	}
+	begin := func(c *taker, tool, args string) string {
+		t.Helper()
+		a, body := c.ask("tools/call", tool, `"name":"`+tool+`","arguments":`+args)
+		if a.ResultType != "task" || a.Status != "working" || a.PollIntervalMs != 1000 {
+			t.Fatalf("no task: %s", body)
+		}
+		return a.TaskID
+	}
+	question := func(a taskAnswer) (key string) {
+		t.Helper()
+		for key, v := range a.InputRequests {
+			if s := string(v); strings.HasPrefix(key, "elicitation/create-") && strings.Contains(s, "could have multiple interpretations") && !strings.Contains(s, "related-task") {
+				return key
+			}
+		}
+		t.Fatalf("asks %s", a.InputRequests)
+		return ""
+	}
+
+	// One that is asked about while the gateway is killed, one over the kill, and one
+	// whose answer is given to a gateway that was stopped in order.
+	first, plain, second := begin(c, research, `{"topic":"first","ambiguous":true}`), begin(c, research, `{"topic":"plain"}`), begin(c, research, `{"topic":"second","ambiguous":true}`)
+	key := question(c.until(first, "input_required"))
+	g.Kill()
+	g.Restart()
+	c.answer(first, key, `{"interpretation":"technical"}`)
+	if a := c.until(plain, "completed"); !strings.Contains(a.text(), "# Research Report: plain") {
+		t.Errorf("completed with %q", a.text())
+	}
+	if a := c.until(first, "completed"); !strings.Contains(a.text(), "# Research Report: first (technical)") {
+		t.Errorf("completed with %q", a.text())
+	}
+	key = question(c.until(second, "input_required"))
+	if err := g.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	g.Restart()
+	c.answer(second, key, `{"interpretation":"current"}`)
+	if a := c.until(second, "completed"); !strings.Contains(a.text(), "# Research Report: second (current)") {
+		t.Errorf("completed with %q", a.text())
+	}
+	if kinds := ofTask(g, plain); strings.Join(kinds, " ") != "requested authorized started tasked tasked tasked completed" && strings.Count(strings.Join(kinds, " "), "started") != 1 {
+		t.Errorf("history: %v", kinds)
+	}
+	id := begin(c, research, `{"topic":"taken back"}`)
+	c.ask("tasks/cancel", id, `"taskId":"`+id+`"`)
+	c.until(id, "cancelled")
+
+	// Without the extension it is said what is missing.
+	a, err := g.Post(t.Context(), "everything", "tools/call", research, `{"jsonrpc":"2.0","id":7,"method":"tools/call","params":{"name":"`+research+`","arguments":{"topic":"x"},`+gateway.Meta+`}}`)
+	if err != nil || !strings.Contains(string(a.Body), `"requiredCapabilities":{"extensions":{"io.modelcontextprotocol/tasks":{}}}`) {
+		t.Errorf("not declared: %s %v", a.Body, err)
+	}
+
+	// The official client, at the server and at the front.
+	for path, prefix := range map[string]string{"/everything": "", "": "everything__"} {
+		for _, r := range peers.RunTasks(t, g.URL+"/mcp"+path, peers.TaskCall{Tool: prefix + research, Args: map[string]any{"topic": "official", "ambiguous": true}}) {
+			if r.Error != "" || r.Kind != "task" || r.Outcome.Status != "completed" || len(r.Asked) != 1 || !strings.Contains(r.Text(), "# Research Report: official (") {
+				t.Errorf("at %q: %+v", path, r)
+			}
+		}
+	}
+}
+
+// A client and a server of 2025-11-25 with the front between: there the tasks are
+// the gateway's, also of tools that the server does not make tasks of.
+func TestCoreTasksOfLegacyServers(t *testing.T) {
+	g := gateway.Start(t, gateway.Config(twoAgents+"views:\n  - {name: some, from: {everything: ['"+research+"', trigger-elicitation-request]}}\n"+
+		"servers:\n"+gateway.Server("everything", peers.ServerEverything(t), "")))
+	for path, prefix := range map[string]string{"": "everything__", "/some": ""} {
+		at := peers.Endpoint{URL: g.URL + "/mcp" + path, Token: "token one of many"}
+		s := peers.RunCoreTasks(t, at,
+			peers.CoreTask{Tool: prefix + research, Args: map[string]any{"topic": "gateways", "ambiguous": true}},
+			peers.CoreTask{Tool: prefix + research, Args: map[string]any{"topic": "nothing"}, Cancel: true},
+			peers.CoreTask{Tool: prefix + "trigger-elicitation-request", Args: map[string]any{}},
+		)
+		if c := s.Calls[0]; s.Tools[prefix+research] != "required" || !strings.Contains(c.Text, "# Research Report: gateways (") || len(c.Asked) != 1 || c.Strange != 0 || c.Related != c.Task {
+			t.Errorf("%s: %+v", path, c)
+		}
+		if c := s.Calls[1]; c.Statuses[0] != "cancelled" || c.Again != -32602 {
+			t.Errorf("%s: cancelled: %+v", path, c)
+		}
+		if c := s.Calls[2]; c.Text == "" || len(c.Asked) != 1 || c.Strange != 0 || !slices.Contains(c.Statuses, "input_required") {
+			t.Errorf("%s: no task of the server's: %+v", path, c)
+		}
+		if len(s.Listed) < 3 || s.Unknown != -32602 {
+			t.Errorf("%s: %d listed, an unknown one is %d", path, len(s.Listed), s.Unknown)
+		}
+	}
+	at := peers.Endpoint{URL: g.URL + "/mcp", Token: "token one of many"}
+	of := peers.BeginCoreTasks(t, at, peers.CoreTask{Tool: "everything__" + research, Args: map[string]any{"topic": "restarts", "ambiguous": true}})
+	g.Kill()
+	g.Restart()
+	other, _, err := peers.OpenLegacy(t.Context(), peers.Endpoint{URL: at.URL, Token: "token two of many"}, "2025-11-25", struct{}{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if result, err := other.Call(t.Context(), "tasks/get", map[string]any{"taskId": of.Tasks[0]}); err == nil {
+		t.Errorf("tasks/get by another: %s", result)
+	}
+	if c := peers.EndCoreTasks(t, at, of).Calls[0]; !strings.Contains(c.Text, "# Research Report: restarts (") || c.After != "completed" {
+		t.Errorf("after a restart: %+v", c)
+	}
+}

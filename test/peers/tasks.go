@@ -66,17 +66,54 @@ func EndLegacyTask(t testing.TB, e Endpoint, task LegacyTask) {
 	}
 }
 
-// ExerciseTasks has the client of @modelcontextprotocol/ext-tasks drive tasks of revision 2026-07-28, whose every answer it
-// holds against its schemas: one that ends, one that is cancelled, one that asks two things, one that asks twice, and what is
-// no task at all. The endpoint has the tools of the upstream package's server for tasks.
+// TaskCall is a tools/call by a client that takes tasks for answers, and what it saw of it.
+type TaskCall struct {
+	Tool   string         `json:"tool"`
+	Args   map[string]any `json:"args"`
+	Cancel bool           `json:"cancel,omitempty"`
+}
+
+// TaskRun is what it saw of one: how it was answered (Kind is immediate or task), ended, and what it was asked.
+type TaskRun struct {
+	Kind, Error string
+	Asked       []string
+	Outcome     struct {
+		Status string
+		Result struct{ Content []struct{ Text string } }
+	}
+}
+
+func (r TaskRun) Text() string {
+	if c := r.Outcome.Result.Content; len(c) > 0 {
+		return c[0].Text
+	}
+	return ""
+}
+
+// RunTasks has the client of @modelcontextprotocol/ext-tasks make calls, one after the other, whose every answer it holds
+// against its schemas.
+func RunTasks(t testing.TB, url string, calls ...TaskCall) []TaskRun {
+	t.Helper()
+	args, err := json.Marshal(map[string]any{"url": url, "calls": calls})
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := NodeScript(t, beside("tasks_modern.mjs"), string(args))
+	var s struct {
+		Era   string
+		Calls []TaskRun
+	}
+	if err := json.Unmarshal([]byte(out.Stdout), &s); err != nil || out.Exit != 0 || s.Era != "modern" || len(s.Calls) != len(calls) {
+		t.Fatalf("tasks_modern.mjs: exit %d, %v\n%s%s", out.Exit, err, out.Stdout, out.Stderr)
+	}
+	return s.Calls
+}
+
+// ExerciseTasks has it drive one task that ends, one that is cancelled, one that asks two things, one that asks twice, and
+// what is no task at all. The endpoint has the tools of the upstream package's server for tasks.
 func ExerciseTasks(t testing.TB, url string) {
 	t.Helper()
-	type call struct {
-		Tool   string         `json:"tool"`
-		Args   map[string]any `json:"args"`
-		Cancel bool           `json:"cancel,omitempty"`
-	}
-	calls := []call{
+	calls := []TaskCall{
 		{"greet", map[string]any{"name": "Ada"}, false},
 		{"slow_compute", map[string]any{"seconds": 1, "label": "it"}, false},
 		{"slow_compute", map[string]any{"seconds": 60}, true},
@@ -90,31 +127,9 @@ func ExerciseTasks(t testing.TB, url string) {
 		{"task", "completed", "name:n2", "First? Second?"},
 		{"", "completed", "n1 and n2", "First name? Second name?"}, // a task only where the server has none of its own
 	}
-	args, err := json.Marshal(map[string]any{"url": url, "calls": calls})
-	if err != nil {
-		t.Fatal(err)
-	}
-	out := NodeScript(t, beside("tasks_modern.mjs"), string(args))
-	var s struct {
-		Era   string
-		Calls []struct {
-			Kind, Error string
-			Asked       []string
-			Outcome     struct {
-				Status string
-				Result struct{ Content []struct{ Text string } }
-			}
-		}
-	}
-	if err := json.Unmarshal([]byte(out.Stdout), &s); err != nil || out.Exit != 0 || s.Era != "modern" || len(s.Calls) != len(calls) {
-		t.Fatalf("tasks_modern.mjs: exit %d, %v\n%s%s", out.Exit, err, out.Stdout, out.Stderr)
-	}
-	for i, got := range s.Calls {
-		text, w := "", want[i]
-		if c := got.Outcome.Result.Content; len(c) > 0 {
-			text = c[0].Text
-		}
-		if got.Error != "" || w.kind != "" && got.Kind != w.kind || got.Outcome.Status != w.status || !strings.Contains(text, w.text) || strings.Join(got.Asked, " ") != w.asked {
+	for i, got := range RunTasks(t, url, calls...) {
+		w := want[i]
+		if got.Error != "" || w.kind != "" && got.Kind != w.kind || got.Outcome.Status != w.status || !strings.Contains(got.Text(), w.text) || strings.Join(got.Asked, " ") != w.asked {
 			t.Errorf("%s %v: %+v", calls[i].Tool, calls[i].Args, got)
 		}
 	}

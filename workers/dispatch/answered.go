@@ -58,6 +58,10 @@ func (s *session) numberOf(event string, raw []byte) string {
 // or "". msg must be a request. The error is that of the log, other than that it
 // refuses the event.
 func (s *session) ask(ctx context.Context, e schemas.Event, msg *jsonrpc.Message, event string) error {
+	if w := s.t.cores.of(s, msg.Params().Get("_meta", relatedTask, "taskId")); w != nil {
+		w.ask(ctx, s, msg)
+		return nil
+	}
 	if s.guest != nil {
 		s.guest.asked(ctx, s, e.Call, msg)
 		return nil
@@ -138,6 +142,17 @@ func (s *session) say(raw []byte) error {
 
 // notify is say; event is the message's ID in the session's stream, or "".
 func (s *session) notify(msg *jsonrpc.Message, event string) error {
+	switch msg.Method() {
+	case taskStatus:
+		if w := s.t.cores.of(s, msg.Params().Get("taskId")); w != nil {
+			poke(w.news)
+			return nil
+		}
+	case "notifications/tools/list_changed":
+		s.mu.Lock()
+		s.tools = nil
+		s.mu.Unlock()
+	}
 	if s.guest != nil {
 		s.guest.notified(s, msg)
 		return nil

@@ -760,8 +760,12 @@ func (r *run) attempt(ctx context.Context, body []byte, settle func(error)) (Ans
 			settle(err)
 		}
 	}
+	e := r.e
+	if r.task.isTask() {
+		e = e.Task() // what the server asks is asked by the task
+	}
 	answer, err := r.up.call(ctx, Call{
-		ID: r.e.Call, Event: r.e, Requested: &r.a.Requested, Only: r.a.Only, Each: r.each(ctx), Trace: r.onward(), Body: body, Era: r.era,
+		ID: r.e.Call, Event: e, Requested: &r.a.Requested, Only: r.a.Only, Each: r.each(ctx), Trace: r.onward(), Body: body, Era: r.era,
 		Connected: func() {
 			// One call probes an open breaker, and it may be a long one: a
 			// connection is proof enough to let the others go.

@@ -39,7 +39,8 @@ type guest struct {
 	server atomic.Pointer[hosted] // what the server said of itself, last; nil: nothing yet
 
 	mu      sync.Mutex
-	busy    int // calls, exchanges and subscriptions
+	busy    int                     // calls, exchanges and subscriptions
+	keeps   map[schemas.CallID]bool // tasks of the server's in it, which may outlive this process
 	gone    bool
 	idle    *time.Timer
 	mirrors map[string][]mirror // what tools repeat in headers, as far as they were listed
@@ -134,7 +135,7 @@ func (t *sessions) roomFor(m *mcpServer, id sessionID) bool {
 		}
 		n++
 		s.guest.mu.Lock()
-		if s.guest.busy == 0 && !s.guest.gone {
+		if s.guest.busy == 0 && len(s.guest.keeps) == 0 && !s.guest.gone {
 			spare = s
 		}
 		s.guest.mu.Unlock()
@@ -210,7 +211,7 @@ func (g *guest) leave() {
 // close ends the session if nobody is in it.
 func (g *guest) close() {
 	g.mu.Lock()
-	if g.busy > 0 || g.gone {
+	if g.busy > 0 || len(g.keeps) > 0 || g.gone {
 		g.mu.Unlock()
 		return
 	}
@@ -244,10 +245,14 @@ func (t *sessions) farewell(all []*session) {
 		s := all[i]
 		s.guest.mu.Lock()
 		s.guest.gone = true
+		kept := len(s.guest.keeps) > 0
 		if s.guest.idle != nil {
 			s.guest.idle.Stop()
 		}
 		s.guest.mu.Unlock()
+		if kept {
+			return // whoever goes on with the tasks finds it in the log
+		}
 		select {
 		case <-s.ready:
 		default:

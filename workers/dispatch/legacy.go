@@ -51,6 +51,9 @@ func (m *mcpServer) legacy(ctx context.Context, c Call, progress func([]byte) er
 	if err != nil {
 		return Answer{}, err
 	}
+	if c.Requested.TaskNow && c.Requested.Alias != "" {
+		return s.ownTask(ctx, c, body, progress)
+	}
 	answer, err := s.call(ctx, c, body, progress)
 	if !errors.Is(err, errLost) {
 		if answer.ErrorCode == jsonrpc.CodeUnsupportedProtocolVersion || answer.ErrorCode == jsonrpc.CodeHeaderMismatch {

@@ -203,6 +203,9 @@ func ours(name string) bool {
 
 // call makes a call in the era of the server, whichever the client is of.
 func (m *mcpServer) call(ctx context.Context, c Call, progress func([]byte) error) (Answer, error) {
+	if c.In != "" {
+		return m.inSession(ctx, c, progress)
+	}
 	era := c.Era
 	if era == EraAuto {
 		era = m.eraOf(ctx)

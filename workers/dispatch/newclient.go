@@ -42,7 +42,8 @@ import (
 // have any more (ping, initialize, logging/setLevel, resources/subscribe and
 // unsubscribe, tasks/list, tasks/result) is answered here, with -32601, and so is
 // server/discover, from what the server said when the session was opened: its
-// answer without protocolVersion and serverInfo, its capabilities without tasks;
+// answer without protocolVersion and serverInfo, its capabilities without tasks,
+// in whose place the extension io.modelcontextprotocol/tasks is where tools may be;
 // supportedVersions, resultType, ttlMs, cacheScope and
 // _meta["io.modelcontextprotocol/serverInfo"] are added.
 //
@@ -54,6 +55,8 @@ import (
 //   - The error code -32002 becomes -32602; -32042 becomes a result that asks for
 //     what its data name, or -32021 where the client has no such capability.
 //   - A requestState of the server's own is sealed into one of ours.
+//   - execution.taskSupport of a tool is left out. Where a tool has it, its calls
+//     are tasks at the server for clients of the extension (coretasks.go).
 //
 // Of what comes before it: notifications/message is left out below the level of
 // the call, and for one that has not asked for any; list_changed and
@@ -171,6 +174,27 @@ func (m *mcpServer) newClient(ctx context.Context, c Call, progress func([]byte)
 	if body, err = sessionBody(msg, st); err != nil {
 		g.leave()
 		return Answer{}, faultf(Invalid, "the request: %w", err)
+	}
+	if st == nil && c.Requested.Method == "tools/call" {
+		switch support := s.taskSupport(ctx, c); {
+		case support == "":
+		case !c.Requested.TaskUntil.IsZero():
+			defer g.leave()
+			answer, _, err := s.callAsTask(ctx, c, body, func(msg []byte) error {
+				if !wanted(msg, level) {
+					return nil
+				}
+				return progress(msg)
+			})
+			if err != nil || answer.Session != "" {
+				return answer, err
+			}
+			return g.translate(answer, c, b, 1)
+		case support == "required":
+			g.leave()
+			return localError(c, http.StatusBadRequest, jsonrpc.CodeMissingRequiredClientCapability, "The tool's calls are tasks.",
+				[]byte(`{"requiredCapabilities":{"extensions":{"`+extensionTasks+`":{}}}}`)), nil
+		}
 	}
 	e := g.newErrand(c, b, mayAsk[c.Requested.Method])
 	if st != nil {
@@ -390,6 +414,14 @@ func (g *guest) discover(c Call) (Answer, error) {
 	switch caps := v.Get("capabilities"); caps.Kind() {
 	case jsonrpc.Object:
 		p.Remove(caps, "tasks")
+		if caps.Get("tasks", "requests", "tools", "call").Kind() == jsonrpc.Object {
+			switch of := caps.Get("extensions"); of.Kind() {
+			case jsonrpc.Object:
+				p.Set(of, extensionTasks, []byte("{}"))
+			default:
+				p.Set(caps, "extensions", []byte(`{"`+extensionTasks+`":{}}`))
+			}
+		}
 	default:
 		p.Set(v, "capabilities", []byte("{}"))
 	}
@@ -475,6 +507,9 @@ func (g *guest) translate(a Answer, c Call, b binding, round int) (Answer, error
 		g.identify(p, result)
 		if c.Requested.Method == "tools/list" {
 			g.learn(result)
+			for tool := range result.Get("tools").Elements() {
+				withoutTaskSupport(p, tool)
+			}
 		}
 	}
 	if a.Body = p.Bytes(); a.Body == nil {

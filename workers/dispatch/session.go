@@ -111,6 +111,8 @@ type sessions struct {
 	deletes   chan struct{}
 	forgotten chan struct{}
 
+	cores cores // tasks of servers that are followed here
+
 	mu      sync.Mutex
 	of      map[sessionID]map[string]*session // by their slots
 	n       int
@@ -153,7 +155,8 @@ type session struct {
 	openedBy string // Connected.By
 
 	mu          sync.Mutex
-	initialized bool // the server has been, or is being, told that the client is ready
+	tools       map[string]string // taskSupport of those that have some; nil: not known
+	initialized bool              // the server has been, or is being, told that the client is ready
 	listening   bool
 	unfollow    context.CancelFunc // stops listening; nil: nobody has begun
 	calls       int                // in it now

@@ -3,6 +3,7 @@ package dispatch
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"maps"
@@ -99,6 +100,9 @@ type task struct {
 
 	// Belong to the run's goroutine.
 	id     string        // of the server's own task
+	in     string        // in which of its sessions that is (coretasks.go); "": of a revision without
+	core   *coreTask     // likewise; nil: not yet, or none
+	waits  string        // the id of the request that waits there for what it asks; "": none
 	every  time.Duration // it is asked
 	asked  *asks         // what the client is asked in a repeated call; nil: nothing
 	round  int           // how often it has been asked
@@ -264,7 +268,7 @@ func (r *run) tell(ctx context.Context, status string, body []byte) (bool, error
 func (r *run) tasked(status string, round int) *schemas.Tasked {
 	return &schemas.Tasked{
 		Target: r.a.Target, Index: r.task.index, By: r.by, Status: status, Round: round,
-		RequestedAt: r.a.RequestedAt, Until: r.a.TaskUntil,
+		RequestedAt: r.a.RequestedAt, Until: r.a.TaskUntil, Session: r.task.in, Waits: r.task.waits,
 	}
 }
 
@@ -417,8 +421,9 @@ func (r *run) stood(events []schemas.Event) {
 			result := msg.Result()
 			if d.Round > 0 {
 				t.asked, t.round = asksOf(result, d.Round), d.Round
-			} else if id, _ := result.Get("taskId").Text(); id != "" {
-				t.id, t.every = id, pollOf(result)
+			} else if id, of := ownTaskOf(result); id != "" {
+				t.id, t.in, t.waits, t.every = id, d.Session, d.Waits, pollOf(of)
+				t.restore(result)
 			}
 		case *schemas.Answered:
 			t.take(e.Body)
@@ -443,6 +448,9 @@ func asksOf(result jsonrpc.Value, round int) *asks {
 
 func pollOf(result jsonrpc.Value) time.Duration {
 	ms, ok := result.Get("pollIntervalMs").Int()
+	if !ok {
+		ms, ok = result.Get("pollInterval").Int() // 2025-11-25
+	}
 	if !ok || ms <= 0 {
 		return poll
 	}
@@ -459,35 +467,36 @@ func (r *run) becomes(ctx context.Context, a Answer) error {
 		if err != nil {
 			return faultf(Garbled, "its task: %w", err)
 		}
-		id, _ := msg.Result().Get("taskId").Text()
+		id, of := ownTaskOf(msg.Result())
 		if id == "" || len(id) > maxTaskID {
 			return faultf(Garbled, "it answers with a task without an id, or with a very long one")
 		}
 		if r.task == nil {
-			r.revoke(ctx, id)
+			r.revoke(ctx, id, a.Session)
 			return faultf(Garbled, "it answers with a task to a client that does not take one")
 		}
 		t := r.task
 		already := t.isTask()
+		t.in = a.Session
 		is, err := r.tell(ctx, working, a.Body)
 		switch {
 		case err != nil:
 			r.lastLog = err
 			return err
 		case !is:
-			r.revoke(ctx, id)
+			r.revoke(ctx, id, a.Session)
 			return errCrowded
 		case already:
 			if err := r.stands(ctx, working, 0, a.Body); err != nil {
 				if f := new(Fault); errors.As(err, &f) {
-					r.revoke(ctx, id)
+					r.revoke(ctx, id, a.Session)
 				} else {
 					r.lastLog = err
 				}
 				return err
 			}
 		}
-		t.id, t.every = id, pollOf(msg.Result())
+		t.id, t.every = id, pollOf(of)
 		return errFollow
 	case a.Result == inputRequired && r.task != nil && r.task.close():
 		msg, err := jsonrpc.Decode(a.Body, jsonrpc.Limits{Bytes: len(a.Body), Depth: answerDepth, AllowCaseVariants: true})
@@ -509,13 +518,16 @@ func (r *run) becomes(ctx context.Context, a Answer) error {
 
 // revoke has the server end a task that is there and of which nobody can be told.
 // Whether it does is its business; the call's ending does not wait long for it.
-func (r *run) revoke(ctx context.Context, id string) {
-	if legacy(r.a.Revision) {
+func (r *run) revoke(ctx context.Context, id, in string) {
+	if in == "" && legacy(r.a.Revision) {
 		return // of such a task nothing is known here
 	}
 	ctx, cancel := sure(ctx, revokeTime)
 	defer cancel()
-	if _, err := r.about(ctx, "tasks/cancel", id, nil); err != nil {
+	if in != "" {
+		defer r.d.sessions.keepNot(r.e, r.a.Server, in)
+	}
+	if _, err := r.aboutIn(ctx, "tasks/cancel", id, in, nil, func([]byte) error { return nil }); err != nil {
 		r.d.opt.Log.Debug("a task that nobody knows of is left to its server", "server", r.a.Server, "call", r.e.Call, "error", err)
 	}
 }
@@ -611,6 +623,25 @@ func objectOf(of map[string][]byte) []byte {
 func (r *run) about(ctx context.Context, method, id string, more []byte) (*jsonrpc.Message, error) {
 	ctx, cancel := context.WithTimeout(ctx, taskTime)
 	defer cancel()
+	return r.aboutIn(ctx, method, id, r.task.in, more, func([]byte) error { return nil })
+}
+
+// aboutIn is about for a task in one of the server's sessions, or none; progress is
+// given what the server says before it answers.
+func (r *run) aboutIn(ctx context.Context, method, id, in string, more []byte, progress func([]byte) error) (*jsonrpc.Message, error) {
+	as := string(r.e.Call)
+	if in != "" {
+		// Of what is asked at once in a session each has an id of its own, and what
+		// another process has asked may be under way there.
+		as += "-" + rand.Text()[:10]
+	}
+	return r.aboutAs(ctx, as, method, id, in, more, progress)
+}
+
+// aboutAs is aboutIn; as is the id of the request.
+func (r *run) aboutAs(ctx context.Context, as, method, id, in string, more []byte, progress func([]byte) error) (*jsonrpc.Message, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	request, err := r.body(ctx)
 	if err != nil {
 		return nil, err
@@ -630,12 +661,12 @@ func (r *run) about(ctx context.Context, method, id string, more []byte) (*jsonr
 	body = append(append(append(body, meta...), `,"taskId":`...), jsonrpc.Quote(id)...)
 	body = append(append(body, more...), "}}"...)
 	answer, err := r.up.call(ctx, Call{
-		ID: r.e.Call, Event: r.e, Trace: r.onward(), Body: body, Connected: func() {}, Heard: func() {},
+		ID: schemas.CallID(as), Event: r.e.Task(), Trace: r.onward(), Body: body, In: in, Connected: func() {}, Heard: func() {},
 		Requested: &schemas.Requested{
 			Target:   schemas.Target{Protocol: r.a.Protocol, Server: r.a.Server, Method: method, Name: id},
 			Revision: r.a.Revision, TaskUntil: r.a.TaskUntil,
 		},
-	}, func([]byte) error { return nil })
+	}, progress)
 	if err != nil {
 		return nil, err
 	}
@@ -648,11 +679,19 @@ func (r *run) about(ctx context.Context, method, id string, more []byte) (*jsonr
 // follow asks how the server's task stands until it has ended, which ends the
 // call. The wish to cancel is passed on, and what comes of it is the server's
 // word: it may still complete.
-func (r *run) follow(ctx context.Context) (ending, error) {
+func (r *run) follow(ctx context.Context) (end ending, err error) {
 	t := r.task
+	defer func() {
+		if end.data != nil && t.in != "" { // nobody goes on with it
+			r.d.sessions.keepNot(r.e, r.a.Server, t.in)
+		}
+	}()
 	// A cancel must not end this, only the process or the deadline.
 	life, stop := context.WithDeadlineCause(t.parent, time.Now().Add(r.deadline().Sub(r.d.opt.Now())), errDeadline)
 	defer stop()
+	if t.in != "" {
+		defer r.hear(life)()
+	}
 	wished, told := ctx.Done(), false
 	var since time.Time // that the client has taken it back
 	var fails int
@@ -730,6 +769,9 @@ var errForgotten = errors.New("the server does not know its task any more")
 // answers. Without an ending or an error, it is asked again after wait.
 func (r *run) standing(ctx context.Context) (end ending, wait time.Duration, err error) {
 	t := r.task
+	if t.core != nil {
+		return r.coreStanding(ctx)
+	}
 	wait = t.every
 	msg, err := r.about(ctx, "tasks/get", t.id, nil)
 	if err != nil {

@@ -48,6 +48,11 @@ type Call struct {
 	Trace     onward                 // zero: none
 	Body      []byte
 
+	// In is the session at the server in which it is to be made
+	// ([schemas.Connected].By): of a request about a task that was made there.
+	// "": any.
+	In string
+
 	// Era is that in which it is made, where it was decided who makes it by that;
 	// EraAuto: in whichever the server is of.
 	Era Era
@@ -72,6 +77,7 @@ type Answer struct {
 	Removed     []string // what Call.Only took out of it, as far as there is room
 	RemovedMore int      // how many more
 	Body        []byte   // otherwise verbatim; nil for a one-way call
+	Session     string   // with a task of the server's own (Result is "task"): in which of its sessions it is, see Call.In
 	Local       bool     // made here: the server was not asked, and this says nothing of it
 
 	// Release gives the connection back. It may take a moment and is called
