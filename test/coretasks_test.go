@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"waybill.dev/test/gateway"
 	"waybill.dev/test/peers"
@@ -239,5 +240,32 @@ func TestCoreTasksOfLegacyServers(t *testing.T) {
 	}
 	if c := peers.EndCoreTasks(t, at, of).Calls[0]; !strings.Contains(c.Text, "# Research Report: restarts (") || c.After != "completed" {
 		t.Errorf("after a restart: %+v", c)
+	}
+}
+
+// A server that tells when its task stands otherwise is heard at once, in both
+// directions: it asks to be asked once a minute only.
+func TestTasksAreListenedTo(t *testing.T) {
+	url, up := upstream.StartTasks(t, true)
+	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("tasks", url, "")))
+	began := time.Now()
+	c := newTaker(t, g, "tasks")
+	slow := c.begin("slow_compute", `{"seconds":1,"label":"it","poll":60000}`)
+	asks := c.begin("confirm_delete", `{"filename":"f","poll":60000}`)
+	c.until(asks, "input_required")
+	c.answer(asks, "confirm", `{"confirm":true}`)
+	c.until(asks, "completed")
+	if a := c.until(slow, "completed"); a.text() != "computed it" {
+		t.Errorf("completed with %q", a.text())
+	}
+	s := peers.RunCoreTasks(t, peers.Endpoint{URL: g.URL + "/mcp/tasks"}, peers.CoreTask{Tool: "slow_compute", Args: map[string]any{"seconds": 1, "label": "core", "poll": 60000}, Wait: true})
+	if s.Calls[0].Text != "computed core" {
+		t.Errorf("%+v", s.Calls[0])
+	}
+	if d := time.Since(began); d > 30*time.Second {
+		t.Errorf("it took %s", d)
+	}
+	if n := called(up, "subscriptions/listen upstream-task"); n != 3 {
+		t.Errorf("%d subscriptions:\n%s", n, up.Output())
 	}
 }

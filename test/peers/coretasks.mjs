@@ -2,7 +2,8 @@
 // JSON object with
 //   url     the endpoint
 //   token   bearer token, or ""
-//   calls   a list of {tool, args, cancel}: what is called as a task, and whether it is cancelled as soon as it is one
+//   calls   a list of {tool, args, cancel, wait}: what is called as a task, and whether it is cancelled as soon as it is one, or
+//           its result is waited for without asking how it stands
 //   step    "", or "begin": to make the tasks, print them and the session, and leave both as they are, or "end": to go on with them
 //   tasks, session   of "begin", for "end"
 import { Client } from '@modelcontextprotocol/sdk/client/index.js';
@@ -81,6 +82,11 @@ switch (step) {
         } catch (e) {
           of.again = e.code;
         }
+        await outcome(of.task, of);
+        continue;
+      }
+      if (call.wait) {
+        of.task = (await begin(call)).task.taskId;
         await outcome(of.task, of);
         continue;
       }

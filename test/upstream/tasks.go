@@ -1,6 +1,7 @@
 package upstream
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -87,6 +88,7 @@ type taskRequest struct {
 			} `json:"io.modelcontextprotocol/clientCapabilities"`
 		} `json:"_meta"`
 		Name           string
+		Notifications  struct{ TaskIDs []string }
 		Arguments      taskArgs
 		TaskID         string `json:"taskId"`
 		InputResponses map[string]struct {
@@ -100,6 +102,7 @@ type taskRequest struct {
 type taskArgs struct {
 	Name, Label, Filename string
 	Seconds               float64
+	Poll                  int // pollIntervalMs; default 100
 }
 
 type taskServer struct {
@@ -122,6 +125,15 @@ type serverTask struct {
 	answers  map[string]map[string]any
 	answered chan struct{}
 	cancel   context.CancelFunc
+	poll     int
+	changed  chan struct{} // closed when it stands otherwise
+}
+
+// stands says that it stands otherwise; mu is held.
+func (t *serverTask) stands() {
+	t.updated = time.Now()
+	close(t.changed)
+	t.changed = make(chan struct{})
 }
 
 func (s *taskServer) serve(w http.ResponseWriter, r *http.Request) {
@@ -154,6 +166,10 @@ func (s *taskServer) serve(w http.ResponseWriter, r *http.Request) {
 	if m.Method == "tools/call" || strings.HasPrefix(m.Method, "tasks/") {
 		_, _ = fmt.Println(m.Method, m.Params.Name+m.Params.TaskID, m.Params.Arguments.Label)
 	}
+	if m.Method == "subscriptions/listen" && s.extension {
+		s.listen(w, r, &m)
+		return
+	}
 	result, fault := s.answer(r.Context(), &m)
 	answer := object{"jsonrpc": "2.0", "id": m.ID, "result": result}
 	status := http.StatusOK
@@ -170,6 +186,51 @@ func (s *taskServer) serve(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
 	_ = json.NewEncoder(w).Encode(answer) // to a client that may have left
+}
+
+// listen tells of tasks for as long as the client listens.
+func (s *taskServer) listen(w http.ResponseWriter, r *http.Request, m *taskRequest) {
+	_, _ = fmt.Println(m.Method, strings.Join(m.Params.Notifications.TaskIDs, " "))
+	w.Header().Set("Content-Type", "text/event-stream")
+	var writing sync.Mutex
+	say := func(method string, params object) {
+		params["_meta"] = object{"io.modelcontextprotocol/subscriptionId": m.ID}
+		text, err := json.Marshal(object{"jsonrpc": "2.0", "method": method, "params": params})
+		if err != nil {
+			return
+		}
+		writing.Lock()
+		defer writing.Unlock()
+		_, _ = fmt.Fprintf(w, "data: %s\n\n", text) // to a client that may have left
+		_ = http.NewResponseController(w).Flush()
+	}
+	s.mu.Lock()
+	var known []*serverTask
+	var ids []string
+	for _, id := range m.Params.Notifications.TaskIDs {
+		if t := s.tasks[id]; t != nil {
+			known, ids = append(known, t), append(ids, id)
+		}
+	}
+	s.mu.Unlock()
+	say("notifications/subscriptions/acknowledged", object{"notifications": object{"taskIds": ids}})
+	var all sync.WaitGroup
+	for _, t := range known {
+		all.Go(func() {
+			for {
+				s.mu.Lock()
+				changed, task := t.changed, s.task(t)
+				s.mu.Unlock()
+				say("notifications/tasks", task)
+				select {
+				case <-changed:
+				case <-r.Context().Done():
+					return
+				}
+			}
+		})
+	}
+	all.Wait()
 }
 
 var missing = &rpcError{-32021, "Missing required client capability", object{"requiredCapabilities": object{"extensions": object{tasksExtension: object{}}}}}
@@ -232,7 +293,7 @@ func (s *taskServer) call(ctx context.Context, m *taskRequest, task bool) (objec
 		return said("Hello, " + args.Name + "!"), nil
 	case "slow_compute":
 		if task {
-			return s.begin(compute), nil
+			return s.begin(args, compute), nil
 		}
 		result, fault, err := compute(ctx, nil)
 		if err != nil {
@@ -243,7 +304,7 @@ func (s *taskServer) call(ctx context.Context, m *taskRequest, task bool) (objec
 		if !task {
 			return nil, missing
 		}
-		return s.begin(func(ctx context.Context, t *serverTask) (object, *rpcError, error) {
+		return s.begin(args, func(ctx context.Context, t *serverTask) (object, *rpcError, error) {
 			<-time.After(300 * time.Millisecond)
 			if m.Params.Name == "protocol_error_job" {
 				return nil, &rpcError{Code: -32603, Message: "the job broke the protocol"}, nil
@@ -256,7 +317,7 @@ func (s *taskServer) call(ctx context.Context, m *taskRequest, task bool) (objec
 			asks = object{"first": elicit("First?"), "second": elicit("Second?")}
 		}
 		if task {
-			return s.begin(func(ctx context.Context, t *serverTask) (object, *rpcError, error) {
+			return s.begin(args, func(ctx context.Context, t *serverTask) (object, *rpcError, error) {
 				answers, err := s.ask(ctx, t, asks)
 				if err != nil {
 					return nil, nil, err
@@ -277,7 +338,7 @@ func (s *taskServer) call(ctx context.Context, m *taskRequest, task bool) (objec
 		if !task {
 			return nil, missing
 		}
-		return s.begin(func(context.Context, *serverTask) (object, *rpcError, error) {
+		return s.begin(args, func(context.Context, *serverTask) (object, *rpcError, error) {
 			<-time.After(200 * time.Millisecond)
 			return said("Hello, " + name), nil, nil
 		}), nil
@@ -298,7 +359,7 @@ func (s *taskServer) call(ctx context.Context, m *taskRequest, task bool) (objec
 }
 
 // begin makes a task of work.
-func (s *taskServer) begin(work func(context.Context, *serverTask) (object, *rpcError, error)) object {
+func (s *taskServer) begin(args taskArgs, work func(context.Context, *serverTask) (object, *rpcError, error)) object {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.count++
@@ -307,6 +368,7 @@ func (s *taskServer) begin(work func(context.Context, *serverTask) (object, *rpc
 	t := &serverTask{
 		id: fmt.Sprintf("upstream-task-%d", s.count), status: "working", created: now, updated: now,
 		answers: map[string]map[string]any{}, answered: make(chan struct{}, 1), cancel: cancel,
+		poll: cmp.Or(args.Poll, 100), changed: make(chan struct{}),
 	}
 	s.tasks[t.id] = t
 	go func() {
@@ -314,7 +376,8 @@ func (s *taskServer) begin(work func(context.Context, *serverTask) (object, *rpc
 		result, fault, err := work(ctx, t)
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		t.updated, t.asks = time.Now(), nil
+		t.asks = nil
+		defer t.stands()
 		switch {
 		case errors.Is(err, context.Canceled):
 			t.status = "cancelled"
@@ -332,7 +395,8 @@ func (s *taskServer) begin(work func(context.Context, *serverTask) (object, *rpc
 // ask waits for the client's answers.
 func (s *taskServer) ask(ctx context.Context, t *serverTask, asks object) (map[string]map[string]any, error) {
 	s.mu.Lock()
-	t.status, t.asks, t.updated = "input_required", asks, time.Now()
+	t.status, t.asks = "input_required", asks
+	t.stands()
 	s.mu.Unlock()
 	for {
 		select {
@@ -344,6 +408,7 @@ func (s *taskServer) ask(ctx context.Context, t *serverTask, asks object) (map[s
 		done := len(t.answers) == len(asks)
 		if done {
 			t.status, t.asks = "working", nil
+			t.stands()
 		}
 		s.mu.Unlock()
 		if done {
@@ -356,7 +421,7 @@ func (s *taskServer) ask(ctx context.Context, t *serverTask, asks object) (map[s
 func (s *taskServer) task(t *serverTask) object {
 	return object{
 		"taskId": t.id, "status": t.status, "createdAt": t.created.UTC().Format(time.RFC3339), "lastUpdatedAt": t.updated.UTC().Format(time.RFC3339),
-		"ttlMs": 3_600_000, "pollIntervalMs": 100, "statusMessage": "it is " + t.status,
+		"ttlMs": 3_600_000, "pollIntervalMs": t.poll, "statusMessage": "it is " + t.status,
 	}
 }
 

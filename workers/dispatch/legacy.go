@@ -428,7 +428,8 @@ func mcpBody(c Call) (body []byte, name string, err error) {
 		patch.Replace(value, jsonrpc.Quote(target.Name))
 	}
 	if target.Method == "subscriptions/listen" {
-		if filter := msg.Params().Get("notifications"); filter.Get("taskIds").Exists() {
+		// Of the names in it those are the server's that the gateway itself asks with.
+		if filter := msg.Params().Get("notifications"); filter.Get("taskIds").Exists() && target.Name == "" {
 			patch.Remove(filter, "taskIds") // names of the gateway's, see tasks.go
 		}
 	}

@@ -658,13 +658,18 @@ func (r *run) aboutAs(ctx context.Context, as, method, id, in string, more []byt
 		}
 	}
 	body := []byte(`{"jsonrpc":"2.0","id":1,"method":"` + method + `","params":{"_meta":`)
-	body = append(append(append(body, meta...), `,"taskId":`...), jsonrpc.Quote(id)...)
+	body = append(body, meta...)
+	if method == subscribe {
+		body = append(append(append(body, `,"notifications":{"taskIds":[`...), jsonrpc.Quote(id)...), "]}"...)
+	} else {
+		body = append(append(body, `,"taskId":`...), jsonrpc.Quote(id)...)
+	}
 	body = append(append(body, more...), "}}"...)
 	answer, err := r.up.call(ctx, Call{
 		ID: schemas.CallID(as), Event: r.e.Task(), Trace: r.onward(), Body: body, In: in, Connected: func() {}, Heard: func() {},
 		Requested: &schemas.Requested{
 			Target:   schemas.Target{Protocol: r.a.Protocol, Server: r.a.Server, Method: method, Name: id},
-			Revision: r.a.Revision, TaskUntil: r.a.TaskUntil,
+			Revision: r.a.Revision, TaskUntil: r.a.TaskUntil, Stream: method == subscribe,
 		},
 	}, progress)
 	if err != nil {
@@ -691,6 +696,8 @@ func (r *run) follow(ctx context.Context) (end ending, err error) {
 	defer stop()
 	if t.in != "" {
 		defer r.hear(life)()
+	} else {
+		defer r.listen(life)()
 	}
 	wished, told := ctx.Done(), false
 	var since time.Time // that the client has taken it back
