@@ -369,3 +369,69 @@ func poll(t *testing.T, done func() bool) {
 		}
 	}
 }
+
+// One of the calls asks for input, of a client of either era: the others work, and
+// what became of the one is said, and in the log.
+func TestCallManyAsks(t *testing.T) {
+	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("everything", peers.ServerEverything(t), "")+"fanout: {tools: [call_many]}\n"))
+	const calls = `"name":"waybill__call_many","arguments":{"calls":[{"tool":"everything__trigger-elicitation-request"},{"tool":"everything__echo","arguments":{"message":"it"}}]}`
+	check := func(era string, raw json.RawMessage, want string) {
+		t.Helper()
+		var m struct {
+			StructuredContent struct {
+				Results []struct {
+					OK    bool
+					Call  schemas.CallID
+					Error struct{ Code, Message string }
+				}
+				OK, Failed int
+			}
+		}
+		if err := json.Unmarshal(raw, &m); err != nil {
+			t.Fatalf("%s: %v: %s", era, err, raw)
+		}
+		s := m.StructuredContent
+		if s.OK != 1 || s.Failed != 1 || len(s.Results) != 2 || !s.Results[1].OK || s.Results[0].Error.Code != "input_required" || !strings.Contains(s.Results[0].Error.Message, want) {
+			t.Fatalf("%s: %s", era, raw)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		defer cancel()
+		again := time.NewTicker(100 * time.Millisecond)
+		defer again.Stop()
+		for {
+			for _, e := range g.Events() {
+				if e.Call == s.Results[0].Call && e.Kind().Ends() {
+					return
+				}
+			}
+			select {
+			case <-again.C:
+			case <-ctx.Done():
+				t.Fatalf("%s: call %s has no ending", era, s.Results[0].Call)
+			}
+		}
+	}
+	old, _, err := peers.OpenLegacy(t.Context(), peers.Endpoint{URL: g.URL + "/mcp"}, "2025-11-25", map[string]any{"elicitation": map[string]any{}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := old.Call(t.Context(), "tools/call", json.RawMessage(`{`+calls+`}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	check("with a session", raw, "It asks for elicitation/create, which can be answered only when it is called by itself. The call was begun and has been taken back")
+	a, err := g.Post(t.Context(), schemas.Gateway, "tools/call", "waybill__call_many",
+		`{"jsonrpc":"2.0","id":7,"method":"tools/call","params":{`+calls+`,"_meta":{"io.modelcontextprotocol/protocolVersion":"2026-07-28","io.modelcontextprotocol/clientCapabilities":{"elicitation":{}}}}}`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	body := a.Body
+	if i := strings.LastIndex(string(body), "data: {"); i >= 0 {
+		body = body[i+len("data: "):]
+	}
+	var m struct{ Result json.RawMessage }
+	if err := json.Unmarshal(body, &m); err != nil {
+		t.Fatalf("%v: %s", err, a.Body)
+	}
+	check("without", m.Result, "It asks for input, which can be given only when it is called by itself. This call of it goes on no further.")
+}

@@ -305,7 +305,7 @@ func failure(code schemas.Failure) *trouble { return &trouble{string(code), trou
 
 var (
 	otherRevision = trouble{"revision", "It speaks another revision of the protocol."}
-	wantsInput    = trouble{"input_required", "It asks for input, which can be given only when it is called by itself."}
+	wantsInput    = trouble{"input_required", "It asks for input, which can be given only when it is called by itself. This call of it goes on no further."}
 )
 
 // errAsks ends a child whose server asks something of the agent: it could not
@@ -351,6 +351,7 @@ func (q *question) ask(ctx context.Context, ch child) ended {
 	e.Trace, e.TraceState = q.c.Event.Onward(q.opt.Flags)
 	out := ended{call: e.Call}
 	var end schemas.Event
+	var asked string
 	next := 0
 	err := q.opt.Ask(ctx, e, func(_ context.Context, got schemas.Event) (schemas.Receipt, error) {
 		switch d := got.Data.(type) {
@@ -365,6 +366,7 @@ func (q *question) ask(ctx context.Context, ch child) ended {
 			next = d.Index + 1
 			return schemas.Receipt{}, ch.heard(got.Body)
 		case *schemas.Asked:
+			asked = d.Method
 			return schemas.Receipt{}, errAsks
 		}
 		if got.Data.Kind().Ends() {
@@ -387,7 +389,8 @@ func (q *question) ask(ctx context.Context, ch child) ended {
 	default:
 		switch {
 		case errors.Is(err, errAsks):
-			out.wrong = &wantsInput
+			out.wrong = &trouble{wantsInput.code, "It asks for " + clip(asked, 100) +
+				", which can be answered only when it is called by itself. The call was begun and has been taken back; it may have had an effect by then."}
 		case errors.Is(err, schemas.ErrOverloaded):
 			out.wrong = failure(schemas.FailOverloaded)
 		case errors.Is(err, schemas.ErrTooLarge), errors.Is(err, schemas.ErrInvalid):
