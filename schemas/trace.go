@@ -34,10 +34,10 @@ const (
 
 // Span is the id of a part's span: 16 hexadecimal digits.
 func (c CallID) Span(p Part) string {
-	h := sha256.New()
-	h.Write([]byte("waybill span\x00" + string(p) + "\x00" + string(c)))
-	var sum [sha256.Size]byte
-	n := binary.BigEndian.Uint64(h.Sum(sum[:0])) >> (64 - spanHash)
+	var room [128]byte // on the stack: each call comes through here
+	text := append(append(append(append(room[:0], "waybill span\x00"...), p...), 0), c...)
+	sum := sha256.Sum256(text)
+	n := binary.BigEndian.Uint64(sum[:]) >> (64 - spanHash)
 	if id, ok := c.bytes(); ok {
 		n |= binary.BigEndian.Uint64(id[:8]) >> (16 + spanUnit) << spanHash
 	}
@@ -45,8 +45,10 @@ func (c CallID) Span(p Part) string {
 		n = 1 // none is all zero
 	}
 	var b [8]byte
+	var digits [16]byte
 	binary.BigEndian.PutUint64(b[:], n)
-	return hex.EncodeToString(b[:])
+	hex.Encode(digits[:], b[:])
+	return string(digits[:])
 }
 
 // SpanTime is when the call was minted that has the span, within [SpanWithin] from
@@ -152,7 +154,11 @@ const stateKey = "waybill"
 func (e Event) Onward(flags func(id string) string) (traceparent, tracestate string) {
 	span := e.Call.Span(PartUpstream)
 	traceparent = "00-" + e.TraceID() + "-" + span + "-" + e.TraceFlags(flags)
-	members := []string{stateKey + "=" + span}
+	own := stateKey + "=" + span
+	if e.TraceState == "" {
+		return traceparent, own
+	}
+	members := []string{own}
 	for m := range strings.SplitSeq(e.TraceState, ",") {
 		if m != "" && !strings.HasPrefix(m, stateKey+"=") {
 			members = append(members, m)

@@ -1,6 +1,7 @@
 package dispatch
 
 import (
+	"bytes"
 	"strings"
 
 	"waybill.dev/schemas/jsonrpc"
@@ -39,6 +40,21 @@ func (t onward) headers(set func(name, value string)) {
 	}
 }
 
+// mayName tells whether there may be a name of a trace's in a _meta, in whatever
+// letters or escapes: nearly always there is not, and nobody has to look.
+func mayName(meta []byte) bool {
+	for rest := meta; ; {
+		i := bytes.IndexAny(rest, "tT\\")
+		if i < 0 {
+			return false
+		}
+		if rest[i] == '\\' || len(rest) >= i+5 && bytes.EqualFold(rest[i:i+5], []byte("trace")) {
+			return true
+		}
+		rest = rest[i+1:]
+	}
+}
+
 // write puts the context into a request's _meta, if it belongs there, and tells
 // whether it did.
 func (t onward) write(p *jsonrpc.Patch, msg *jsonrpc.Message) bool {
@@ -47,12 +63,14 @@ func (t onward) write(p *jsonrpc.Patch, msg *jsonrpc.Message) bool {
 	}
 	params := msg.Params()
 	meta, has := params.Get("_meta"), false
-	for name := range meta.Members() {
-		switch {
-		case name == "traceparent", name == "tracestate":
-			has = true
-		case strings.EqualFold(name, "traceparent"), strings.EqualFold(name, "tracestate"):
-			return false // whatever that is: beside it nothing can be put that all read alike
+	if mayName(meta.Raw()) {
+		for name := range meta.Members() {
+			switch {
+			case name == "traceparent", name == "tracestate":
+				has = true
+			case strings.EqualFold(name, "traceparent"), strings.EqualFold(name, "tracestate"):
+				return false // whatever that is: beside it nothing can be put that all read alike
+			}
 		}
 	}
 	if !has && !(t.inMeta && runs[msg.Method()] && msg.IsRequest()) {

@@ -24,6 +24,7 @@ func TestTraceContext(t *testing.T) {
 		{"the caller says it in the body", `"_meta":{"k":1E400, "traceparent" : "` + theirs + `" }`, `"_meta":{"k":1E400, "traceparent" : "$P","tracestate":"$S" }`, "", false},
 		{"all of it", `"_meta":{"tracestate":"a=b","traceparent":"` + theirs + `"}`, `"_meta":{"tracestate":"$S","traceparent":"$P"}`, "", false},
 		{"badly", `"_meta":{"traceparent":7}`, `"_meta":{"traceparent":"$P","tracestate":"$S"}`, "", false},
+		{"with escapes", `"_meta":{"\u0074raceparent":"` + theirs + `"}`, `"_meta":{"\u0074raceparent":"$P","tracestate":"$S"}`, "", false},
 		{"in another method", `"_meta":{"traceparent":"` + theirs + `"}`, `"_meta":{"traceparent":"$P","tracestate":"$S"}`, "tools/list", false},
 		{"under a name that somebody may take for it", `"_meta":{"Traceparent":"x"}`, `"_meta":{"Traceparent":"x"}`, "", true},
 		{"the gateway is traced", `"_meta":{"k":1E400}`, `"_meta":{"k":1E400,"traceparent":"$P","tracestate":"$S"}`, "", true},
