@@ -17,7 +17,10 @@
 //
 // # What is changed on the way
 //
-// The body of a request is stored as it came. An answer leaves as the upstream
+// The body of a request is stored as it came. A server is sent it with the call's
+// id, the server's own name of what is called, and, where the caller's stands there
+// or it has to be there, _meta.traceparent and tracestate with the span of the call
+// (workers/dispatch, trace.go), and otherwise as it came. An answer leaves as the upstream
 // wrote it, byte for byte, but for these members:
 //
 //  1. id of a response: the client's own, in the client's bytes. (Upstream, the
