@@ -231,6 +231,13 @@ func (w *Writer) take(ctx context.Context, first, last uint64, events []schemas.
 		if err := w.write(ctx, events[:n]); err != nil {
 			return fmt.Errorf("write %d to %d: %w", first, last, err)
 		}
+		for _, e := range events[:n] {
+			if e.Kind() == schemas.KindErased {
+				if err := w.erase(ctx, e); err != nil {
+					return err
+				}
+			}
+		}
 		events = events[n:]
 	}
 	w.place.upTo = max(w.place.upTo, last)

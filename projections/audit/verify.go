@@ -404,7 +404,10 @@ func (v *verifier) row(w Witness, l Leaf, open schemas.Event, isEvent bool, abou
 		return
 	}
 	salt, err := hex.DecodeString(w.Salt)
-	text, _ := w.Row.Open().MarshalString()
+	text := ""
+	if w.Row.Data != nil {
+		text, _ = w.Row.Open().MarshalString()
+	}
 	switch {
 	case text != string(l.Event):
 		v.problem(Problem{&n, l.Stream, l.Seq, "the row was changed: " + about})

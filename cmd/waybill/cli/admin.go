@@ -263,7 +263,6 @@ type admin struct {
 	g    *gateway
 	l    *bus.Log
 	hash [sha256.Size]byte
-	rows rowsOf // nil where there are none
 }
 
 // guard lets only the holder of the token in.

@@ -7,12 +7,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"iter"
 	"net/http"
 	"strconv"
 	"strings"
 	"time"
 
 	"waybill.dev/bus"
+	"waybill.dev/projections"
 	"waybill.dev/projections/audit"
 	"waybill.dev/schemas"
 )
@@ -44,11 +46,19 @@ func (a *admin) auditLines(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer l.Close()
-	w.Header().Set("Content-Type", "application/x-ndjson")
 	buffered := bufio.NewWriterSize(w, 256<<10)
 	out := json.NewEncoder(buffered)
 	out.SetEscapeHTML(false)
-	for line, err := range everyAuditLine(r.Context(), of, keys.Verifiers, a.rows) {
+	begun := false
+	for line, err := range everyAuditLine(r.Context(), of, keys.Verifiers, a.auditRows(l)) {
+		if err != nil && !begun {
+			a.fail(w, err)
+			return
+		}
+		if !begun {
+			begun = true
+			w.Header().Set("Content-Type", "application/x-ndjson")
+		}
 		if err == nil {
 			err = out.Encode(line)
 		}
@@ -58,6 +68,21 @@ func (a *admin) auditLines(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	_ = buffered.Flush() // the client left
+}
+
+// auditRows are the record's rows, where this process knows the record.
+func (a *admin) auditRows(l *bus.Log) rowsOf {
+	if a.g.server == nil {
+		return nil
+	}
+	return func(ctx context.Context) (audit.Range, iter.Seq2[schemas.Event, error], error) {
+		identity, err := l.Identity(ctx)
+		if err != nil {
+			return audit.Range{}, nil, err
+		}
+		first, last, events, err := projections.Rows(ctx, a.g.server, identity)
+		return audit.Range{First: first, Last: last}, events, err
+	}
 }
 
 // auditState is the answer about the newest checkpoint.
@@ -297,6 +322,9 @@ func (a *admin) erase(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	leaf, err := covered(ctx, of, keys, receipt.Seq)
+	if err == nil && len(a.g.guard) > 0 {
+		err = recorded(ctx, l, receipt.Seq)
+	}
 	if err != nil {
 		a.fail(w, fmt.Errorf("the erasure is stored as event %d, and not done yet: %w", receipt.Seq, err))
 		return
@@ -315,6 +343,23 @@ func maxTime(a, b time.Time) time.Time {
 		return a
 	}
 	return b
+}
+
+// recorded waits until the record has an event, and has done what it says.
+func recorded(ctx context.Context, l *bus.Log, seq uint64) error {
+	look := time.NewTicker(100 * time.Millisecond)
+	defer look.Stop()
+	for {
+		at, err := l.Floor(ctx, consumer)
+		if err != nil || at >= seq {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("in the record: %w", ctx.Err())
+		case <-look.C:
+		}
+	}
 }
 
 // covered waits for a checkpoint that covers an event, and returns its leaf.

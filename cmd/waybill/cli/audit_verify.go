@@ -53,7 +53,7 @@ func auditVerify(ctx context.Context, env Env, args []string) error {
 		check.Against = append(check.Against, texts...)
 	}
 	for _, k := range keys {
-		if strings.Contains(k, "+") && !strings.Contains(k, string(filepath.Separator)) {
+		if _, err := audit.Known([]string{k}); err == nil {
 			check.Keys = append(check.Keys, k)
 			continue
 		}

@@ -1,0 +1,134 @@
+package projections
+
+import (
+	"context"
+	"fmt"
+	"iter"
+	"time"
+
+	"github.com/ClickHouse/clickhouse-go/v2"
+
+	"waybill.dev/schemas"
+)
+
+// eraseTime is how long the engine may take to rewrite what it holds of a session.
+const eraseTime = 5 * time.Minute
+
+// erase removes what was said in a session before an erasure: its events, of
+// every log, and the texts in what is derived of them; calls, times and names stay.
+// It comes behind all of them in the log's order, so nothing is written after it.
+func (w *Writer) erase(ctx context.Context, e schemas.Event) error {
+	ctx, cancel := context.WithTimeout(clickhouse.Context(ctx, clickhouse.WithSettings(clickhouse.Settings{"mutations_sync": 2})), eraseTime)
+	defer cancel()
+	of := " WHERE tenant = ? AND session = ? AND (log != ? OR seq < ?)"
+	for table, change := range map[string]string{
+		"events_v1":   "DELETE" + of + " AND kind != '" + string(schemas.KindErased) + "'",
+		"calls_v1":    "UPDATE reason = ''" + of + " AND reason != ''",
+		"sessions_v1": "UPDATE reason = ''" + of + " AND reason != ''",
+	} {
+		sql := fmt.Sprintf("ALTER TABLE %s.%s %s", Database, table, change)
+		if err := w.conn.Exec(ctx, sql, string(e.Tenant), string(e.Session), w.log, e.Seq); err != nil {
+			return fmt.Errorf("erase session %s in %s: %w", e.Session, table, err)
+		}
+	}
+	for _, table := range []string{"events_v1", "calls_v1", "sessions_v1"} {
+		if err := w.forget(ctx, table); err != nil {
+			return fmt.Errorf("erase session %s in %s: %w", e.Session, table, err)
+		}
+	}
+	return nil
+}
+
+// forget has a table's old parts removed, which the engine would keep for another
+// 8 minutes.
+func (w *Writer) forget(ctx context.Context, table string) error {
+	name := Database + "." + table
+	if err := w.conn.Exec(ctx, "ALTER TABLE "+name+" MODIFY SETTING old_parts_lifetime = 1"); err != nil {
+		return err
+	}
+	left := uint64(1)
+	look := time.NewTicker(200 * time.Millisecond)
+	defer look.Stop()
+	for left > 0 {
+		if err := w.conn.QueryRow(ctx, "SELECT count() FROM system.parts WHERE NOT active AND database = ? AND table = ?", Database, table).Scan(&left); err != nil {
+			return err
+		}
+		if left == 0 {
+			break
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%d old parts are still there: %w", left, ctx.Err())
+		case <-look.C:
+		}
+	}
+	return w.conn.Exec(ctx, "ALTER TABLE "+name+" RESET SETTING old_parts_lifetime")
+}
+
+// rowsAtOnce is how many events are read with one question.
+const rowsAtOnce = 10_000
+
+// Rows are the events of a log that the record has: from which sequence to which,
+// and all of them in its order.
+func Rows(ctx context.Context, s Server, log string) (first, last uint64, events iter.Seq2[schemas.Event, error], err error) {
+	conn, err := open(ctx, s, true)
+	if err != nil {
+		return 0, 0, nil, fmt.Errorf("events in the record: %w", err)
+	}
+	var count uint64
+	err = conn.QueryRow(ctx, "SELECT count(), min(seq), max(seq) FROM "+Database+".events_v1 WHERE log = ?", log).Scan(&count, &first, &last)
+	if err != nil {
+		_ = conn.Close()
+		return 0, 0, nil, fmt.Errorf("events in the record: %w", refusal(err))
+	}
+	if count == 0 {
+		first, last = 1, 0
+	}
+	return first, last, func(yield func(schemas.Event, error) bool) {
+		defer func() { _ = conn.Close() }()
+		ctx, cancel := timeless(ctx)
+		defer cancel()
+		for from := first; from <= last; from += rowsAtOnce {
+			if !someRows(ctx, conn, log, from, yield) {
+				return
+			}
+		}
+	}, nil
+}
+
+// someRows yields the events of one question; it is false when that was the end.
+func someRows(ctx context.Context, conn clickhouse.Conn, log string, from uint64, yield func(schemas.Event, error) bool) bool {
+	fail := func(err error) bool {
+		yield(schemas.Event{}, fmt.Errorf("events in the record from %d on: %w", from, err))
+		return false
+	}
+	rows, err := conn.Query(ctx, "SELECT seq, stored, envelope, body FROM "+Database+".events_v1 WHERE log = ? AND seq >= ? AND seq < ? ORDER BY seq LIMIT 1 BY seq", log, from, from+rowsAtOnce)
+	if err != nil {
+		return fail(refusal(err))
+	}
+	defer func() { _ = rows.Close() }()
+	for rows.Next() {
+		var e schemas.Event
+		var seq uint64
+		var stored time.Time
+		var envelope string
+		var body []byte
+		if err := rows.Scan(&seq, &stored, &envelope, &body); err != nil {
+			return fail(err)
+		}
+		// What cannot be read is no event, and is told from what was signed by
+		// whoever compares.
+		_ = e.UnmarshalString(envelope)
+		e.Seq, e.Stored = seq, stored.UTC()
+		if len(body) > 0 {
+			e.Body = body
+		}
+		if !yield(e, nil) {
+			return false
+		}
+	}
+	if err := rows.Err(); err != nil {
+		return fail(refusal(err))
+	}
+	return true
+}
