@@ -4,6 +4,9 @@ import (
 	"context"
 	"fmt"
 	"iter"
+	"maps"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/ClickHouse/clickhouse-go/v2"
@@ -21,48 +24,56 @@ func (w *Writer) erase(ctx context.Context, e schemas.Event) error {
 	ctx, cancel := context.WithTimeout(clickhouse.Context(ctx, clickhouse.WithSettings(clickhouse.Settings{"mutations_sync": 2})), eraseTime)
 	defer cancel()
 	of := " WHERE tenant = ? AND session = ? AND (log != ? OR seq < ?)"
-	for table, change := range map[string]string{
+	changes := map[string]string{
 		"events_v1":   "DELETE" + of + " AND kind != '" + string(schemas.KindErased) + "'",
 		"calls_v1":    "UPDATE reason = ''" + of + " AND reason != ''",
 		"sessions_v1": "UPDATE reason = ''" + of + " AND reason != ''",
-	} {
-		sql := fmt.Sprintf("ALTER TABLE %s.%s %s", Database, table, change)
-		if err := w.conn.Exec(ctx, sql, string(e.Tenant), string(e.Session), w.log, e.Seq); err != nil {
-			return fmt.Errorf("erase session %s in %s: %w", e.Session, table, err)
-		}
 	}
-	for _, table := range []string{"events_v1", "calls_v1", "sessions_v1"} {
-		if err := w.forget(ctx, table); err != nil {
-			return fmt.Errorf("erase session %s in %s: %w", e.Session, table, err)
+	each := func(sql string, args ...any) error {
+		for table, change := range changes {
+			if err := w.conn.Exec(ctx, "ALTER TABLE "+Database+"."+table+" "+strings.Replace(sql, "CHANGE", change, 1), args...); err != nil {
+				return fmt.Errorf("erase session %s in %s: %w", e.Session, table, err)
+			}
 		}
+		return nil
 	}
-	return nil
-}
-
-// forget has a table's old parts removed, which the engine would keep for another
-// 8 minutes.
-func (w *Writer) forget(ctx context.Context, table string) error {
-	name := Database + "." + table
-	if err := w.conn.Exec(ctx, "ALTER TABLE "+name+" MODIFY SETTING old_parts_lifetime = 1"); err != nil {
+	// What the old parts hold would be there for another 8 minutes.
+	if err := each("MODIFY SETTING old_parts_lifetime = 1"); err != nil {
 		return err
 	}
-	left := uint64(1)
-	look := time.NewTicker(200 * time.Millisecond)
-	defer look.Stop()
-	for left > 0 {
-		if err := w.conn.QueryRow(ctx, "SELECT count() FROM system.parts WHERE NOT active AND database = ? AND table = ?", Database, table).Scan(&left); err != nil {
+	if err := each("CHANGE", string(e.Tenant), string(e.Session), w.log, e.Seq); err != nil {
+		return err
+	}
+	// The engine looks for old parts when it has something to do, and otherwise
+	// every half a minute. There is no such partition.
+	look := func() error { return each("DROP PARTITION 190001") }
+	if err := w.forget(ctx, slices.Collect(maps.Keys(changes)), look); err != nil {
+		return fmt.Errorf("erase session %s: %w", e.Session, err)
+	}
+	return each("RESET SETTING old_parts_lifetime")
+}
+
+// forget waits until the tables have no old parts any more.
+func (w *Writer) forget(ctx context.Context, tables []string, look func() error) error {
+	again := time.NewTicker(500 * time.Millisecond)
+	defer again.Stop()
+	for {
+		if err := look(); err != nil {
+			return err
+		}
+		var left uint64
+		if err := w.conn.QueryRow(ctx, "SELECT count() FROM system.parts WHERE NOT active AND database = ? AND table IN ?", Database, tables).Scan(&left); err != nil {
 			return err
 		}
 		if left == 0 {
-			break
+			return nil
 		}
 		select {
 		case <-ctx.Done():
 			return fmt.Errorf("%d old parts are still there: %w", left, ctx.Err())
-		case <-look.C:
+		case <-again.C:
 		}
 	}
-	return w.conn.Exec(ctx, "ALTER TABLE "+name+" RESET SETTING old_parts_lifetime")
 }
 
 // rowsAtOnce is how many events are read with one question.
