@@ -327,13 +327,25 @@ func (v *verifier) leaf(w Witness) {
 		}
 	}
 	record := []byte(w.Record)
-	if w.Record == "" {
+	var l Leaf
+	var open schemas.Event
+	var isEvent bool
+	if w.Record == "" && made != nil {
+		// What it says is known: it was made of the entry just now.
+		e := w.Entry
 		record = made
-	}
-	l, err := ReadRecord(record)
-	if err != nil {
-		say("", 0, "%v", err)
-		return
+		l = Leaf{V: leafVersion, Stream: e.Stream, Seq: e.Seq, Stored: e.Stored, Subject: e.Subject, Size: len(e.Body)}
+		open, isEvent = e.Event, e.Event.Data != nil
+		if v.held.Rows != nil && isEvent {
+			l, _ = ReadRecord(record)
+		}
+	} else {
+		var err error
+		if l, err = ReadRecord(record); err != nil {
+			say("", 0, "%v", err)
+			return
+		}
+		open, isEvent = l.Opened()
 	}
 	signed := n < v.size
 	if h, ok := v.hash(n); signed && ok && h != hashOf(record) {
@@ -354,7 +366,6 @@ func (v *verifier) leaf(w Witness) {
 		v.r.Gaps += l.To - l.Seq + 1
 		return
 	}
-	open, isEvent := l.Opened()
 	if isEvent && open.Kind() == schemas.KindErased {
 		v.erased[string(open.Tenant)+"."+string(open.Session)] = l.Seq
 	}
@@ -362,9 +373,11 @@ func (v *verifier) leaf(w Witness) {
 	if t, s := owner(l.Stream, l.Subject); t != "" && (!isEvent || open.Kind() != schemas.KindErased) {
 		session = string(t) + "." + string(s)
 	}
-	about := l.Subject
-	if isEvent {
-		about = fmt.Sprintf("%s of session %s", open.ID(), open.Session)
+	about := func() string {
+		if isEvent {
+			return fmt.Sprintf("%s of session %s", open.ID(), open.Session)
+		}
+		return l.Subject
 	}
 	held := v.held.Streams[l.Stream]
 	switch {
@@ -376,24 +389,26 @@ func (v *verifier) leaf(w Witness) {
 		if l.Seq > held.Last {
 			how = "cut off the end of the log: "
 		}
-		v.missing = append(v.missing, lost{Problem{&n, l.Stream, l.Seq, how + about}, session, message})
+		v.missing = append(v.missing, lost{Problem{&n, l.Stream, l.Seq, how + about()}, session, message})
 	case w.Entry.Stream != l.Stream || w.Entry.Seq != l.Seq:
 		say(l.Stream, l.Seq, "in its place stands %s %d", w.Entry.Stream, w.Entry.Seq)
 	case made == nil:
-		say(l.Stream, l.Seq, "its salt is gone, and the message is not: %s", about)
+		say(l.Stream, l.Seq, "its salt is gone, and the message is not: %s", about())
 	case string(made) != string(record):
-		say(l.Stream, l.Seq, "the message was changed: %s: %s", about, difference(record, made))
+		say(l.Stream, l.Seq, "the message was changed: %s: %s", about(), difference(record, made))
 	case !signed:
 		v.r.Unsigned++
 	default:
 		v.r.Messages++
 	}
-	v.row(w, l, open, isEvent, about, session)
+	if v.held.Rows != nil {
+		v.row(w, l, open, isEvent, about(), session)
+	}
 }
 
 // row holds a row against its leaf.
 func (v *verifier) row(w Witness, l Leaf, open schemas.Event, isEvent bool, about, session string) {
-	if v.held.Rows == nil || l.Stream != Events || !isEvent || open.Kind() == schemas.KindErased && w.Row == nil {
+	if l.Stream != Events || !isEvent || open.Kind() == schemas.KindErased && w.Row == nil {
 		return
 	}
 	n := w.Number

@@ -13,6 +13,8 @@ import (
 	"strings"
 	"time"
 
+	jsonv2 "github.com/go-json-experiment/json"
+
 	"waybill.dev/bus"
 	"waybill.dev/projections"
 	"waybill.dev/projections/audit"
@@ -47,8 +49,6 @@ func (a *admin) auditLines(w http.ResponseWriter, r *http.Request) {
 	}
 	defer l.Close()
 	buffered := bufio.NewWriterSize(w, 256<<10)
-	out := json.NewEncoder(buffered)
-	out.SetEscapeHTML(false)
 	begun := false
 	for line, err := range everyAuditLine(r.Context(), of, keys.Verifiers, a.auditRows(l)) {
 		if err != nil && !begun {
@@ -60,7 +60,10 @@ func (a *admin) auditLines(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Content-Type", "application/x-ndjson")
 		}
 		if err == nil {
-			err = out.Encode(line)
+			err = jsonv2.MarshalWrite(buffered, &line)
+		}
+		if err == nil {
+			err = buffered.WriteByte('\n')
 		}
 		if err != nil {
 			a.g.log.Error("admin API: the audit's lines", "error", err)

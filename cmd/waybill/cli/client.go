@@ -177,12 +177,28 @@ func escaped(line []byte) []byte {
 // end of the answer.
 func lines[T any](ctx context.Context, c *client, path string, query url.Values) iter.Seq2[T, error] {
 	return func(yield func(T, error) bool) {
-		var zero T
+		for line, err := range rawLines(ctx, c, path, query) {
+			var v T
+			if err == nil {
+				if err = json.Unmarshal(line, &v); err != nil {
+					err = fmt.Errorf("line from the gateway: %w", err)
+				}
+			}
+			if !yield(v, err) || err != nil {
+				return
+			}
+		}
+	}
+}
+
+// rawLines is lines that are not decoded.
+func rawLines(ctx context.Context, c *client, path string, query url.Values) iter.Seq2[[]byte, error] {
+	return func(yield func([]byte, error) bool) {
 		fail := func(err error) {
 			if ctx.Err() != nil {
 				err = errInterrupted
 			}
-			yield(zero, err)
+			yield(nil, err)
 		}
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.base+path+"?"+query.Encode(), nil)
 		if err != nil {
@@ -216,12 +232,7 @@ func lines[T any](ctx context.Context, c *client, path string, query url.Values)
 				fail(fmt.Errorf("the gateway's answer broke off: %w", err))
 				return
 			}
-			var v T
-			if err := json.Unmarshal(line, &v); err != nil {
-				fail(fmt.Errorf("line from the gateway: %w", err))
-				return
-			}
-			if !yield(v, nil) {
+			if !yield(line, nil) {
 				return
 			}
 		}
