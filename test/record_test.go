@@ -2,17 +2,22 @@ package test
 
 import (
 	"bytes"
+	crand "crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -25,14 +30,37 @@ import (
 
 // recording is counting with the record, in a ClickHouse inside.
 func recording(t *testing.T) *gateway.Gateway {
+	return recordingIn(t, "{embedded: true, launcher: "+peers.ClickHouse(t)+"}", "")
+}
+
+// recordingIn is the same in a ClickHouse of the configuration's.
+func recordingIn(t *testing.T, clickhouse, more string) *gateway.Gateway {
 	t.Helper()
 	u := upstream.Start(t)
 	g := gateway.Start(t, gateway.Config(
-		"clickhouse: {embedded: true, launcher: "+peers.ClickHouse(t)+"}\nservers:\n"+
+		"clickhouse: "+clickhouse+"\n"+more+"servers:\n"+
 			gateway.Server("counter", u.URL, "idempotent: [read], deadline: 20s")+
 			gateway.Server("hasty", u.URL, "idempotent: [read], deadline: 400ms")))
 	eventually(t, g, "SELECT count() AS n FROM events", `{"n":0}`) // it serves
 	return g
+}
+
+// byDSN is the configuration of a ClickHouse that is not the gateway's.
+func byDSN(t *testing.T, write, read string) string {
+	t.Helper()
+	dir := t.TempDir()
+	config := "{"
+	for key, dsn := range map[string]string{"dsn": write, "read_dsn": read} {
+		if dsn == "" {
+			continue
+		}
+		file := filepath.Join(dir, key)
+		if err := os.WriteFile(file, []byte(dsn), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		config += key + ": {file: " + file + "}, "
+	}
+	return config + "bodies: 720h}"
 }
 
 // query asks the record and returns the rows, one JSON object a line.
@@ -118,31 +146,145 @@ func sessionsOf(events []schemas.Event) map[schemas.SessionKey][]schemas.Event {
 }
 
 // Whoever is killed, gateway, engine or both, the record is the log: each event
-// once, to the byte. The engine's death fails no call.
+// once, to the byte.
 func TestRecordKills(t *testing.T) {
 	g := recording(t)
-	c := callers(t, g, 16, uint64(time.Now().UnixNano()))
-	for i := range 6 {
-		c.made(t, 60)
-		switch i % 3 {
-		case 0: // the engine
-			kill(t, engineOf(t, g), syscall.SIGKILL)
-			continue
-		case 1: // the gateway; the kernel kills its engine
-			c.shut(false)
-			g.Kill()
-		case 2:
-			c.shut(false)
-			kill(t, engineOf(t, g), syscall.SIGKILL)
-			g.Kill()
+	recordKilled(t, g, recordKills, func() { kill(t, engineOf(t, g), syscall.SIGKILL) })
+}
+
+// The same with a server that is not the gateway's and lives when that dies, by
+// either of its protocols.
+func TestRecordKillsByDSN(t *testing.T) {
+	for _, scheme := range []string{"clickhouse", "http"} {
+		t.Run(scheme, func(t *testing.T) {
+			s := peers.StartClickHouse(t)
+			g := recordingIn(t, byDSN(t, s.DSN(scheme, "gateway"), s.DSN(scheme, "reader")), "")
+			recordKilled(t, g, max(recordKills/5, 3), func() { s.Kill(); s.Start() })
+		})
+	}
+	if given := os.Getenv("WAYBILL_TEST_CLICKHOUSE_DSN"); given != "" {
+		t.Run("given", func(t *testing.T) {
+			u, err := url.Parse(given)
+			if err != nil {
+				t.Fatal("WAYBILL_TEST_CLICKHOUSE_DSN:", err)
+			}
+			u.Path = "/waybill_test_" + strings.ToLower(crand.Text())
+			recordKilled(t, recordingIn(t, byDSN(t, u.String(), ""), ""), max(recordKills/5, 3), nil) // it is not ours to kill
+		})
+	}
+}
+
+// recordKilled kills at random under load and compares then.
+func recordKilled(t *testing.T, g *gateway.Gateway, n int, killEngine func()) {
+	t.Helper()
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	chance := rand.New(rand.NewPCG(seed, 1))
+	c := callers(t, g, 16, seed)
+	killed := map[string]int{}
+	for range n {
+		c.made(t, 10+chance.IntN(60))
+		who := []string{"engine", "gateway", "both"}[chance.IntN(3)]
+		if killEngine == nil {
+			who = "gateway"
 		}
-		g.Restart()
-		c.open()
+		killed[who]++
+		if who != "gateway" {
+			killEngine()
+		}
+		if who != "engine" {
+			c.shut(false)
+			g.Kill()
+			g.Restart()
+			c.open()
+		}
 	}
 	c.made(t, 60)
 	c.shut(true)
 	c.wait()
 	sameAsLog(t, g)
+	t.Logf("killed: %v", killed)
+}
+
+// A log that has lost its end, which the record has, gives its sequences to other
+// events. The record has all: what was lost, and what came in its place.
+func TestRecordAfterPowerLoss(t *testing.T) {
+	g := recording(t)
+	call := func(key string) {
+		t.Helper()
+		if r := ask(t.Context(), g, tool{"counter", "count", upstream.Args{Key: key}}); !r.answered() {
+			t.Fatal(r.err)
+		}
+	}
+	for i := range 5 {
+		call(fmt.Sprint("kept", i))
+	}
+	sameAsLog(t, g)
+	kept := len(g.Events())
+	if err := g.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	log, saved := filepath.Join(g.Dir, "data", "log"), filepath.Join(t.TempDir(), "log")
+	if err := os.CopyFS(saved, os.DirFS(log)); err != nil {
+		t.Fatal(err)
+	}
+	g.Restart()
+	for i := range 5 {
+		call(fmt.Sprint("lost", i))
+	}
+	sameAsLog(t, g)
+	lost := len(g.Events()) - kept
+	g.Kill()
+	if err := os.RemoveAll(log); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.CopyFS(log, os.DirFS(saved)); err != nil {
+		t.Fatal(err)
+	}
+	g.Restart()
+	for i := range 8 {
+		call(fmt.Sprint("new", i))
+	}
+	settled(t, g)
+	for round := range 2 { // as it goes on, and after a restart
+		events := g.Events()
+		eventually(t, g, "SELECT count() AS n, uniqExact(log, seq) AS u, uniqExact(log) AS logs FROM events_v1", fmt.Sprintf(`{"n":%d,"u":%[1]d,"logs":2}`, len(events)+lost))
+		for _, e := range events {
+			want := fmt.Sprintf(`{"n":1,"kind":%q}`, e.Kind())
+			if got := strings.TrimSpace(query(t, g, fmt.Sprintf("SELECT count() AS n, any(kind) AS kind FROM events_v1 WHERE id = '%s'", e.ID()))); got != want {
+				t.Errorf("%s: %s, want %s", e.ID(), got, want)
+			}
+		}
+		eventually(t, g, "SELECT count() AS n FROM calls", `{"n":18}`)
+		if round == 0 {
+			if !strings.Contains(g.Output(), "the log has lost events that the record has") {
+				t.Errorf("it was not said that events are lost:\n%s", g.Output())
+			}
+			if err := g.Stop(); err != nil {
+				t.Fatal(err)
+			}
+			g.Restart()
+		}
+	}
+}
+
+// A ClickHouse that is new, or has lost what it had, gets all that the log holds.
+func TestRecordAnew(t *testing.T) {
+	g := recording(t)
+	for i := range 5 {
+		if r := ask(t.Context(), g, tool{"counter", "count", upstream.Args{Key: fmt.Sprint("k", i)}}); !r.answered() {
+			t.Fatal(r.err)
+		}
+	}
+	sameAsLog(t, g)
+	if err := g.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.RemoveAll(filepath.Join(g.Dir, "data", "clickhouse")); err != nil {
+		t.Fatal(err)
+	}
+	g.Restart()
+	sameAsLog(t, g) // without a further call
 }
 
 // sameAsLog compares the record with the log, when it has caught up.
@@ -226,35 +368,126 @@ func measured(t *testing.T, g *gateway.Gateway, name string) float64 {
 	return v
 }
 
-// An engine that stands still holds up no call; what it missed it gets.
+// An engine that stands still, or falls, holds up and fails no call; what it
+// missed it gets.
 func TestRecordAway(t *testing.T) {
 	g := recording(t)
-	pid := engineOf(t, g)
-	kill(t, pid, syscall.SIGSTOP)
-	defer kill(t, pid, syscall.SIGCONT)
+	away(t, g, 10*time.Second, 100)
 	var slowest time.Duration
 	for i := range 300 {
+		if i%100 == 50 {
+			kill(t, engineOf(t, g), syscall.SIGKILL)
+		}
 		begun := time.Now()
-		if r := ask(t.Context(), g, tool{"counter", "count", upstream.Args{Key: fmt.Sprint("a", i)}}); !r.answered() {
+		if r := ask(t.Context(), g, tool{"counter", "count", upstream.Args{Key: fmt.Sprint("f", i)}}); !r.answered() {
 			t.Fatalf("call %d: %v", i, r.err)
 		}
 		slowest = max(slowest, time.Since(begun))
 	}
-	if n := measured(t, g, `waybill_queue_depth\{work="project"\}`); n < 1200 {
-		t.Errorf("%g events wait to be recorded, want 1200 at least", n)
+	sameAsLog(t, g)
+	t.Logf("while the engine fell the slowest call took %s", slowest.Round(time.Millisecond))
+}
+
+// The same for ten minutes at 300 calls a second; with WAYBILL_TEST_LONG=1.
+func TestRecordAwayLong(t *testing.T) {
+	if os.Getenv("WAYBILL_TEST_LONG") == "" {
+		return // TestRecordAway is the same, for less long
 	}
-	if lag, size := measured(t, g, `waybill_record_lag_seconds`), measured(t, g, `waybill_queue_size_bytes\{work="project"\}`); lag == 0 || size == 0 {
-		t.Errorf("the lag is %g s and %g bytes", lag, size)
+	away(t, recording(t), 10*time.Minute, 300)
+}
+
+// away stops the engine for a time, under calls.
+func away(t *testing.T, g *gateway.Gateway, d time.Duration, rate int) {
+	t.Helper()
+	pid := engineOf(t, g)
+	kill(t, pid, syscall.SIGSTOP)
+	defer kill(t, pid, syscall.SIGCONT)
+	type took struct {
+		time.Duration
+		err error
+	}
+	all := make(chan took, rate*int(d/time.Second)+1)
+	var calls sync.WaitGroup
+	tick := time.NewTicker(time.Second / time.Duration(rate))
+	defer tick.Stop()
+	look := time.NewTicker(d / 20)
+	defer look.Stop()
+	var lags, memory []float64
+	made := 0
+	for begun := time.Now(); time.Since(begun) < d; {
+		select {
+		case <-tick.C:
+			made++
+			calls.Go(func() {
+				began := time.Now()
+				r := ask(t.Context(), g, tool{"counter", "count", upstream.Args{Key: fmt.Sprint("a", made)}})
+				all <- took{time.Since(began), r.err}
+			})
+		case <-look.C:
+			lags = append(lags, measured(t, g, `waybill_record_lag_seconds`))
+			memory = append(memory, rss(t, g.Pid()))
+		}
+	}
+	calls.Wait()
+	close(all)
+	var times []time.Duration
+	for c := range all {
+		if c.err != nil {
+			t.Errorf("a call failed: %v", c.err)
+		}
+		times = append(times, c.Duration)
+	}
+	slices.Sort(times)
+	behind, size := measured(t, g, `waybill_queue_depth\{work="project"\}`), measured(t, g, `waybill_queue_size_bytes\{work="project"\}`)
+	if behind < float64(4*made) || size == 0 {
+		t.Errorf("%g events of %g bytes wait to be recorded, of %d calls", behind, size, made)
+	}
+	if first, last := lags[0], lags[len(lags)-1]; last <= first || last < d.Seconds()*0.8 {
+		t.Errorf("the lag did not rise: %g", lags)
 	}
 	if resp, err := http.Get(g.Admin + "/readyz"); err != nil || resp.StatusCode != http.StatusOK {
 		t.Errorf("not ready without ClickHouse: %v %v", resp, err)
 	}
 	kill(t, pid, syscall.SIGCONT)
-	sameAsLog(t, g)
-	if lag := measured(t, g, `waybill_record_lag_seconds`); lag != 0 {
-		t.Errorf("the lag is %g s", lag)
+	begun := time.Now()
+	var falling []float64
+	for lag := 1.0; lag > 0; <-look.C {
+		look.Reset(time.Second / 4)
+		if lag = measured(t, g, `waybill_record_lag_seconds`); len(falling) == 0 || lag != falling[len(falling)-1] {
+			falling = append(falling, lag)
+		}
+		memory = append(memory, rss(t, g.Pid()))
+		if time.Since(begun) > 10*time.Minute {
+			t.Fatalf("not caught up: %g", falling)
+		}
 	}
-	t.Logf("the slowest call took %s", slowest.Round(time.Millisecond))
+	caught := time.Since(begun)
+	sameAsLog(t, g)
+	// What is not recorded lies in the log, not in memory.
+	if early, most := memory[len(lags)/2], slices.Max(memory); most > early+100 {
+		t.Errorf("memory grew from %.0f to %.0f MB", early, most)
+	}
+	t.Logf("%d calls in %s with the engine away: p50 %s, p99 %s, slowest %s; %g events (%.0f MB) behind; caught up in %s; lag %.0f, then %.0f; memory %.0f MB",
+		made, d, times[len(times)/2].Round(time.Millisecond), times[len(times)*99/100].Round(time.Millisecond), times[len(times)-1].Round(time.Millisecond),
+		behind, size/1e6, caught.Round(100*time.Millisecond), lags, falling, memory)
+}
+
+// rss is a process's memory in MB.
+func rss(t *testing.T, pid int) float64 {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := regexp.MustCompile(`VmRSS:\s+(\d+) kB`).FindSubmatch(b)
+	if m == nil {
+		t.Fatalf("no VmRSS in %s", b)
+	}
+	n, err := strconv.ParseFloat(string(m[1]), 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n / 1000
 }
 
 // engineOf finds the process of a gateway's engine.
