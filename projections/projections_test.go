@@ -196,6 +196,37 @@ func made(n int, base time.Time) []schemas.Event {
 	return all
 }
 
+// A chain of five calls, one of which has a second branch, is found whole.
+func TestLongestChains(t *testing.T) {
+	e := engine(t)
+	var all []schemas.Event
+	for i, parent := range []int{-1, 0, 1, 2, 3, 1, -1, 6, -1} {
+		ev := schemas.Event{
+			Tenant: "acme", Agent: "researcher", Session: schemas.SessionKey(fmt.Sprint("s", i)), Call: schemas.CallID(fmt.Sprint("c", i)),
+			Seq: uint64(i + 1), Stored: day().Add(time.Duration(i)),
+		}
+		switch ev.Root = "c0"; {
+		case parent >= 0:
+			ev.Parent = schemas.CallID(fmt.Sprint("c", parent))
+			if parent == 6 {
+				ev.Root = "c6"
+			}
+		default:
+			ev.Root = ev.Call
+		}
+		ev.Data = &schemas.Requested{Target: schemas.Target{Protocol: "mcp", Server: "s", Method: "tools/call", Name: fmt.Sprint("t", i)}}
+		all = append(all, ev)
+	}
+	take(t, writer(t, e, logOf("one", all)), all)
+	got := ask(t, e, "SELECT root, session, depth, tools FROM longest_chains(hours=24)")
+	if want := []string{"c0 s0 5 [s t0 s t1 s t2 s t3 s t4]", "c6 s6 2 [s t6 s t7]"}; !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
+	}
+	if got := ask(t, e, "SELECT root, caused FROM fan_out(hours=24)"); !slices.Equal(got, []string{"c0 5", "c6 1"}) {
+		t.Errorf("%q", got)
+	}
+}
+
 func take(t testing.TB, w *projections.Writer, events []schemas.Event) {
 	t.Helper()
 	for n := 0; ; n++ {
@@ -232,9 +263,9 @@ func written(t *testing.T, e projections.Server) {
 		"SELECT total_us, policy_us, queue_us, upstream_us, request_bytes, answer_bytes, rule, status, trace_id, parent_span_id, length(span_id) FROM calls_v1 WHERE call = 'c1' AND log = 'one'": "1000 1000 1000 0 15 9 allow 200 0af7651916cd43dd8448eb211c80319c b7ad6b7169203331 16",
 		"SELECT code, reason, rule, total_us FROM calls WHERE call IN ('c2', 'c3') ORDER BY call":                                                                                                 " because no 1000;timeout slow allow 1000",
 		"SELECT count(), countIf(parent != ''), countIf(root = call) FROM edges_v1 WHERE log = 'one'":                                                                                             "40 20 20",
-		"SELECT root, caused, root_name FROM fan_out(hours=24) LIMIT 1":                                                                                                                           "c0 1 read",
+		"SELECT root, caused, root_name FROM fan_out(hours=24) LIMIT 1":                                                                                                                           "c0 2 read",
 		"SELECT depth, tools FROM longest_chains(hours=24) LIMIT 1":                                                                                                                               "2 [files read files read]",
-		"SELECT agent, calls, caused, failed, denied, sessions FROM top_talkers(hours=24)":                                                                                                        "researcher 40 20 10 10 3",
+		"SELECT agent, calls, caused, failed, denied, sessions FROM top_talkers(hours=24)":                                                                                                        "researcher 42 21 10 10 3",
 		"SELECT hex(body) FROM events WHERE kind = 'completed' AND call = 'c0' LIMIT 1":                                                                                                           "7B2272223A22FF227D",
 	} {
 		if got := strings.Join(ask(t, e, sql), ";"); got != want {

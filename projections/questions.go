@@ -11,7 +11,10 @@ type Question struct {
 	sql     string
 }
 
-// Questions are all of them, in the order in which they are shown.
+// Questions are all of them, in the order in which they are shown. They count
+// rows as they are: of the two endings that a call can have in a log older than
+// its memory for IDs, the second counts until it is merged away. To leave it out
+// (FINAL) would double what they cost.
 func Questions() []Question {
 	q := func(name, params, help, sql string) Question {
 		return Question{Name: name, Example: "SELECT * FROM " + name + params, Help: help, sql: sql}
@@ -20,40 +23,53 @@ func Questions() []Question {
 	return []Question{
 		q("top_talkers", "(hours=24)", "who calls most", `
 SELECT tenant, agent, count() AS calls, countIf(parent != '') AS caused, countIf(outcome = 'failed') AS failed,
-  countIf(outcome = 'denied') AS denied, uniqExact(session) AS sessions, sum(request_bytes) AS bytes_in, sum(answer_bytes) AS bytes_out
-FROM calls WHERE `+lately+` GROUP BY tenant, agent ORDER BY calls DESC, tenant, agent`),
+  countIf(outcome = 'denied') AS denied, uniq(session) AS sessions, sum(request_bytes) AS bytes_in, sum(answer_bytes) AS bytes_out
+FROM calls_v1 WHERE `+lately+` GROUP BY tenant, agent ORDER BY calls DESC, tenant, agent`),
 		q("error_rates", "(hours=24)", "which tools fail or are denied, and how often", `
 SELECT server, method, name, count() AS calls, countIf(outcome = 'failed') AS failed, countIf(outcome = 'denied') AS denied,
   countIf(outcome = 'completed' AND error_code != 0) AS errors,
   round(countIf(outcome = 'failed' OR error_code != 0) / count(), 4) AS error_rate, round(countIf(outcome = 'denied') / count(), 4) AS denial_rate
-FROM calls WHERE `+lately+` GROUP BY server, method, name ORDER BY failed + denied + errors DESC, calls DESC, server, method, name`),
+FROM calls_v1 WHERE `+lately+` GROUP BY server, method, name ORDER BY failed + denied + errors DESC, calls DESC, server, method, name`),
 		q("latency", "(hours=24)", "how long tools take, in milliseconds: in all, in the queue, at the server", `
 WITH quantiles(0.5, 0.95, 0.99)(total_us) AS t
 SELECT server, method, name, count() AS calls, round(t[1] / 1000, 2) AS p50, round(t[2] / 1000, 2) AS p95, round(t[3] / 1000, 2) AS p99,
   round(quantile(0.95)(policy_us) / 1000, 2) AS policy_p95, round(quantile(0.95)(queue_us) / 1000, 2) AS queue_p95,
   round(quantile(0.95)(upstream_us) / 1000, 2) AS upstream_p95
-FROM calls WHERE `+lately+` AND outcome = 'completed' GROUP BY server, method, name ORDER BY p95 DESC, server, method, name`),
+FROM calls_v1 WHERE `+lately+` AND outcome = 'completed' GROUP BY server, method, name ORDER BY p95 DESC, server, method, name`),
 		q("who_used_what", "(hours=24)", "which agents called which tools", `
 SELECT tenant, agent, server, method, name, count() AS calls, countIf(outcome = 'completed') AS completed, max(stored) AS latest
-FROM calls WHERE `+lately+` GROUP BY tenant, agent, server, method, name ORDER BY calls DESC, tenant, agent, server, method, name`),
-		q("fan_out", "(hours=24)", "which calls caused how many others", `
-SELECT tenant, session, root, any(agent) AS agent, count() - 1 AS caused, uniqExact(server) AS servers,
-  argMax(server, call = root) AS root_server, argMax(name, call = root) AS root_name, min(stored) AS began
-FROM edges WHERE `+lately+` AND root IN (SELECT root FROM edges_v1 WHERE parent != '' AND `+lately+`)
-GROUP BY tenant, session, root ORDER BY caused DESC, root`),
-		// Only what was caused is followed; the first call of each is looked up at the end.
+FROM calls_v1 WHERE `+lately+` GROUP BY tenant, agent, server, method, name ORDER BY calls DESC, tenant, agent, server, method, name`),
+		q("fan_out", "(hours=24)", "which calls caused most others; the hundred first", `
+WITH wide AS (
+  SELECT tenant, root, count() AS caused, uniqExact(server) AS servers FROM edges_v1 WHERE parent != '' AND `+lately+`
+  GROUP BY tenant, root ORDER BY caused DESC, root LIMIT 100)
+SELECT w.tenant AS tenant, f.session AS session, w.root AS root, f.agent AS agent, w.caused AS caused, w.servers AS servers,
+  f.server AS root_server, f.method AS root_method, f.name AS root_name, f.stored AS began
+FROM wide AS w LEFT JOIN (SELECT * FROM edges_v1 WHERE call IN (SELECT root FROM wide) ORDER BY seq LIMIT 1 BY call) AS f ON f.call = w.root
+ORDER BY caused DESC, root`),
+		// Only calls in the middle, caused and causing, are followed: there are
+		// few. The first call of each chain and its last are looked up at the end.
+		// (call || '' is no column of an index, which is slow for so many values.)
 		q("longest_chains", "(hours=24)", "calls that cause calls that cause calls: the hundred deepest, with the tools on the way", `
 WITH RECURSIVE
-  caused AS (SELECT tenant, root, parent, call, concat(server, ' ', if(name = '', method, name)) AS tool FROM edges_v1 WHERE parent != '' AND `+lately+`),
+  middle AS (SELECT tenant, root, parent, call, concat(server, ' ', if(name = '', method, name)) AS tool FROM edges_v1
+    WHERE parent != '' AND `+lately+` AND (call || '') IN (SELECT parent FROM edges_v1 WHERE parent != '' AND `+lately+`)),
   chain AS (
-    SELECT tenant, root, call, toUInt32(2) AS depth, [tool] AS tools FROM caused WHERE parent = root
+    SELECT tenant, root, call, toUInt32(3) AS depth, [tool] AS tools FROM middle WHERE parent = root
     UNION ALL
-    SELECT e.tenant, e.root, e.call, c.depth + 1, arrayPushBack(c.tools, e.tool) FROM caused AS e JOIN chain AS c ON e.parent = c.call WHERE c.depth < 32),
-  deepest AS (SELECT tenant, root, max(chain.depth) AS depth, argMax(chain.tools, chain.depth) AS tools FROM chain GROUP BY tenant, root ORDER BY depth DESC, root LIMIT 100)
-SELECT d.tenant AS tenant, f.session AS session, d.root AS root, f.agent AS agent, d.depth AS depth, arrayPushFront(d.tools, f.tool) AS tools
-FROM deepest AS d LEFT JOIN (
-  SELECT call, any(session) AS session, any(agent) AS agent, any(concat(server, ' ', if(name = '', method, name))) AS tool FROM edges_v1
-  WHERE call IN (SELECT root FROM deepest) GROUP BY call) AS f ON f.call = d.root
+    SELECT e.tenant, e.root, e.call, c.depth + 1, arrayPushBack(c.tools, e.tool) FROM middle AS e JOIN chain AS c ON e.parent = c.call WHERE c.depth < 32),
+  deepest AS (
+    SELECT tenant, root, max(n) AS depth, argMax(way, n) AS tools, argMax(at, n) AS last FROM (
+      SELECT tenant, root, chain.depth AS n, chain.tools AS way, chain.call AS at FROM chain
+      UNION ALL
+      SELECT tenant, root, toUInt32(2) AS n, emptyArrayString() AS way, root AS at FROM edges_v1 WHERE parent != '' AND `+lately+` GROUP BY tenant, root ORDER BY root LIMIT 100)
+    GROUP BY tenant, root ORDER BY depth DESC, root LIMIT 100)
+SELECT f.tenant AS tenant, f.session AS session, f.root AS root, f.agent AS agent, f.depth AS depth,
+  arrayPushBack(arrayPushFront(f.tools, f.tool), concat(l.server, ' ', if(l.name = '', l.method, l.name))) AS tools
+FROM edges_v1 AS l ANY RIGHT JOIN (
+  SELECT d.tenant AS tenant, e.session AS session, d.root AS root, e.agent AS agent, d.depth AS depth, d.tools AS tools, d.last AS last,
+    concat(e.server, ' ', if(e.name = '', e.method, e.name)) AS tool
+  FROM edges_v1 AS e ANY RIGHT JOIN deepest AS d ON e.call = d.root) AS f ON l.parent = f.last
 ORDER BY depth DESC, root`),
 		q("unused_tools", "(hours=24)", "tools that a server has listed and nobody has called", `
 SELECT server, tool FROM (
@@ -61,15 +77,16 @@ SELECT server, tool FROM (
   FROM events_v1 WHERE kind = 'completed' AND method = 'tools/list' AND error_code = 0 GROUP BY server, parent != '')
 WHERE (server, tool) NOT IN (SELECT server, name FROM calls_v1 WHERE method = 'tools/call' AND `+lately+`)
 GROUP BY server, tool ORDER BY server, tool`),
-		q("slowest_sessions", "(hours=24)", "where agents wait longest, in milliseconds", `
+		q("slowest_sessions", "(hours=24)", "where agents wait longest, in milliseconds; the hundred first", `
+WITH slow AS (SELECT tenant, session, sum(total_us) AS us FROM calls_v1 WHERE `+lately+` AND parent = '' GROUP BY tenant, session ORDER BY us DESC, session LIMIT 100)
 SELECT tenant, session, any(agent) AS agent, count() AS calls, round(sum(total_us) / 1000, 1) AS waited, round(quantile(0.95)(total_us) / 1000, 1) AS p95,
   round(max(total_us) / 1000, 1) AS slowest, argMax(concat(server, ' ', if(name = '', method, name)), total_us) AS slowest_tool
-FROM calls WHERE `+lately+` AND parent = '' GROUP BY tenant, session ORDER BY waited DESC, session`),
+FROM calls_v1 WHERE `+lately+` AND parent = '' AND (tenant, session) IN (SELECT tenant, session FROM slow) GROUP BY tenant, session ORDER BY waited DESC, session`),
 		q("history", "(session='SESSION')", "the calls of one session, each with who caused it", `
 SELECT e.stored AS began, e.call AS call, e.parent AS parent, e.agent AS agent, e.server AS server, e.method AS method, e.name AS name,
   if(c.call = '', 'open', c.outcome) AS outcome, c.code AS code, round(c.total_us / 1000, 2) AS ms
-FROM (SELECT * FROM edges WHERE session = {session:String}) AS e
-LEFT JOIN (SELECT * FROM calls WHERE session = {session:String}) AS c ON c.call = e.call ORDER BY e.seq`),
+FROM (SELECT * FROM edges_v1 WHERE session = {session:String} ORDER BY log, seq LIMIT 1 BY call) AS e
+LEFT JOIN (SELECT * FROM calls_v1 WHERE session = {session:String} ORDER BY log, seq LIMIT 1 BY call) AS c ON c.call = e.call ORDER BY e.seq`),
 	}
 }
 
