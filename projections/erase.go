@@ -31,7 +31,7 @@ func (w *Writer) erase(ctx context.Context, e schemas.Event) error {
 	}
 	each := func(sql string, args ...any) error {
 		for table, change := range changes {
-			if err := w.conn.Exec(ctx, "ALTER TABLE "+Database+"."+table+" "+strings.Replace(sql, "CHANGE", change, 1), args...); err != nil {
+			if err := w.conn.Exec(ctx, "ALTER TABLE "+table+" "+strings.Replace(sql, "CHANGE", change, 1), args...); err != nil {
 				return fmt.Errorf("erase session %s in %s: %w", e.Session, table, err)
 			}
 		}
@@ -41,7 +41,7 @@ func (w *Writer) erase(ctx context.Context, e schemas.Event) error {
 	if err := each("MODIFY SETTING old_parts_lifetime = 1"); err != nil {
 		return err
 	}
-	if err := each("CHANGE", string(e.Tenant), string(e.Session), w.log, e.Seq); err != nil {
+	if err := each("CHANGE", string(e.Tenant), string(e.Session), w.place.log, e.Seq); err != nil {
 		return err
 	}
 	// The engine looks for old parts when it has something to do, and otherwise
@@ -62,7 +62,7 @@ func (w *Writer) forget(ctx context.Context, tables []string, look func() error)
 			return err
 		}
 		var left uint64
-		if err := w.conn.QueryRow(ctx, "SELECT count() FROM system.parts WHERE NOT active AND database = ? AND table IN ?", Database, tables).Scan(&left); err != nil {
+		if err := w.conn.QueryRow(ctx, "SELECT count() FROM system.parts WHERE NOT active AND database = currentDatabase() AND table IN ?", tables).Scan(&left); err != nil {
 			return err
 		}
 		if left == 0 {
@@ -80,14 +80,15 @@ func (w *Writer) forget(ctx context.Context, tables []string, look func() error)
 const rowsAtOnce = 10_000
 
 // Rows are the events of a log that the record has: from which sequence to which,
-// and all of them in its order.
+// and all of them in its order. Of a sequence that the log has given twice it is
+// the later event.
 func Rows(ctx context.Context, s Server, log string) (first, last uint64, events iter.Seq2[schemas.Event, error], err error) {
 	conn, err := open(ctx, s, true)
 	if err != nil {
 		return 0, 0, nil, fmt.Errorf("events in the record: %w", err)
 	}
 	var count uint64
-	err = conn.QueryRow(ctx, "SELECT count(), min(seq), max(seq) FROM "+Database+".events_v1 WHERE log = ?", log).Scan(&count, &first, &last)
+	err = conn.QueryRow(ctx, "SELECT count(), min(seq), max(seq) FROM "+main+" WHERE log = ? OR startsWith(log, ?)", log, log+"#").Scan(&count, &first, &last)
 	if err != nil {
 		_ = conn.Close()
 		return 0, 0, nil, fmt.Errorf("events in the record: %w", refusal(err))
@@ -113,7 +114,7 @@ func someRows(ctx context.Context, conn clickhouse.Conn, log string, from uint64
 		yield(schemas.Event{}, fmt.Errorf("events in the record from %d on: %w", from, err))
 		return false
 	}
-	rows, err := conn.Query(ctx, "SELECT seq, stored, envelope, body FROM "+Database+".events_v1 WHERE log = ? AND seq >= ? AND seq < ? ORDER BY seq LIMIT 1 BY seq", log, from, from+rowsAtOnce)
+	rows, err := conn.Query(ctx, "SELECT seq, stored, envelope, body FROM "+main+" WHERE (log = ? OR startsWith(log, ?)) AND seq >= ? AND seq < ? ORDER BY seq, log DESC LIMIT 1 BY seq", log, log+"#", from, from+rowsAtOnce)
 	if err != nil {
 		return fail(refusal(err))
 	}

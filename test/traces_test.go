@@ -221,7 +221,7 @@ func relayServer(t *testing.T, gatewayURL *string, o *mcp.StreamableHTTPOptions)
 		c := mcp.NewClient(&mcp.Implementation{Name: "relay", Version: "1"}, nil)
 		session, err := c.Connect(ctx, &mcp.StreamableClientTransport{
 			Endpoint: *gatewayURL + "/mcp/" + in.Server, DisableStandaloneSSE: true,
-			HTTPClient: &http.Client{Transport: withHeaders{headers}},
+			HTTPClient: &http.Client{Transport: sayingAlways{headers}},
 		}, nil)
 		if err != nil {
 			return nil, nil, err
@@ -235,9 +235,9 @@ func relayServer(t *testing.T, gatewayURL *string, o *mcp.StreamableHTTPOptions)
 	return h.URL
 }
 
-type withHeaders struct{ http.Header }
+type sayingAlways struct{ http.Header }
 
-func (w withHeaders) RoundTrip(r *http.Request) (*http.Response, error) {
+func (w sayingAlways) RoundTrip(r *http.Request) (*http.Response, error) {
 	r = r.Clone(r.Context())
 	for k, v := range w.Header {
 		r.Header[k] = v
