@@ -25,7 +25,7 @@ func (w *Writer) erase(ctx context.Context, e schemas.Event) error {
 	defer cancel()
 	of := " WHERE tenant = ? AND session = ? AND (log != ? OR seq < ?)"
 	changes := map[string]string{
-		"events_v1":   "DELETE" + of + " AND kind != '" + string(schemas.KindErased) + "'",
+		main:          "DELETE" + of + " AND kind != '" + string(schemas.KindErased) + "'",
 		"calls_v1":    "UPDATE reason = ''" + of + " AND reason != ''",
 		"sessions_v1": "UPDATE reason = ''" + of + " AND reason != ''",
 	}
@@ -80,8 +80,9 @@ func (w *Writer) forget(ctx context.Context, tables []string, look func() error)
 const rowsAtOnce = 10_000
 
 // Rows are the events of a log that the record has: from which sequence to which,
-// and all of them in its order. Of a sequence that the log has given twice it is
-// the later event.
+// and all of them in its order. Of a sequence that the log has given twice
+// (place.go) it is the later one, which the log has. A body that has gone by its
+// age is absent.
 func Rows(ctx context.Context, s Server, log string) (first, last uint64, events iter.Seq2[schemas.Event, error], err error) {
 	conn, err := open(ctx, s, true)
 	if err != nil {

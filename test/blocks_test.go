@@ -24,7 +24,7 @@ type blockRecord struct {
 
 const (
 	blockHeader = 22 // length, sequence, time, length of the subject
-	withHeaders = 1 << 31
+	blockHasHeaders = 1 << 31
 	special     = 3 << 62 // sequences of what is no message: tombstones and what was erased
 )
 
@@ -38,15 +38,15 @@ func readBlock(t *testing.T, file string) (all []blockRecord) {
 	le := binary.LittleEndian
 	for len(b) > 0 {
 		length := le.Uint32(b)
-		rest := b[blockHeader : length&^withHeaders-8]
+		rest := b[blockHeader : length&^blockHasHeaders-8]
 		r := blockRecord{seq: le.Uint64(b[4:]), time: le.Uint64(b[12:])}
 		n := int(le.Uint16(b[20:]))
-		b = b[length&^withHeaders:]
+		b = b[length&^blockHasHeaders:]
 		if r.seq&special != 0 {
 			continue
 		}
 		r.subject, rest = string(rest[:n]), rest[n:]
-		if length&withHeaders != 0 {
+		if length&blockHasHeaders != 0 {
 			n := le.Uint32(rest)
 			r.header, rest = rest[4:4+n], rest[4+n:]
 		}
@@ -72,7 +72,7 @@ func writeBlock(t *testing.T, file, stream string, index int, all []blockRecord)
 		flag := 0
 		if r.header != nil {
 			length += 4 + len(r.header)
-			flag = withHeaders
+			flag = blockHasHeaders
 		}
 		head := make([]byte, blockHeader)
 		le.PutUint32(head, uint32(length|flag))

@@ -82,6 +82,7 @@ type Report struct {
 	Signed      uint64    `json:"signed"`           // leaves in the newest tree
 	Messages    uint64    `json:"messages"`         // of the log that are as they were signed
 	Rows        uint64    `json:"rows"`             // the same of rows
+	Bodiless    uint64    `json:"bodiless"`         // of the rows, those without the body, whose time is over
 	Erased      uint64    `json:"erased"`           // leaves whose body was erased, as an erasure in the tree says
 	Aged        uint64    `json:"aged"`             // leaves whose messages are older than the log
 	Unsigned    uint64    `json:"unsigned"`         // messages that no checkpoint covers yet
@@ -428,6 +429,9 @@ func (v *verifier) row(w Witness, l Leaf, open schemas.Event, isEvent bool, abou
 		v.problem(Problem{&n, l.Stream, l.Seq, "the row was changed: " + about})
 	case err != nil || w.Salt == "":
 		v.problem(Problem{&n, l.Stream, l.Seq, "the row's salt is gone, and the row is not: " + about})
+	case len(w.Row.Body) == 0 && l.Size > 0:
+		v.r.Rows++
+		v.r.Bodiless++
 	case hex.EncodeToString(bodyDigest(salt, w.Row.Body)) != l.Body:
 		v.problem(Problem{&n, l.Stream, l.Seq, "the row's body was changed: " + about})
 	default:

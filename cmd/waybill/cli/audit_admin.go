@@ -326,7 +326,7 @@ func (a *admin) erase(w http.ResponseWriter, r *http.Request) {
 	}
 	leaf, err := covered(ctx, of, keys, receipt.Seq)
 	if err == nil && len(a.g.guard) > 0 {
-		err = inRecord(ctx, l, receipt.Seq)
+		err = untilRecorded(ctx, l, receipt.Seq)
 	}
 	if err != nil {
 		a.fail(w, fmt.Errorf("the erasure is stored as event %d, and not done yet: %w", receipt.Seq, err))
@@ -348,8 +348,8 @@ func maxTime(a, b time.Time) time.Time {
 	return b
 }
 
-// inRecord waits until the record has an event, and has done what it says.
-func inRecord(ctx context.Context, l *bus.Log, seq uint64) error {
+// untilRecorded waits until the record has an event, and has done what it says.
+func untilRecorded(ctx context.Context, l *bus.Log, seq uint64) error {
 	look := time.NewTicker(100 * time.Millisecond)
 	defer look.Stop()
 	for {

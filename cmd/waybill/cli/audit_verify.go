@@ -227,6 +227,7 @@ func printReport(env Env, r audit.Report, own bool) error {
 		n    uint64
 		text string
 	}{
+		{r.Bodiless, "of the rows without their bodies, whose time is over"},
 		{r.Erased, "body erased, as an erasure in the log says"},
 		{r.Aged, "older than what the log keeps; their leaves are in the tree"},
 		{r.Unsigned, "too new to be signed"},
