@@ -30,7 +30,7 @@ func becomes(t *testing.T, what string, is func() bool) {
 // What a guarded reader has not read does not age out, also over a restart, and
 // does when it is read.
 func TestNothingUnreadAgesOut(t *testing.T) {
-	const age = 800 * time.Millisecond
+	const age = 3 * time.Second
 	w := start(t, embed.Options{})
 	o := bus.Options{Role: bus.RoleEdge, MaxAge: age, Guard: []string{"project"}}
 	edge := w.open(o)
