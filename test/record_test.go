@@ -372,7 +372,7 @@ func measured(t *testing.T, g *gateway.Gateway, name string) float64 {
 // missed it gets.
 func TestRecordAway(t *testing.T) {
 	g := recording(t)
-	away(t, g, 10*time.Second, 100)
+	away(t, g, 10*time.Second/slowdown, 100)
 	var slowest time.Duration
 	for i := range 300 {
 		if i%100 == 50 {

@@ -11,4 +11,4 @@ const manyKills = 20
 
 // recordKills is how often gateway, engine or both are killed while the record is
 // written.
-const recordKills = 6
+const recordKills = 5
