@@ -23,9 +23,9 @@ type blockRecord struct {
 }
 
 const (
-	blockHeader = 22 // length, sequence, time, length of the subject
+	blockHeader     = 22 // length, sequence, time, length of the subject
 	blockHasHeaders = 1 << 31
-	special     = 3 << 62 // sequences of what is no message: tombstones and what was erased
+	special         = 3 << 62 // sequences of what is no message: tombstones and what was erased
 )
 
 // readBlock reads a block file. What is no message is left out.

@@ -38,6 +38,7 @@ const users = `<clickhouse>
         <query>GRANT SELECT, INSERT, ALTER, CREATE, DROP, TRUNCATE, OPTIMIZE, SHOW ON waybill.*</query>
         <query>GRANT TABLE ENGINE ON *</query>
         <query>GRANT SELECT ON system.processes</query>
+        <query>GRANT SELECT ON system.parts</query>
       </grants>
     </gateway>
     <reader>
