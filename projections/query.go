@@ -120,9 +120,30 @@ func refusal(err error) error {
 		if len(text) > 400 {
 			text = append(text[:400], '…')
 		}
-		return fmt.Errorf("%w (code %d): %s", ErrQuery, e.Code, string(text))
+		hint := ""
+		if e.Code == codeNoColumns || e.Code == codeNoParameter {
+			hint = asked(e.Message)
+		}
+		return fmt.Errorf("%w (code %d): %s%s", ErrQuery, e.Code, string(text), hint)
 	}
 	return err
+}
+
+// What the server says of a prepared question that lacks its parameters.
+const (
+	codeNoColumns   = 51  // EMPTY_LIST_OF_COLUMNS_QUERIED
+	codeNoParameter = 456 // UNKNOWN_QUERY_PARAMETER
+)
+
+// asked says how the prepared question is asked of which an error speaks.
+func asked(message string) string {
+	words := strings.FieldsFunc(message, func(r rune) bool { return r != '_' && (r < 'a' || r > 'z') })
+	for _, q := range Questions() {
+		if slices.Contains(words, q.Name) {
+			return fmt.Sprintf(". %s is a prepared question and wants its parameters: %s", q.Name, q.Example)
+		}
+	}
+	return ""
 }
 
 // BodyGone is yielded with an event whose body the record no longer keeps.
