@@ -196,6 +196,22 @@ func made(n int, base time.Time) []schemas.Event {
 	return all
 }
 
+// Progress and rows are told one at a time, also of a query with much of both.
+func TestProgress(t *testing.T) {
+	e := engine(t)
+	rows, told, seen := 0, 0, 0 // of no lock: the race detector looks
+	if err := projections.Query(t.Context(), e, "SELECT number, toString(number) FROM numbers(3000000)", projections.Answer{
+		Columns:  func([]projections.ResultColumn) error { return nil },
+		Row:      func([]any) error { rows++; seen = told; return nil },
+		Progress: func(projections.Progress) { told++ },
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if rows != 3000000 || told == 0 || seen > told {
+		t.Errorf("%d rows, told %d times", rows, told)
+	}
+}
+
 // A chain of five calls, one of which has a second branch, is found whole.
 func TestLongestChains(t *testing.T) {
 	e := engine(t)

@@ -9,6 +9,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/ClickHouse/clickhouse-go/v2"
@@ -28,7 +29,7 @@ type Progress struct {
 }
 
 // Answer is told what a query yields: its columns first, then row by row, which
-// is only lent. Progress comes in between, from the same goroutine.
+// is only lent. Progress comes in between, never at the same time.
 type Answer struct {
 	Columns  func([]ResultColumn) error
 	Row      func([]any) error
@@ -66,9 +67,18 @@ func Query(ctx context.Context, s Server, sql string, a Answer) error {
 	defer func() { _ = conn.Close() }()
 	ctx, cancel := timeless(ctx)
 	defer cancel()
+	// The driver tells progress from a goroutine of its own, which may be late.
+	var turn sync.Mutex
+	over := false
+	defer func() { turn.Lock(); over = true; turn.Unlock() }()
 	if a.Progress != nil {
 		var sum Progress
 		ctx = clickhouse.Context(ctx, clickhouse.WithProgress(func(p *clickhouse.Progress) {
+			turn.Lock()
+			defer turn.Unlock()
+			if over {
+				return
+			}
 			sum.Rows += p.Rows
 			sum.Bytes += p.Bytes
 			sum.Total += p.TotalRows
@@ -86,7 +96,10 @@ func Query(ctx context.Context, s Server, sql string, a Answer) error {
 		columns = append(columns, ResultColumn{c.Name(), c.DatabaseTypeName()})
 		dest = append(dest, reflect.New(c.ScanType()).Interface())
 	}
-	if err := a.Columns(columns); err != nil {
+	turn.Lock()
+	err = a.Columns(columns)
+	turn.Unlock()
+	if err != nil {
 		return err
 	}
 	values := make([]any, len(dest))
@@ -97,7 +110,10 @@ func Query(ctx context.Context, s Server, sql string, a Answer) error {
 		for i, d := range dest {
 			values[i] = reflect.ValueOf(d).Elem().Interface()
 		}
-		if err := a.Row(values); err != nil {
+		turn.Lock()
+		err := a.Row(values)
+		turn.Unlock()
+		if err != nil {
 			return err
 		}
 	}
