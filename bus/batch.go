@@ -26,10 +26,10 @@ func (r *Rewind) Error() string { return fmt.Sprintf("only what is before %d is 
 
 // batchBytes is what the messages of a batch may have together, headers
 // included. A reader holds two of them: the one that is taken and the next.
-const batchBytes = 16 << 20
+const batchBytes = 8 << 20
 
 // Batch gives the whole log, in order and without gaps, to take: at most max
-// events at a time, fewer when wait has passed or 16 MiB are full. A batch is
+// events at a time, fewer when wait has passed or 8 MiB are full. A batch is
 // acknowledged when take has returned nil; until then it is given again, after
 // a pause, and after a restart. There must be one such puller for each name.
 //

@@ -467,9 +467,14 @@ func away(t *testing.T, g *gateway.Gateway, d time.Duration, rate int) {
 		}
 	}
 	caught := time.Since(begun)
-	// What is not recorded lies in the log, not in memory.
-	if early, most := memory[len(lags)/2], slices.Max(memory); most > early+100 {
-		t.Errorf("memory grew from %.0f to %.0f MB", early, most)
+	// What is not recorded lies in the log, not in memory: after some minutes, in
+	// which the log's memory for ids fills, it does not grow. To catch up takes
+	// two batches and what is made of them.
+	if n := len(lags) / 2; d > 5*time.Minute {
+		early, late, most := slices.Max(memory[:n]), slices.Max(memory[n:len(lags)]), slices.Max(memory)
+		if late > 1.25*early || most > late+300 {
+			t.Errorf("memory: up to %.0f MB, then %.0f, and %.0f to catch up", early, late, most)
+		}
 	}
 	t.Logf("%d calls in %s with the engine away: p50 %s, p99 %s, slowest %s; %g events (%.0f MB) behind; caught up in %s; lag %.0f, then %.0f; memory %.0f MB",
 		made, d, times[len(times)/2].Round(time.Millisecond), times[len(times)*99/100].Round(time.Millisecond), times[len(times)-1].Round(time.Millisecond),

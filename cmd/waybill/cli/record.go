@@ -137,7 +137,7 @@ const (
 	noRecord = "this gateway keeps no record: run `make build`, which puts ClickHouse's launcher and library beside the program, or set clickhouse.dsn"
 
 	consumer    = "project" // of the log, see bus.Role
-	batchEvents = 20_000
+	batchEvents = 10_000
 	batchWait   = 250 * time.Millisecond
 )
 
