@@ -49,7 +49,7 @@ type Requested struct {
 
 // Within tells whether the gateway made the call by itself, for the call that is
 // its parent.
-func (r *Requested) Within(e Event) bool { return e.Parent != "" && !r.Back }
+func (p *Requested) Within(e Event) bool { return e.Parent != "" && !p.Back }
 
 // Authorized: policy lets the call go on. It says all that dispatch needs.
 // Body: the request again when it has at most [InlineBody] bytes; else it is

@@ -359,7 +359,7 @@ type members struct {
 
 // Iterator yields the names.
 func (m members) Iterator() traits.Iterator {
-	return types.NewRefValList(types.DefaultTypeAdapter, m.names).(traits.Lister).Iterator()
+	return types.NewRefValList(types.DefaultTypeAdapter, m.names).Iterator()
 }
 
 // usesAny tells whether a condition speaks of any of the variables.

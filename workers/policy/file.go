@@ -94,10 +94,10 @@ func (w *written) UnmarshalYAML(n ast.Node) error {
 }
 
 // UnmarshalYAML reads a rule.
-func (r *ruleYAML) UnmarshalYAML(n ast.Node) error {
+func (w *ruleYAML) UnmarshalYAML(n ast.Node) error {
 	type plain ruleYAML
-	err := yaml.NodeToValue(n, (*plain)(r), yaml.Strict())
-	r.line = n.GetToken().Position.Line
+	err := yaml.NodeToValue(n, (*plain)(w), yaml.Strict())
+	w.line = n.GetToken().Position.Line
 	return err
 }
 

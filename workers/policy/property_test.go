@@ -28,8 +28,8 @@ type drawn struct {
 	limit                          int // 0: none
 }
 
-// fails is what a condition comes to that cannot be evaluated.
-var fails = errors.New("fails")
+// errFails is what a condition comes to that cannot be evaluated.
+var errFails = errors.New("fails")
 
 type args map[string]any
 
@@ -37,7 +37,7 @@ type args map[string]any
 func number(v any, there bool) (float64, error) {
 	f, ok := v.(float64)
 	if !there || !ok {
-		return 0, fails
+		return 0, errFails
 	}
 	return f, nil
 }
@@ -64,7 +64,7 @@ var sampled = []struct {
 		o, ok := a["o"].(map[string]any)
 		v, there := o["v"]
 		if !ok || !there {
-			return false, fails
+			return false, errFails
 		}
 		return v == true, nil
 	}},
@@ -75,7 +75,7 @@ var sampled = []struct {
 		}
 		o, ok := v.(map[string]any)
 		if !ok {
-			return false, fails
+			return false, errFails
 		}
 		_, there = o["v"]
 		return there, nil
@@ -97,7 +97,7 @@ var sampled = []struct {
 				return false, nil
 			}
 		}
-		return false, fails
+		return false, errFails
 	}},
 	{`agent.id == "bob" && name.startsWith("t")`, func(agent, tool string, _ []string, _ args) (bool, error) {
 		return agent == "bob" && strings.HasPrefix(tool, "t"), nil
