@@ -14,8 +14,13 @@ import (
 	"waybill.dev/schemas"
 )
 
-// eraseTime is how long the engine may take to rewrite what it holds of a session.
-const eraseTime = 5 * time.Minute
+const (
+	// eraseTime is how long the engine may take to rewrite what it holds of a session.
+	eraseTime = 5 * time.Minute
+	// forgetTime is how long the record waits for what that has replaced to be gone.
+	// Whoever reads it keeps it, and must not keep the record.
+	forgetTime = 15 * time.Second
+)
 
 // erase removes what was said in a session before an erasure: its events, of
 // every log, and the texts in what is derived of them; calls, times and names stay.
@@ -47,7 +52,12 @@ func (w *Writer) erase(ctx context.Context, e schemas.Event) error {
 	// The engine looks for old parts when it has something to do, and otherwise
 	// every half a minute. There is no such partition.
 	look := func() error { return each("DROP PARTITION 190001") }
-	switch err := w.forget(ctx, slices.Collect(maps.Keys(changes)), look); {
+	waiting, done := context.WithTimeout(ctx, forgetTime)
+	defer done()
+	switch err := w.forget(waiting, slices.Collect(maps.Keys(changes)), look); {
+	case err != nil && waiting.Err() != nil && ctx.Err() == nil:
+		w.o.Log.Warn("a session is erased in the record; what was replaced is still read by a query, and goes when that ends", "session", e.Session, "error", err)
+		return nil // with the setting, so that it goes at once then
 	case isCode(err, codeDenied):
 		w.o.Log.Warn("a session is erased in the record; that the engine has removed its old parts cannot be seen without SELECT on system.parts", "session", e.Session, "error", err)
 	case err != nil:

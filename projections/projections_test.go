@@ -332,6 +332,9 @@ func readOnly(t *testing.T, s projections.Server) {
 			t.Errorf("%s: %v", sql, err)
 		}
 	}
+	if _, err := query(t.Context(), s, "SELECT * FROM latency"); err == nil || !strings.Contains(err.Error(), "SELECT * FROM latency(hours=24)") {
+		t.Errorf("a prepared question without its parameters: %v", err)
+	}
 	outside := filepath.Join(t.TempDir(), "out")
 	_, _ = query(t.Context(), s, "SELECT 1 INTO OUTFILE '"+outside+"'") // of which one port says that it is the client's to do
 	if _, err := os.Stat(outside); err == nil {
@@ -360,7 +363,7 @@ func refused(t testing.TB) []string {
 		"OPTIMIZE TABLE events_v1", "KILL QUERY WHERE 1", "SYSTEM SHUTDOWN", "SYSTEM STOP LISTEN TCP", "GRANT ALL ON *.* TO reader", "DROP DATABASE waybill",
 		"RENAME TABLE events_v1 TO x", "DETACH TABLE events_v1", "EXCHANGE TABLES events_v1 AND calls_v1", "BACKUP TABLE events_v1 TO File('x')",
 		"SET readonly = 0", "SET max_threads = 1", "SELECT 1 SETTINGS readonly = 0", "SELECT 1 SETTINGS max_threads = 1", "SELECT 1 SETTINGS allow_ddl = 0",
-		"SELECT * FROM file('/etc/passwd', 'LineAsString')", "SELECT file('/etc/passwd')", "SELECT file('/proc/1/environ')", "SELECT file('/proc/self/root/etc/passwd')",
+		"SELECT * FROM file('/etc/passwd', 'LineAsString')", "SELECT file('/etc/passwd')", "SELECT file('/proc/1/environ')", "SELECT file('/proc/self/root/etc/passwd')", "SELECT file('/dev/ptmx')",
 		"SELECT file('" + secret + "')", "SELECT * FROM url('http://127.0.0.1:1/', 'LineAsString')",
 		"SELECT * FROM remote('127.0.0.1:1', system.one)", "SELECT * FROM executable('ls', TSV, 'a String')", "SELECT * FROM s3('http://127.0.0.1:1/x', 'CSV')",
 		"SELECT * FROM mysql('127.0.0.1:1', 'a', 'b', 'c', 'd')", "SELECT * FROM input('a String')", "SELECT * FROM fileCluster('x', '/etc/passwd', 'LineAsString')",

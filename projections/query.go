@@ -89,7 +89,10 @@ func Query(ctx context.Context, s Server, sql string, a Answer) error {
 	if err != nil {
 		return refusal(err)
 	}
-	defer func() { _ = rows.Close() }()
+	defer func() {
+		cancel() // or the rest of the answer would be read
+		_ = rows.Close()
+	}()
 	var columns []ResultColumn
 	var dest []any
 	for _, c := range rows.ColumnTypes() {
@@ -151,12 +154,16 @@ const (
 	codeNoParameter = 456 // UNKNOWN_QUERY_PARAMETER
 )
 
+// from is what a query asks.
+var from = regexp.MustCompile(`(?i)\bfrom\s+(?:\w+\.)?(\w+)`)
+
 // asked says how the prepared question is asked of which an error speaks.
 func asked(message string) string {
-	words := strings.FieldsFunc(message, func(r rune) bool { return r != '_' && (r < 'a' || r > 'z') })
-	for _, q := range Questions() {
-		if slices.Contains(words, q.Name) {
-			return fmt.Sprintf(". %s is a prepared question and wants its parameters: %s", q.Name, q.Example)
+	for _, m := range from.FindAllStringSubmatch(message, -1) {
+		for _, q := range Questions() {
+			if q.Name == m[1] {
+				return fmt.Sprintf(". %s is a prepared question and wants its parameters: %s", q.Name, q.Example)
+			}
 		}
 	}
 	return ""

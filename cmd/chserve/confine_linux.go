@@ -66,12 +66,23 @@ func confine(o options, config string) error {
 			"/sys/fs/cgroup", "/sys/devices/system", "/sys/kernel/mm", "/etc/localtime", "/usr/share/zoneinfo", "/dev/urandom", "/dev/random",
 		}},
 		{execute, []string{program, o.library, "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"}},
-		{device, []string{"/dev/null", "/dev/zero", "/dev/ptmx", "/dev/pts"}},
+		{device, []string{"/dev/null", "/dev/zero"}},
 	} {
 		for _, path := range r.paths {
 			if err := permit(rules, path, r.access&all); err != nil && !errors.Is(err, os.ErrNotExist) {
 				return fmt.Errorf("confine the engine to %s: %w", path, err)
 			}
+		}
+	}
+	// The engine's terminal is opened now: who may open one may read those of the
+	// user's other programs.
+	terminal, err := newTerminal()
+	if err != nil {
+		return fmt.Errorf("a terminal for the engine: %w", err)
+	}
+	for fd, f := range map[int]*os.File{promptFD: terminal.prompt, slaveFD: terminal.slave} {
+		if err := unix.Dup3(int(f.Fd()), fd, 0); err != nil {
+			return fmt.Errorf("hand on the engine's terminal: %w", err)
 		}
 	}
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {

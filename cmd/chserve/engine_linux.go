@@ -54,14 +54,15 @@ func start(o options, config string) (*engine, error) {
 	if e.stdout, err = moved(1, "stdout"); err != nil {
 		return nil, err
 	}
-	terminal, err := e.terminal()
-	if err != nil {
-		return nil, fmt.Errorf("a terminal for the engine: %w", err)
-	}
-	for fd, f := range []*os.File{terminal, terminal} {
-		if err := unix.Dup3(int(f.Fd()), fd, 0); err != nil {
+	unix.CloseOnExec(promptFD)
+	e.prompt = os.NewFile(promptFD, "prompt") // see confine
+	for fd := range 2 {
+		if err := unix.Dup3(slaveFD, fd, 0); err != nil {
 			return nil, fmt.Errorf("file descriptor %d: %w", fd, err)
 		}
+	}
+	if err := unix.Close(slaveFD); err != nil {
+		return nil, fmt.Errorf("the engine's terminal: %w", err)
 	}
 	go e.watch()
 
@@ -152,22 +153,30 @@ func moved(fd int, name string) (*os.File, error) {
 	return os.NewFile(uintptr(n), name), nil
 }
 
-// terminal makes a pty; the engine gets the slave.
-func (e *engine) terminal() (*os.File, error) {
-	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+// newTerminal makes a pty.
+func newTerminal() (t terminal, err error) {
+	if t.prompt, err = os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0); err != nil {
+		return t, err
+	}
+	if err := unix.IoctlSetPointerInt(int(t.prompt.Fd()), unix.TIOCSPTLCK, 0); err != nil {
+		return t, err
+	}
+	n, err := unix.IoctlGetInt(int(t.prompt.Fd()), unix.TIOCGPTN)
 	if err != nil {
-		return nil, err
+		return t, err
 	}
-	e.prompt = master
-	if err := unix.IoctlSetPointerInt(int(master.Fd()), unix.TIOCSPTLCK, 0); err != nil {
-		return nil, err
-	}
-	n, err := unix.IoctlGetInt(int(master.Fd()), unix.TIOCGPTN)
-	if err != nil {
-		return nil, err
-	}
-	return os.OpenFile("/dev/pts/"+strconv.Itoa(n), os.O_RDWR|unix.O_NOCTTY, 0)
+	t.slave, err = os.OpenFile("/dev/pts/"+strconv.Itoa(n), os.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+	return t, err
 }
+
+// terminal is a pty: the engine sits at the slave.
+type terminal struct{ prompt, slave *os.File }
+
+// Where the program that is confined finds them.
+const (
+	promptFD = 30
+	slaveFD  = 31
+)
 
 // watch reads what the engine types at its terminal, and keeps the end of it.
 func (e *engine) watch() {

@@ -57,6 +57,7 @@ const users = `<clickhouse>
     </boot>
     <reader>
       <readonly>1</readonly><implicit_select>0</implicit_select>
+      <max_block_size>2048</max_block_size>
       <max_execution_time>300</max_execution_time>
       <max_memory_usage_for_user>%d</max_memory_usage_for_user>
       <max_concurrent_queries_for_user>20</max_concurrent_queries_for_user>
