@@ -150,6 +150,7 @@ var clientLeg = []struct {
 // The suite's client scenarios, each with a server that checks what it is sent, hold with a gateway between that server
 // and the Go SDK's client: what is checked is then what the gateway sends.
 func TestConformanceOfTheClientLeg(t *testing.T) {
+	t.Parallel() // likewise: see TestTasksConformance
 	program, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)

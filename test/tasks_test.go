@@ -20,10 +20,17 @@ import (
 // The suite's scenarios for tasks, through the gateway in front of a server that
 // has the extension; and in front of that server, so that a fault is its own.
 func TestTasksConformance(t *testing.T) {
+	t.Parallel() // the suite mostly waits
 	url, _ := upstream.StartTasks(t, true)
-	t.Run("direct", func(t *testing.T) { peers.ConformanceTasks(t, url) })
+	t.Run("direct", func(t *testing.T) {
+		t.Parallel()
+		peers.ConformanceTasks(t, url)
+	})
 	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("tasks", url, "")))
-	t.Run("gateway", func(t *testing.T) { peers.ConformanceTasks(t, g.URL+"/mcp/tasks") })
+	t.Run("gateway", func(t *testing.T) {
+		t.Parallel()
+		peers.ConformanceTasks(t, g.URL+"/mcp/tasks")
+	})
 }
 
 // taker is a client that takes tasks for answers. It keeps all that it was told.
@@ -427,6 +434,7 @@ func TestTasksOfReplicas(t *testing.T) {
 // The tasks that revision 2025-11-25 has in its core are between client and server,
 // in the client's session, to which they belong: they pass.
 func TestLegacyTasks(t *testing.T) {
+	t.Parallel() // it mostly waits
 	g := gateway.Start(t, gateway.Config(`tenants: [{id: acme}]
 agents:
   - {id: one, tenant: acme, token_sha256: `+fmt.Sprintf("%x", sha256.Sum256([]byte("token one of many")))+`}
