@@ -281,10 +281,21 @@ func (in *Input) values() int {
 	return n
 }
 
-// read is what a request asks with, or why that cannot be read.
+// read is what a request asks with, or why that cannot be read: then a rule that
+// looks at it fails. What is there but no object is in args all the same.
 type read struct {
 	args jsonrpc.Value
 	err  error
+}
+
+// digest is that of the arguments, or, of a request that cannot be read at all, of
+// its body: only what has no arguments may pass for it, since an approval is bound
+// to this.
+func (r *read) digest(body []byte) string {
+	if r.err != nil && !r.args.Exists() {
+		return digest(body)
+	}
+	return digest(r.args.Raw())
 }
 
 func readRequest(method string, body []byte) *read {
@@ -293,18 +304,19 @@ func readRequest(method string, body []byte) *read {
 }
 
 // argumentsOf finds the arguments in a request: of a tool or a prompt those
-// themselves, of any other method the params. It may find none.
+// themselves, of any other method the params. It may find none. If they are no
+// object they come with an error.
 func argumentsOf(method string, body []byte) (jsonrpc.Value, error) {
 	m, err := jsonrpc.Decode(body, jsonrpc.Limits{})
 	if err != nil {
 		return jsonrpc.Value{}, err
 	}
 	v := m.Params()
-	if method == toolsCall || method == "prompts/get" {
+	if (method == toolsCall || method == promptsGet) && (v.Kind() == jsonrpc.Object || !v.Exists()) {
 		v = v.Get("arguments")
 	}
 	if v.Exists() && v.Kind() != jsonrpc.Object {
-		return jsonrpc.Value{}, fmt.Errorf("they are no object but %s", v.Kind())
+		return v, fmt.Errorf("they are no object but %s", v.Kind())
 	}
 	return v, nil
 }

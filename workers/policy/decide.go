@@ -112,8 +112,9 @@ type Fault struct {
 var protocols = []schemas.Protocol{"mcp"}
 
 const (
-	toolsCall = "tools/call"
-	toolsList = "tools/list"
+	toolsCall  = "tools/call"
+	toolsList  = "tools/list"
+	promptsGet = "prompts/get"
 )
 
 // Decide says whether the event, which must be a request, may go on. It is

@@ -49,6 +49,8 @@ type Limit struct {
 	Who   string // whom it counts: "agent=researcher tool=files/read"
 	Calls int
 	Per   time.Duration
+
+	tenant schemas.Tenant // whose calls they are
 }
 
 func (l Limit) key() string { return l.Rule + " " + l.Who }

@@ -1,14 +1,18 @@
 package policy
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
 	"waybill.dev/schemas"
+	"waybill.dev/schemas/jsonrpc"
 )
 
 // Approvals. A call that a rule wants approved is stored as held, under an id that
@@ -50,9 +54,9 @@ func CheckWord(w Word, agent schemas.Agent) error {
 	switch {
 	case w.Said != ApprovalGranted && w.Said != ApprovalRefused:
 		return fmt.Errorf("said %q, which is neither %s nor %s", w.Said, ApprovalGranted, ApprovalRefused)
-	case w.By == "":
+	case strings.TrimSpace(w.By) == "":
 		return errors.New("nobody is named who says so")
-	case w.By == string(agent):
+	case strings.EqualFold(strings.TrimSpace(w.By), string(agent)):
 		return fmt.Errorf("%s asks for it and cannot approve it", agent)
 	case w.Said == ApprovalGranted && (w.Uses < 1 || w.Uses > maxUses):
 		return fmt.Errorf("%d uses, may be 1 to %d", w.Uses, maxUses)
@@ -69,12 +73,34 @@ const maxUses = 1000
 func approvalID(e schemas.Event, q *schemas.Requested, word schemas.Decision) string {
 	args := word.ArgsSHA256
 	if args == "" {
-		args = digest(e.Body)
+		args = digestParams(e.Body)
 	}
 	b, _ := json.Marshal([]string{ // of strings: cannot fail
 		string(e.Tenant), string(e.Agent), string(q.Protocol), q.Server, q.Method, q.Name, word.ToolSHA256, args,
 	})
 	return "a" + digest(b)[:24]
+}
+
+// digestParams is the digest of what a request asks with, whatever its method: the
+// params. Neither the request's id nor its _meta is of it: both may be others each
+// time, and who asks for the same again is not to wait for another approval.
+func digestParams(body []byte) string {
+	m, err := jsonrpc.Decode(body, jsonrpc.Limits{})
+	if err != nil {
+		return digest(body)
+	}
+	p := m.Params()
+	if p.Kind() != jsonrpc.Object {
+		return digest(p.Raw())
+	}
+	var all [][]byte
+	for name, v := range p.Members() {
+		if name != "_meta" {
+			key, _ := json.Marshal(name) // a string: cannot fail
+			all = append(all, slices.Concat(key, []byte(":"), v.Raw()))
+		}
+	}
+	return digest(slices.Concat([]byte("{"), bytes.Join(all, []byte(",")), []byte("}")))
 }
 
 // holds is what is held, and what was said.

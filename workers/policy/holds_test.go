@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"strings"
 	"sync"
 	"testing"
@@ -437,4 +438,105 @@ rules:
 			t.Errorf("another worker: %s", got)
 		}
 	})
+}
+
+// Arguments of any form are what an approval is bound to: a grant for none is not
+// one for an array.
+func TestApprovalIsBound(t *testing.T) {
+	id := func(method, params string) string {
+		e := call(method, "x")
+		e.Body = fmt.Appendf(nil, `{"jsonrpc":"2.0","id":%d,"method":%q%s}`, rand.Int(), method, params)
+		q := e.Data.(*schemas.Requested)
+		var d schemas.Decision
+		if method == toolsCall {
+			d.ArgsSHA256 = readRequest(method, e.Body).digest(e.Body)
+		}
+		return approvalID(e, q, d)
+	}
+	for _, tt := range []struct {
+		method, what string
+		params       []string
+	}{
+		{toolsCall, `,"params":{"name":"x","arguments":%s}`, []string{`{}`, `[]`, `[1]`, `"a"`, `1`, `null`, `{"a":1}`}},
+		{"resources/read", `,"params":%s`, []string{`{"uri":"a"}`, `{"uri":"b"}`, `{}`, `[1]`, `{"uri":"a","arguments":{}}`}},
+		{promptsGet, `,"params":%s`, []string{`{"name":"x"}`, `{"name":"x","arguments":{}}`, `{"name":"x","arguments":[]}`}},
+	} {
+		seen := map[string]string{id(tt.method, ""): "nothing"}
+		for _, p := range tt.params {
+			got := id(tt.method, fmt.Sprintf(tt.what, p))
+			if other, ok := seen[got]; ok {
+				t.Errorf("%s: %s passes for %s", tt.method, p, other)
+			}
+			seen[got] = p
+			// The same again, as another request.
+			if again := id(tt.method, fmt.Sprintf(tt.what, p)); again != got {
+				t.Errorf("%s: %s is %s, then %s", tt.method, p, got, again)
+			}
+		}
+	}
+	with := id("resources/read", `,"params":{"_meta":{"progressToken":7},"uri":"a"}`)
+	if got := id("resources/read", `,"params":{"uri":"a"}`); got != with {
+		t.Errorf("%s without a progress token, %s with one", got, with)
+	}
+}
+
+// Who asks cannot approve under another spelling of its name.
+func TestNobodyApprovesItself(t *testing.T) {
+	for by, ok := range map[string]bool{"ann": true, "researcher": false, " Researcher\t": false, "RESEARCHER": false, " ": false} {
+		w := Word{Said: ApprovalGranted, By: by, Uses: 1, Expires: time.Now()}
+		if err := CheckWord(w, "researcher"); (err == nil) != ok {
+			t.Errorf("%q: %v", by, err)
+		}
+	}
+}
+
+// A call that becomes a task has its time from when it is granted, too.
+func TestTaskTimeIsRenewed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newDesk(t, holding)
+		e := d.request("c1", `{}`)
+		e.Data.(*schemas.Requested).TaskUntil = time.Now().Add(2 * time.Minute) // as the log has it, too
+		if err := d.p.Handle(t.Context(), e, d.store); err != nil {
+			t.Fatal(err)
+		}
+		later := time.Now().Add(4 * time.Minute)
+		d.p.o.Now = func() time.Time { return later }
+		d.say(d.id("c1"), Word{Said: ApprovalGranted, By: "ann", Uses: 1})
+		d.p.resumeAll(t.Context())
+		a, ok := d.events[len(d.events)-1].Data.(*schemas.Authorized)
+		if !ok || a.Deadline.Sub(later) != time.Minute || a.TaskUntil.Sub(later) != 2*time.Minute {
+			t.Errorf("%+v", d.events[len(d.events)-1].Data)
+		}
+	})
+}
+
+// One tenant cannot take all that can be counted, and a key is forgotten when its
+// own rule no longer counts it.
+func TestLimiterIsShared(t *testing.T) {
+	l, at := newLimiter(), time.Unix(1_800_000_000, 0)
+	counted := func(tenant schemas.Tenant, who string, at time.Time) bool {
+		limit := Limit{Rule: "r", Who: who, Calls: 1, Per: time.Minute, tenant: tenant}
+		l.decide([]Limit{limit}, schemas.CallID(who), at, &Facts{}, func() Verdict {
+			return Verdict{Permit: true, Limits: []Limit{limit}}
+		})
+		return l.keys[limit.key()] != nil && l.keys[limit.key()].known[schemas.CallID(who)]
+	}
+	for i := range maxLimitKeysTenant {
+		l.add(fmt.Sprintf("r k%d", i), "acme", time.Minute, "c", at)
+	}
+	room := func(tenant schemas.Tenant, at time.Time) bool {
+		_, ok := l.count(Limit{Rule: "r", Who: "another", Per: time.Minute, tenant: tenant}, "c", at)
+		return ok
+	}
+	if room("acme", at) || !room("globex", at) || !counted("globex", "g", at) {
+		t.Error("one tenant has it all, or too much")
+	}
+	at = at.Add(3 * time.Minute)
+	l.swept = at.Add(-sweepEvery / 2)
+	if room("acme", at) {
+		t.Error("swept twice within a second")
+	}
+	if at = at.Add(sweepEvery); !room("acme", at) || len(l.keys) != 0 || len(l.tenants) != 0 {
+		t.Errorf("%d keys of %d tenants are left", len(l.keys), len(l.tenants))
+	}
 }

@@ -19,14 +19,18 @@ import (
 // What it knows is in the log: each decision that was counted says so in its
 // facts. A worker that starts reads the longest window ([LongestLimit]) first.
 type limiter struct {
-	mu   sync.Mutex
-	keys map[string]*window // by Limit.key
+	mu      sync.Mutex
+	keys    map[string]*window     // by Limit.key
+	tenants map[schemas.Tenant]int // how many of the keys each has
+	swept   time.Time
 }
 
 // window is the calls that are counted under a key, in the order of their times.
 type window struct {
-	calls []counted
-	known map[schemas.CallID]bool
+	tenant schemas.Tenant
+	per    time.Duration // of the rule, as far as it is known
+	calls  []counted
+	known  map[schemas.CallID]bool
 }
 
 type counted struct {
@@ -34,14 +38,23 @@ type counted struct {
 	call schemas.CallID
 }
 
-func newLimiter() *limiter { return &limiter{keys: map[string]*window{}} }
+func newLimiter() *limiter {
+	return &limiter{keys: map[string]*window{}, tenants: map[schemas.Tenant]int{}}
+}
 
 // LongestLimit is the longest window that a rule may have.
 const LongestLimit = time.Hour
 
-// maxLimitKeys bounds what is counted; beyond it nothing more can be, and is
-// denied.
-const maxLimitKeys = 100_000
+// Bounds of what is counted; beyond them nothing more can be, and is denied. No
+// tenant alone can take from the others all that there is.
+const (
+	maxLimitKeys       = 100_000
+	maxLimitKeysTenant = maxLimitKeys / 2
+)
+
+// sweepEvery is how often it is looked for keys to forget, which takes long when
+// there are many: not at each call that finds no room.
+const sweepEvery = time.Second
 
 // decide counts the calls of the limits into the facts, has it decided, and
 // counts this one for those limits that let it go on. release takes it back.
@@ -61,13 +74,13 @@ func (l *limiter) decide(limits []Limit, call schemas.CallID, at time.Time, fact
 	v = decide()
 	// What was not looked at was not a reason, and is not counted.
 	facts.Counts = map[string]int{}
-	var added []string
+	var added []string // keys
 	for _, limit := range v.Limits {
 		key := limit.key()
 		if n, ok := counts[key]; ok {
 			facts.Counts[key] = n
 		}
-		if v.Permit && l.add(key, call, at) {
+		if v.Permit && l.add(key, limit.tenant, limit.Per, call, at) {
 			added = append(added, key)
 		}
 	}
@@ -84,11 +97,9 @@ func (l *limiter) decide(limits []Limit, call schemas.CallID, at time.Time, fact
 func (l *limiter) count(limit Limit, call schemas.CallID, at time.Time) (n int, ok bool) {
 	w := l.keys[limit.key()]
 	if w == nil {
-		if len(l.keys) >= maxLimitKeys {
-			l.sweep(at)
-		}
-		return 0, len(l.keys) < maxLimitKeys
+		return 0, l.room(limit.tenant, at)
 	}
+	w.per = limit.Per // what was heard of does not say it, and the rule may have changed
 	w.forget(at)
 	for _, c := range w.calls[w.after(at.Add(-limit.Per)):] {
 		if c.call != call {
@@ -98,12 +109,23 @@ func (l *limiter) count(limit Limit, call schemas.CallID, at time.Time) (n int, 
 	return n, true
 }
 
+// room tells whether another key of a tenant can be counted.
+func (l *limiter) room(t schemas.Tenant, at time.Time) bool {
+	full := func() bool { return len(l.keys) >= maxLimitKeys || l.tenants[t] >= maxLimitKeysTenant }
+	if full() && at.Sub(l.swept) >= sweepEvery {
+		l.swept = at
+		l.sweep(at)
+	}
+	return !full()
+}
+
 // add counts a call, once.
-func (l *limiter) add(key string, call schemas.CallID, at time.Time) bool {
+func (l *limiter) add(key string, t schemas.Tenant, per time.Duration, call schemas.CallID, at time.Time) bool {
 	w := l.keys[key]
 	if w == nil {
-		w = &window{known: map[schemas.CallID]bool{}}
+		w = &window{tenant: t, per: per, known: map[schemas.CallID]bool{}}
 		l.keys[key] = w
+		l.tenants[t]++
 	}
 	if w.known[call] {
 		return false
@@ -141,11 +163,18 @@ func (w *window) remove(call schemas.CallID) {
 	w.calls = slices.DeleteFunc(w.calls, func(c counted) bool { return c.call == call })
 }
 
-// sweep forgets what counts no more.
+// sweep forgets the keys that count no more. A call may come late, and counts when
+// it was asked for: so what is just over its time stays.
 func (l *limiter) sweep(at time.Time) {
+	const late = time.Minute
 	maps.DeleteFunc(l.keys, func(_ string, w *window) bool {
-		w.forget(at)
-		return len(w.calls) == 0
+		if w.after(at.Add(-w.per-late)) < len(w.calls) {
+			return false
+		}
+		if l.tenants[w.tenant]--; l.tenants[w.tenant] == 0 {
+			delete(l.tenants, w.tenant)
+		}
+		return true
 	})
 }
 
@@ -161,8 +190,8 @@ func (l *limiter) heard(e schemas.Event, a *schemas.Authorized) {
 			continue
 		}
 		l.mu.Lock()
-		if _, known := l.keys[key]; known || len(l.keys) < maxLimitKeys {
-			l.add(key, e.Call, at)
+		if _, known := l.keys[key]; known || l.room(e.Tenant, at) {
+			l.add(key, e.Tenant, LongestLimit, e.Call, at)
 		}
 		l.mu.Unlock()
 	}

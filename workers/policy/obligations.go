@@ -81,7 +81,7 @@ func (r *Rule) limit(in *Input) (Limit, bool) {
 			who = append(who, "session="+string(in.Event.Session))
 		}
 	}
-	return Limit{Rule: r.ID, Who: strings.Join(who, " "), Calls: l.Calls, Per: l.Per}, true
+	return Limit{Rule: r.ID, Who: strings.Join(who, " "), Calls: l.Calls, Per: l.Per, tenant: in.Event.Tenant}, true
 }
 
 // redacted is what stands in a place of what was redacted.
@@ -98,7 +98,7 @@ func redact(q *schemas.Requested, body []byte, paths []string) ([]byte, error) {
 		return nil, fmt.Errorf("%w: %w", errRedact, err)
 	}
 	args := m.Params()
-	if q.Method == toolsCall || q.Method == "prompts/get" {
+	if q.Method == toolsCall || q.Method == promptsGet {
 		args = args.Get("arguments")
 	}
 	var found []jsonrpc.Value

@@ -154,10 +154,8 @@ func (p *Policy) decide(ctx context.Context, e schemas.Event, q *schemas.Request
 	}
 	var asks *read
 	if q.Method == toolsCall {
-		// Of a request that cannot be read there are none, and a rule that looks
-		// at them fails.
 		asks = readRequest(q.Method, e.Body)
-		word.ArgsSHA256 = digest(asks.args.Raw())
+		word.ArgsSHA256 = asks.digest(e.Body)
 	}
 	if n > 1 {
 		if word.Approval = approvalID(e, q, word); word.Approval != asked.id {
@@ -260,9 +258,15 @@ func (p *Policy) payload(e schemas.Event, q *schemas.Requested, v Verdict, word 
 	a := &schemas.Authorized{
 		Requested: *q, Decision: word, RequestedSeq: e.Seq, RequestedAt: e.Stored, Only: v.Only, Each: v.Each,
 	}
-	if word.N > 1 && !q.Deadline.IsZero() {
-		// The deadline is not about persons: the call has the time that it had.
-		a.Deadline = p.o.Now().UTC().Add(q.Deadline.Sub(e.Stored))
+	if word.N > 1 {
+		// The times are not about persons: the call has those that it had.
+		again := p.o.Now().UTC()
+		if !q.Deadline.IsZero() {
+			a.Deadline = again.Add(q.Deadline.Sub(e.Stored))
+		}
+		if !q.TaskUntil.IsZero() {
+			a.TaskUntil = again.Add(q.TaskUntil.Sub(e.Stored))
+		}
 	}
 	if d := v.Obligations.Deadline; d > 0 {
 		begin := e.Stored

@@ -45,6 +45,9 @@ func run(t *testing.T, e schemas.Event, after time.Duration, past schemas.Past) 
 }
 
 func TestHandle(t *testing.T) {
+	decided := func(args string) schemas.Decision {
+		return schemas.Decision{N: 1, Rule: "allow[0]", Matches: []string{"allow[0]"}, ArgsSHA256: args}
+	}
 	yes, no := call("tools/call", "read"), call("tools/call", "write")
 	list := call("tools/list", "")
 	large := call("tools/call", "read")
@@ -55,12 +58,13 @@ func TestHandle(t *testing.T) {
 	stream := call("tools/call", "read")
 	stream.Data.(*schemas.Requested).Deadline = time.Time{}
 
+	short := sha256.Sum256(fits.Body)
+
 	target := func(e schemas.Event) schemas.Target { return e.Data.(*schemas.Requested).Target }
-	empty := sha256.Sum256(nil)
-	none := hex.EncodeToString(empty[:]) // the body has no arguments
-	decided := schemas.Decision{N: 1, Rule: "allow[0]", Matches: []string{"allow[0]"}, ArgsSHA256: none}
-	listed := decided
-	listed.ArgsSHA256 = ""
+	// None of the bodies is a request that can be read: the whole stands for its arguments.
+	whole := sha256.Sum256(yes.Body)
+	args := hex.EncodeToString(whole[:])
+	read, listed := decided(args), decided("")
 	for _, tt := range []struct {
 		name  string
 		e     schemas.Event
@@ -69,22 +73,22 @@ func TestHandle(t *testing.T) {
 		body  []byte
 	}{
 		{"permitted", yes, time.Second, &schemas.Authorized{
-			Requested: *yes.Data.(*schemas.Requested), Decision: decided, RequestedSeq: 7, RequestedAt: yes.Stored,
+			Requested: *yes.Data.(*schemas.Requested), Decision: read, RequestedSeq: 7, RequestedAt: yes.Stored,
 		}, yes.Body},
 		{"list", list, time.Second, &schemas.Authorized{
 			Requested: *list.Data.(*schemas.Requested), Decision: listed, RequestedSeq: 7, RequestedAt: yes.Stored,
 			Only: []string{"read"},
 		}, list.Body},
 		{"body at the limit", fits, time.Second, &schemas.Authorized{
-			Requested: *yes.Data.(*schemas.Requested), Decision: decided, RequestedSeq: 7, RequestedAt: yes.Stored,
+			Requested: *yes.Data.(*schemas.Requested), Decision: decided(hex.EncodeToString(short[:])), RequestedSeq: 7, RequestedAt: yes.Stored,
 		}, fits.Body},
 		{"body past the limit", large, time.Second, &schemas.Authorized{
-			Requested: *yes.Data.(*schemas.Requested), Decision: decided, RequestedSeq: 7, RequestedAt: yes.Stored,
+			Requested: *yes.Data.(*schemas.Requested), Decision: decided(hex.EncodeToString(digest[:])), RequestedSeq: 7, RequestedAt: yes.Stored,
 			BodySize: len(large.Body), BodySHA256: hex.EncodeToString(digest[:]),
 		}, nil},
 		{"denied", no, time.Second, &schemas.Denied{
 			Summary:  schemas.Summary{Target: target(no), RequestedAt: no.Stored, RequestSize: len(no.Body), Revision: "2026-07-28"},
-			Decision: schemas.Decision{N: 1, Reason: "no rule permits this call", ArgsSHA256: none},
+			Decision: schemas.Decision{N: 1, Reason: "no rule permits this call", ArgsSHA256: args},
 		}, nil},
 		{"expired", yes, time.Minute, &schemas.Failed{
 			Summary: schemas.Summary{Target: target(yes), RequestedAt: yes.Stored, RequestSize: len(yes.Body), Revision: "2026-07-28"},
@@ -95,10 +99,10 @@ func TestHandle(t *testing.T) {
 			Code:    schemas.FailExpired, Detail: "the deadline passed before policy decided",
 		}, nil},
 		{"old but in time", yes, 59 * time.Second, &schemas.Authorized{
-			Requested: *yes.Data.(*schemas.Requested), Decision: decided, RequestedSeq: 7, RequestedAt: yes.Stored,
+			Requested: *yes.Data.(*schemas.Requested), Decision: read, RequestedSeq: 7, RequestedAt: yes.Stored,
 		}, yes.Body},
 		{"without deadline", stream, time.Hour, &schemas.Authorized{
-			Requested: *stream.Data.(*schemas.Requested), Decision: decided, RequestedSeq: 7, RequestedAt: yes.Stored,
+			Requested: *stream.Data.(*schemas.Requested), Decision: read, RequestedSeq: 7, RequestedAt: yes.Stored,
 		}, stream.Body},
 	} {
 		out, err := run(t, tt.e, tt.after, nothing)
