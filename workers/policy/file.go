@@ -12,6 +12,7 @@ import (
 	"cel.dev/cel-go/cel"
 	"github.com/goccy/go-yaml"
 	"github.com/goccy/go-yaml/ast"
+	"github.com/goccy/go-yaml/parser"
 )
 
 // A file of rules is a kind of rule too: YAML, read strictly.
@@ -36,9 +37,10 @@ import (
 //
 // All rules are asked; default deny; forbid over require_approval over permit. A
 // condition that fails makes its rule fire, but for a permit, which then does not.
+// A file is one document and has the key rules; a key has a value or is left out.
 
 type fileYAML struct {
-	Rules []ruleYAML `yaml:"rules"`
+	Rules *[]ruleYAML `yaml:"rules"`
 }
 
 type ruleYAML struct {
@@ -115,13 +117,10 @@ func rulesOf(files []File) ([]Rule, error) {
 	var errs []error
 	at := map[string]string{}
 	for _, f := range files {
-		var y fileYAML
-		if err := yaml.UnmarshalWithOptions([]byte(f.Text), &y, yaml.Strict()); err != nil {
-			errs = append(errs, inFile(f.Name, err))
-			continue
-		}
-		for i := range y.Rules {
-			w := &y.Rules[i]
+		list, bad := f.read()
+		errs = append(errs, bad...)
+		for i := range list {
+			w := &list[i]
 			r, bad := w.rule(env, f.Name)
 			errs = append(errs, bad...)
 			if other := at[w.ID.text]; other != "" && w.ID.text != "" {
@@ -133,6 +132,56 @@ func rulesOf(files []File) ([]Rule, error) {
 	}
 	slices.SortStableFunc(rules, func(a, b Rule) int { return cmp.Compare(a.ID, b.ID) })
 	return rules, errors.Join(errs...)
+}
+
+// read reads the rules of a file. What the reader of YAML would pass over in
+// silence is refused here, since a rule that is not read, or is read without its
+// match, may be the one that forbids.
+func (f File) read() ([]ruleYAML, []error) {
+	tree, err := parser.ParseBytes([]byte(f.Text), 0)
+	if err != nil {
+		return nil, []error{inFile(f.Name, err)}
+	}
+	if len(tree.Docs) > 1 {
+		line := 1
+		if start := tree.Docs[1].Start; start != nil {
+			line = start.Position.Line
+		}
+		return nil, []error{fmt.Errorf("%s:%d: another document begins, and a file of rules is one, without directives", f.Name, line)}
+	}
+	var errs []error
+	for _, d := range tree.Docs {
+		if d.Body == nil {
+			continue
+		}
+		for _, n := range nulls(d.Body) {
+			errs = append(errs, fmt.Errorf("%s:%d: %s: has no value; leave the key out if that is what is meant", f.Name, n.GetToken().Position.Line, strings.TrimPrefix(n.GetPath(), "$.")))
+		}
+	}
+	var y fileYAML
+	if len(errs) == 0 {
+		if err := yaml.UnmarshalWithOptions([]byte(f.Text), &y, yaml.Strict()); err != nil {
+			errs = append(errs, inFile(f.Name, err))
+		} else if y.Rules == nil {
+			// As it looks while it is being written.
+			errs = append(errs, fmt.Errorf("%s:1: has no rules; of a file that is to have none, `rules: []` says so", f.Name))
+		}
+	}
+	if len(errs) > 0 {
+		return nil, errs
+	}
+	return *y.Rules, nil
+}
+
+// nulls are the places where a key or an element has no value, by whatever spelling.
+func nulls(n ast.Node) []ast.Node {
+	all := ast.Filter(ast.NullType, n)
+	for _, t := range ast.Filter(ast.TagType, n) {
+		if t.(*ast.TagNode).Start.Value == "!!null" {
+			all = append(all, t)
+		}
+	}
+	return all
 }
 
 var (

@@ -217,6 +217,22 @@ func TestFileErrors(t *testing.T) {
 		{"limit of nothing", "rules:\n  - id: a\n    effect: permit\n    obligations: {limit: {calls: 0, per: 1m, by: [agent]}}\n", "limit.calls"},
 		{"limit forever", "rules:\n  - id: a\n    effect: permit\n    obligations: {limit: {calls: 3, per: 5h, by: [agent]}}\n", "limit.per"},
 		{"limit of the moon", "rules:\n  - id: a\n    effect: permit\n    obligations: {limit: {calls: 3, per: 1m, by: [moon]}}\n", "\"moon\""},
+		{"two documents", "rules: []\n---\nrules:\n  - {id: a, effect: forbid}\n", "rules.yaml:2: another document"},
+		{"an empty one after it", "rules: []\n---\n", "rules.yaml:2: another document"},
+		{"a directive", "%YAML 1.2\n---\nrules: []\n", "rules.yaml:2: another document"},
+		{"an empty one before it", "---\n---\nrules: []\n", "rules.yaml:1: has no rules"},
+		{"empty", "", "rules.yaml:1: has no rules"},
+		{"a comment", "# rules\n", "rules.yaml:1: has no rules"},
+		{"nothing of it", "{}\n", "rules.yaml:1: has no rules"},
+		{"no rules", "rules:\n", "rules.yaml:1: rules: has no value"},
+		{"no rule", "rules:\n  - {id: a, effect: permit}\n  -\n", "rules.yaml:3: rules[1]: has no value"},
+		{"when of nothing", "rules:\n  - id: a\n    effect: permit\n    when:\n", "rules.yaml:4: rules[0].when: has no value"},
+		{"match of nothing", "rules:\n  - id: a\n    effect: permit\n    match:\n    reason: x\n", "rules.yaml:4: rules[0].match: has no value"},
+		{"agents of nothing", "rules:\n  - id: a\n    effect: permit\n    match:\n      agents:\n", "rules.yaml:5: rules[0].match.agents: has no value"},
+		{"an agent of nothing", "rules:\n  - id: a\n    effect: permit\n    match: {agents: [~]}\n", "rules.yaml:4: rules[0].match.agents[0]: has no value"},
+		{"null by its tag", "rules:\n  - id: a\n    effect: permit\n    match: {agents: !!null ''}\n", "rules.yaml:4: rules[0].match.agents: has no value"},
+		{"null by an alias", "rules:\n  - id: a\n    effect: permit\n    reason: &x\n    match: *x\n", "rules.yaml:4: rules[0].reason: has no value"},
+		{"a limit of nothing", "rules:\n  - id: a\n    effect: permit\n    obligations: {limit: null}\n", "rules.yaml:4: rules[0].obligations.limit: has no value"},
 		{"no path", "rules:\n  - id: a\n    effect: oblige\n    obligations: {redact: [a..b]}\n", "obligations.redact"},
 	} {
 		_, err := tryBundle(File{"rules.yaml", tt.text})
@@ -231,8 +247,10 @@ func TestFileErrors(t *testing.T) {
 	if _, err := Compile([]byte(`{"version":1,"engine":"another"}`)); err == nil {
 		t.Error("another engine's policy")
 	}
-	if b, err := tryBundle(File{"empty.yaml", ""}); err != nil || b.Decide(with("t", "{}"), Facts{}).Permit {
-		t.Errorf("an empty file: %v", err)
+	for _, text := range []string{"rules: []\n", "---\nrules: []\n...\n", "# none\n---\n# yet\nrules: []\n"} {
+		if b, err := tryBundle(File{"empty.yaml", text}); err != nil || b.Decide(with("t", "{}"), Facts{}).Permit {
+			t.Errorf("%q: %v", text, err)
+		}
 	}
 }
 

@@ -135,13 +135,22 @@ func (a *approvals) args(ctx context.Context, h *schemas.Held) json.RawMessage {
 	if err != nil {
 		return nil
 	}
-	m, err := jsonrpc.Decode(e.Body, jsonrpc.Limits{})
+	return shownArgs(h.Method, e.Body)
+}
+
+// shownArgs are the arguments of a tool or a prompt, and the whole params of anything
+// else: in these, a member called arguments is one of many, and to show it alone
+// would hide the rest from who approves.
+func shownArgs(method string, body []byte) json.RawMessage {
+	m, err := jsonrpc.Decode(body, jsonrpc.Limits{})
 	if err != nil {
 		return nil
 	}
 	args := m.Params()
-	if v := args.Get("arguments"); v.Exists() {
-		args = v
+	if method == "tools/call" || method == "prompts/get" {
+		if v := args.Get("arguments"); v.Exists() {
+			args = v
+		}
 	}
 	if raw := args.Raw(); len(raw) > 0 && len(raw) <= mostArgs {
 		return json.RawMessage(raw)

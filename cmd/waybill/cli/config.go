@@ -701,20 +701,28 @@ func (c *Config) compilePolicy() (*policy.Bundle, []byte, error) {
 	}
 	encoded, err := s.Encode()
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, badRules{err}
 	}
 	b, err := policy.Compile(encoded)
 	if err != nil {
-		return nil, nil, fmt.Errorf("policies: %w", err)
+		return nil, nil, fmt.Errorf("policies: %w", badRules{err})
 	}
 	return b, encoded, nil
 }
+
+// badRules is what is wrong with rules that could be read: the same files would
+// have the same error again.
+type badRules struct{ error }
+
+func (b badRules) Unwrap() error { return b.error }
 
 // testFile ends the name of a file with tests for rules, which stands beside them.
 const testFile = "_test.yaml"
 
 // ruleFiles reads the files of rules, or those with tests for them, named as
-// from the configuration's directory.
+// from the configuration's directory. A pattern that fits no file of rules is an
+// error: a file that is away while it is saved must not take what it forbids with
+// it.
 func (c *Config) ruleFiles(tests bool) ([]policy.File, error) {
 	seen := map[string]bool{}
 	var files []policy.File
@@ -726,8 +734,12 @@ func (c *Config) ruleFiles(tests bool) ([]policy.File, error) {
 		if len(found) == 0 && !strings.ContainsAny(pattern, "*?[") {
 			return nil, fmt.Errorf("policies[%d]: %s: no such file", i, c.path(pattern))
 		}
+		isRules := func(name string) bool { return !strings.HasSuffix(name, testFile) }
+		if !tests && isRules(pattern) && !slices.ContainsFunc(found, isRules) {
+			return nil, fmt.Errorf("policies[%d]: %s: fits no file of rules", i, c.path(pattern))
+		}
 		for _, name := range found {
-			if seen[name] || strings.HasSuffix(name, testFile) != tests {
+			if seen[name] || isRules(name) == tests {
 				continue
 			}
 			seen[name] = true

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/signal"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -172,7 +173,12 @@ func (r *rules) load(ctx context.Context) error {
 			return r.activate(ctx, b)
 		}
 		if r.g.c.Bus.URL != "" {
-			if _, err := r.sys.Get(ctx, b.Digest); err == nil {
+			_, err := r.sys.Get(ctx, b.Digest)
+			seen, err := wasSeen(err)
+			if err != nil {
+				return fmt.Errorf("whether the rules of this process are new: %w", err)
+			}
+			if seen {
 				r.g.log.Warn("the rules of this process were replaced by others, which stay in force; SIGHUP puts these in force again",
 					"these", b.Digest, "in_force", now.SHA256)
 				return nil
@@ -180,6 +186,16 @@ func (r *rules) load(ctx context.Context) error {
 		}
 	}
 	return r.publish(ctx, b, encoded)
+}
+
+// wasSeen tells of the error with which a bundle was looked for whether the log has
+// had it. Only that it has not makes it new: one that cannot be read may be an old
+// one.
+func wasSeen(err error) (bool, error) {
+	if errors.Is(err, schemas.ErrNotFound) {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // publish stores a bundle and puts it in force everywhere.
@@ -308,13 +324,14 @@ func bundleOf(ctx context.Context, sys *bus.System, digest string) (*policy.Bund
 }
 
 // watch reads the files again when they have changed, or on SIGHUP. Files that
-// do not compile change nothing.
+// do not compile change nothing; what fails for another reason is tried again.
 func (r *rules) watch(ctx context.Context) error {
 	hup := make(chan os.Signal, 1)
 	signal.Notify(hup, syscall.SIGHUP)
 	defer signal.Stop(hup)
 	t := time.NewTicker(time.Second)
 	defer t.Stop()
+	again := false
 	for {
 		asked := false
 		select {
@@ -325,12 +342,13 @@ func (r *rules) watch(ctx context.Context) error {
 		case <-t.C:
 		}
 		now := r.look()
-		if now == r.files && !asked {
+		if now == r.files && !asked && !again {
 			continue
 		}
-		r.files = now
+		r.files, again = now, false
 		if err := r.reload(ctx, asked); err != nil && ctx.Err() == nil {
 			text := err.Error()
+			again = r.worthAnother(err)
 			r.broken.Store(&text)
 			r.failures.Add(1)
 			r.g.log.Error("the rules were changed and cannot be put in force; the former stay", "error", err)
@@ -338,6 +356,13 @@ func (r *rules) watch(ctx context.Context) error {
 		}
 		r.broken.Store(nil)
 	}
+}
+
+// worthAnother tells whether to try again what has failed, though the files stay as
+// they are: not if it is they that are wrong, or that cannot be read, which look
+// sees the end of.
+func (r *rules) worthAnother(err error) bool {
+	return !errors.As(err, new(badRules)) && !strings.HasPrefix(r.files, unreadable)
 }
 
 func (r *rules) reload(ctx context.Context, asked bool) error {
@@ -354,6 +379,9 @@ func (r *rules) reload(ctx context.Context, asked bool) error {
 	return r.publish(ctx, b, encoded)
 }
 
+// unreadable begins how files look that cannot be read.
+const unreadable = "error: "
+
 // look is how the files look from outside, to see that they have changed.
 func (r *rules) look() string {
 	if len(r.g.c.Policies) == 0 {
@@ -361,7 +389,7 @@ func (r *rules) look() string {
 	}
 	files, err := r.g.c.ruleFiles(false)
 	if err != nil {
-		return "error: " + err.Error()
+		return unreadable + err.Error()
 	}
 	h := sha256.New()
 	for _, f := range files {

@@ -1,10 +1,14 @@
 package cli
 
 import (
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"waybill.dev/schemas"
 )
 
 // The example rules do what their tests say, and the tests notice when they do
@@ -52,6 +56,82 @@ func TestExamplePolicies(t *testing.T) {
 		}
 		if code, out := run(filepath.Join(other, "*.yaml")); code == exitOK {
 			t.Errorf("without rule %s all tests pass\n%s", id, out)
+		}
+	}
+}
+
+// Where files of rules are missing or not finished, nothing is put in force.
+func TestRulesMidSave(t *testing.T) {
+	dir := t.TempDir()
+	write := func(name, text string) {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("waybill.yaml", "tenants: [{id: acme}]\nservers: [{name: up, mcp: {url: 'http://127.0.0.1:1/mcp'}}]\npolicies: ['r/*.yaml']\n")
+	if err := os.Mkdir(filepath.Join(dir, "r"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	check := func(want string, bad bool) {
+		t.Helper()
+		c, err := loadConfig(filepath.Join(dir, "waybill.yaml"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _, err = c.compilePolicy()
+		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+			t.Errorf("%v, want %q", err, want)
+		}
+		if errors.As(err, new(badRules)) != bad {
+			t.Errorf("%v: the rules are wrong: %t", err, !bad)
+		}
+		// What is wrong with the rules is not tried again, nor are files that are away.
+		r := &rules{g: &gateway{c: c}}
+		r.files = r.look()
+		if err != nil && r.worthAnother(err) {
+			t.Errorf("%v: is tried again", err)
+		}
+		var out strings.Builder
+		code := Run(t.Context(), []string{"config", "check", "--config", filepath.Join(dir, "waybill.yaml")}, Env{Stdout: &out, Stderr: &out, Getenv: os.Getenv})
+		if (code == exitOK) != (want == "") {
+			t.Errorf("config check: exit %d\n%s", code, out.String())
+		}
+	}
+	check("fits no file of rules", false)
+	write("r/a_test.yaml", "tests: []\n")
+	check("fits no file of rules", false)
+	write("r/a.yaml", "")
+	check("r/a.yaml:1: has no rules", true)
+	write("r/a.yaml", "rules: []\n")
+	check("", false)
+	if r := (&rules{files: "0a"}); !r.worthAnother(errors.New("the log is away")) {
+		t.Error("what the log refused is not tried again")
+	}
+}
+
+func TestWasSeen(t *testing.T) {
+	for _, tt := range []struct {
+		err          error
+		seen, passes bool
+	}{{nil, true, true}, {fmt.Errorf("x: %w", schemas.ErrNotFound), false, true}, {errors.New("the log is away"), false, false}} {
+		if seen, err := wasSeen(tt.err); seen != tt.seen || (err == nil) != tt.passes {
+			t.Errorf("%v: %t, %v", tt.err, seen, err)
+		}
+	}
+}
+
+// Who approves sees all that the call asks with.
+func TestShownArgs(t *testing.T) {
+	for _, tt := range []struct{ method, params, want string }{
+		{"tools/call", `{"name":"x","arguments":{"a":1}}`, `{"a":1}`},
+		{"tools/call", `{"name":"x","arguments":[1]}`, `[1]`},
+		{"prompts/get", `{"name":"x","arguments":{"a":1}}`, `{"a":1}`},
+		{"prompts/get", `{"name":"x"}`, `{"name":"x"}`},
+		{"resources/read", `{"uri":"file:///etc","arguments":{}}`, `{"uri":"file:///etc","arguments":{}}`},
+	} {
+		body := fmt.Sprintf(`{"jsonrpc":"2.0","id":1,"method":%q,"params":%s}`, tt.method, tt.params)
+		if got := string(shownArgs(tt.method, []byte(body))); got != tt.want {
+			t.Errorf("%s %s: shows %s", tt.method, tt.params, got)
 		}
 	}
 }
