@@ -344,6 +344,7 @@ func TestConnectLater(t *testing.T) {
 func TestConnectSessionEnded(t *testing.T) {
 	begun := make(chan struct{})
 	over := make(chan struct{})
+	again := make(chan struct{}, 1) // the second session has its stream
 	c := connectTo(t, quick, legacyGateway(func(c *connected, w http.ResponseWriter, r *http.Request, m *jsonrpc.Message) {
 		old := r.Header.Get("Mcp-Session-Id") == "s1"
 		select {
@@ -362,6 +363,7 @@ func TestConnectSessionEnded(t *testing.T) {
 			case <-r.Context().Done():
 			}
 			if !old {
+				again <- struct{}{}
 				held(w, r)
 			}
 		case m != nil && m.Method() == "tools/call" && strings.Contains(string(m.Raw()), "slow"):
@@ -390,6 +392,7 @@ func TestConnectSessionEnded(t *testing.T) {
 	c.hear(`"id":5`, `"code":"session_ended"`)
 	c.say(callLine("6", "quick"))
 	c.hear(`"id":6`, `"in":"s2"`)
+	<-again
 	c.end()
 	for request, n := range map[string]int{
 		"POST initialize": 2, "POST notifications/initialized s2": 1, "POST logging/setLevel s2": 1, "POST resources/subscribe s2": 1,
