@@ -321,6 +321,51 @@ func TestFeedIsDense(t *testing.T) {
 	}
 }
 
+// What the audit is answered, and salts among it, only its own role hears.
+func TestAnswersArePrivate(t *testing.T) {
+	w := start(t, embed.Options{})
+	l := w.open(bus.Options{Role: bus.RoleAudit})
+	a, err := l.Audit(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	secret, err := a.Secret(t.Context(), "", "", 32, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, role := range bus.Roles() {
+		if role == bus.RoleAudit || role == bus.RoleAdmin {
+			continue
+		}
+		nc, err := w.srv.Connect(role, nats.ErrorHandler(func(*nats.Conn, *nats.Subscription, error) {}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer nc.Close()
+		heard := make(chan *nats.Msg, 64)
+		for _, subject := range []string{"_INBOX.>", "_PRIV.>", "_PRIV.audit.>", ">", "salt.>"} {
+			if _, err := nc.ChanSubscribe(subject, heard); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := nc.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		if again, err := a.Secret(t.Context(), "", "", 32, true); err != nil || string(again) != string(secret) {
+			t.Fatalf("%x %v", again, err)
+		}
+		// The answer to this comes behind whatever was heard.
+		if err := nc.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		for len(heard) > 0 {
+			if m := <-heard; strings.Contains(string(m.Data), `"message"`) {
+				t.Errorf("%s hears on %s: %s", role, m.Subject, m.Data)
+			}
+		}
+	}
+}
+
 // What is erased is overwritten, the session's only, and an erasure is no part of
 // what it erases; to do so again does no harm.
 func TestEraseOverwrites(t *testing.T) {

@@ -36,7 +36,7 @@ type Dialer func(Role, ...nats.Option) (*nats.Conn, error)
 // gave that user.
 func URL(url, creds string) Dialer {
 	return func(r Role, opts ...nats.Option) (*nats.Conn, error) {
-		opts = append([]nats.Option{nats.Name("waybill " + string(r))}, opts...)
+		opts = append([]nats.Option{nats.Name("waybill " + string(r)), r.Inbox()}, opts...)
 		if creds != "" {
 			opts = append(opts, nats.UserCredentials(creds))
 		}

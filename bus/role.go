@@ -3,6 +3,8 @@ package bus
 import (
 	"slices"
 
+	"github.com/nats-io/nats.go"
+
 	"waybill.dev/schemas"
 )
 
@@ -68,6 +70,20 @@ var durables = map[Role]string{
 // Subjects are what a role may and may not publish to, and subscribe to.
 type Subjects struct{ Publish, Never, Subscribe []string }
 
+// inbox is where answers to a role go. Each has its own: the roles share an
+// account, and who heard what another is answered would read what only that one
+// may. The observer has the client's own, as it is there for any client.
+func (r Role) inbox() string {
+	if r == RoleObserver {
+		return "_INBOX"
+	}
+	return "_PRIV." + string(r)
+}
+
+// Inbox makes a connection's answers go where only its role hears them. Every
+// [Dialer] has to use it.
+func (r Role) Inbox() nats.Option { return nats.CustomInboxPrefix(r.inbox()) }
+
 // Permissions are the subjects of a role.
 func (r Role) Permissions() Subjects {
 	if r == RoleAdmin {
@@ -82,7 +98,7 @@ func (r Role) Permissions() Subjects {
 			"$JS.API.CONSUMER.INFO.*.*", "$JS.API.CONSUMER.LIST.*", "$JS.API.CONSUMER.NAMES.*",
 			"$JS.API.CONSUMER.MSG.NEXT.*.*",
 		},
-		Subscribe: []string{"_INBOX.>", "ev.>", "sys.>", "dead.>", "audit.>", "tlog.>"},
+		Subscribe: []string{r.inbox() + ".>", "ev.>", "sys.>", "dead.>", "audit.>", "tlog.>"},
 	}
 	for role, name := range durables {
 		if role == r {

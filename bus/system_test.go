@@ -220,7 +220,7 @@ func TestSystemRights(t *testing.T) {
 		defer nc.Close()
 		for _, kind := range []string{"policy", "approval", "tool", "content"} {
 			want := slices.Contains(may[role], kind)
-			reply := nats.NewInbox()
+			reply := nc.NewInbox()
 			sub, err := nc.SubscribeSync(reply)
 			if err != nil {
 				t.Fatal(err)

@@ -196,7 +196,7 @@ func (s *Server) ObserverFile() string { return s.observer }
 
 // Connect opens an in-process connection for a role. It is a [bus.Dialer].
 func (s *Server) Connect(r bus.Role, opts ...nats.Option) (*nats.Conn, error) {
-	opts = append([]nats.Option{nats.InProcessServer(s.ns), nats.UserInfo(string(r), s.users[r]), nats.Name("waybill " + string(r))}, opts...)
+	opts = append([]nats.Option{nats.InProcessServer(s.ns), nats.UserInfo(string(r), s.users[r]), nats.Name("waybill " + string(r)), r.Inbox()}, opts...)
 	return nats.Connect("", opts...)
 }
 
