@@ -616,7 +616,16 @@ func TestOpenSaysNothing(t *testing.T) {
 	m.say("s1", &schemas.Failed{Code: schemas.FailUnknown, Detail: "canary"}, "canary")
 	m.say("s1", &schemas.Cancelled{Reason: "canary"}, "")
 	m.say("s1", &schemas.Cancel{Reason: "canary"}, "canary")
-	m.say("s1", &schemas.Authorized{Requested: *request()}, "canary")
+	// Of digests without salt one finds by trying what they are of.
+	digests := schemas.Decision{ArgsSHA256: "canary", Approval: "canary"}
+	m.say("s1", &schemas.Authorized{Requested: *request(), Decision: digests, BodySHA256: "canary"}, "canary")
+	m.say("s1", &schemas.Held{Decision: digests}, "")
+	m.say("s1", &schemas.Tasked{}, "canary")
+	of := schemas.Summary{ChunksSHA256: "canary"}
+	m.say("s1", &schemas.Denied{Summary: of, Decision: digests}, "")
+	m.say("s1", &schemas.Completed{Summary: of}, "canary")
+	m.say("s1", &schemas.Failed{Summary: of, Code: schemas.FailUnknown}, "")
+	m.say("s1", &schemas.Cancelled{Summary: of}, "")
 	b := m.builder(t, nil)
 	if err := errors.Join(b.Restore(t.Context()), m.all(b)); err != nil {
 		t.Fatal(err)
@@ -625,6 +634,35 @@ func TestOpenSaysNothing(t *testing.T) {
 		if strings.Contains(string(item.Payload), "canary") {
 			t.Errorf("%s", item.Payload)
 		}
+	}
+	// They are covered all the same.
+	if r := m.verify(t, m.lines(nil, nil)); !r.OK() {
+		t.Errorf("%+v", r)
+	}
+	e := m.log[Events][m.last[Events]]
+	e.Header["Waybill-Event"][0] = strings.Replace(e.Header["Waybill-Event"][0], "canary", "Canary", 1)
+	if r := m.verify(t, m.lines(nil, nil)); len(r.Problems) != 1 || !strings.HasSuffix(r.Problems[0].Text, ": headers") {
+		t.Errorf("%+v", r.Problems)
+	}
+}
+
+// Where the log ends before the tree, what comes takes the numbers of what was
+// signed: nothing is signed then, and not later, either, when there is enough.
+func TestLogCutOff(t *testing.T) {
+	m := built(t)
+	for seq := m.last[Events] - 2; seq <= m.last[Events]; seq++ {
+		delete(m.log[Events], seq)
+	}
+	m.last[Events] -= 3
+	leaves := len(m.feed)
+	for i := range 5 {
+		if err := m.builder(t, nil).Restore(t.Context()); !errors.Is(err, ErrFork) {
+			t.Errorf("with %d of 3 stored anew: %v", i, err)
+		}
+		m.say("s9", request(), "anew")
+	}
+	if len(m.feed) != leaves {
+		t.Errorf("%d leaves more", len(m.feed)-leaves)
 	}
 }
 

@@ -42,6 +42,8 @@ type Store interface {
 
 	// Entry reads one message of the log; it returns schemas.ErrNotFound.
 	Entry(ctx context.Context, stream string, seq uint64) (Entry, error)
+	// Last is the sequence of a stream's last message, also of one that is gone.
+	Last(ctx context.Context, stream string) (uint64, error)
 	// Follow yields every message behind a position as it is stored, each stream in
 	// its order, until ctx is done or the reading fails.
 	Follow(ctx context.Context, after Position) iter.Seq2[Entry, error]
@@ -111,6 +113,10 @@ type snapshot struct {
 	root  tlog.Hash
 	tiles map[tlog.Tile][]byte
 }
+
+// looked is how many of the last leaves are held against the log at a start though
+// they are signed.
+const looked = 64
 
 // most is how many messages are taken at once.
 const most = 1000
@@ -264,6 +270,9 @@ func (b *Builder) Restore(ctx context.Context) error {
 	if root := b.tree.root(); root != last.Root {
 		return fmt.Errorf("%w: of %d leaves, the tree is %s, and %s was signed", ErrFork, last.Size, root, last.Root)
 	}
+	if err := b.ends(ctx, last.Size); err != nil {
+		return err
+	}
 	number := last.Size
 	for record, err := range b.o.Store.Records(ctx, last.Size, n) {
 		if err != nil {
@@ -285,7 +294,35 @@ func (b *Builder) Restore(ctx context.Context) error {
 	return nil
 }
 
-// recheck holds a leaf that is not signed yet against the log. The erasure that
+// ends finds out whether the log has what the tree ends with. If it ends before
+// it (an older copy of it was put back, or a power cut has taken its end), what is
+// stored now takes sequences for which there are leaves, and would have none.
+// Once that has happened only the leaves themselves tell.
+func (b *Builder) ends(ctx context.Context, signed uint64) error {
+	for stream, seq := range b.at {
+		last, err := b.o.Store.Last(ctx, stream)
+		if err != nil {
+			return err
+		}
+		if seq > last {
+			return fmt.Errorf("%w: %s ends at %d, and the tree has leaves of it up to %d: the end of the log is lost, or an older copy of it was put back, and what is stored now takes the numbers of what was there",
+				ErrFork, stream, last, seq)
+		}
+	}
+	number := signed - min(signed, looked)
+	for record, err := range b.o.Store.Records(ctx, number, signed) {
+		if err != nil {
+			return fmt.Errorf("leaf %d: %w", number, err)
+		}
+		if err := b.recheck(ctx, number, record, false); err != nil {
+			return err
+		}
+		number++
+	}
+	return nil
+}
+
+// recheck holds a leaf against the log. The erasure that
 // the last one is of is done again.
 func (b *Builder) recheck(ctx context.Context, n uint64, record []byte, last bool) error {
 	l, err := ReadRecord(record)

@@ -213,6 +213,12 @@ func (m *memory) Entry(_ context.Context, stream string, seq uint64) (Entry, err
 	return e, nil
 }
 
+func (m *memory) Last(_ context.Context, stream string) (uint64, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.last[stream], nil
+}
+
 func (m *memory) Follow(ctx context.Context, after Position) iter.Seq2[Entry, error] {
 	return func(yield func(Entry, error) bool) {
 		at := map[string]uint64{Events: after[Events], System: after[System]}

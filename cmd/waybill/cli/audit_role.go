@@ -104,7 +104,7 @@ func (g *gateway) addAudit(ctx context.Context, _ net.Listener) error {
 	b, err := audit.New(audit.Options{
 		Store: auditStore{a}, Origin: origin, Keys: keys,
 		Said:   func(t schemas.Tenant) bool { return slices.Contains(g.c.Audit.Bodies, t) },
-		Signed: out.put, Up: ready.Store, Tree: g.metrics.tree, Log: g.log,
+		Signed: out.put, Up: ready.Store, Tree: g.metrics.tree, Log: g.log, Settle: g.c.settle(),
 	})
 	if err != nil {
 		return err
@@ -113,6 +113,20 @@ func (g *gateway) addAudit(ctx context.Context, _ net.Listener) error {
 		return lease(ctx, ready.Store, b.Run)
 	}})
 	return nil
+}
+
+// settle is how old a leaf is when it is signed: what is younger than the log's
+// flushing to disk a power cut may take, and twice that is on the safe side.
+func (c *Config) settle() time.Duration {
+	const least = 250 * time.Millisecond
+	if c.Bus.Embedded == nil {
+		return least
+	}
+	every, _, err := c.Bus.Embedded.sync()
+	if err != nil { // refused when the configuration was read
+		return least
+	}
+	return max(least, 2*every)
 }
 
 // auditLease makes this process the only one that builds, or has it stand by: it

@@ -75,6 +75,11 @@ func (s auditStore) Entry(ctx context.Context, stream string, seq uint64) (audit
 	return audit.Entry(m), err
 }
 
+func (s auditStore) Last(ctx context.Context, stream string) (uint64, error) {
+	_, last, err := s.a.Range(ctx, stream)
+	return last, err
+}
+
 func (s auditStore) Follow(ctx context.Context, after audit.Position) iter.Seq2[audit.Entry, error] {
 	return func(yield func(audit.Entry, error) bool) {
 		for m, err := range s.a.After(ctx, after) {
