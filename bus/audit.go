@@ -396,29 +396,46 @@ func (a *Audit) PutEdge(ctx context.Context, tiles map[string][]byte) error {
 	return nil
 }
 
-// Edge reads the tiles that are not full, by path.
+// edgeLevels is how many levels a tree can have whose leaves 64 bits count.
+const edgeLevels = 8
+
+// Edge reads the tiles that are not full, by path. Each is asked for by its
+// subject: a reader that goes on from one to the next misses what is replaced
+// before it comes there.
 func (a *Audit) Edge(ctx context.Context) (map[string][]byte, error) {
 	tiles := map[string][]byte{}
-	for m, err := range read(ctx, a.l, a.state, "tlog.edge.*", 1, 0) {
+	for level := range edgeLevels {
+		m, err := retry(ctx, a.l, func(ctx context.Context) (*jetstream.RawStreamMsg, error) {
+			return a.state.GetLastMsgForSubject(ctx, "tlog.edge."+strconv.Itoa(level))
+		})
+		if errors.Is(err, jetstream.ErrMsgNotFound) {
+			continue
+		}
 		if err != nil {
 			return nil, fmt.Errorf("edge of the tree: %w", err)
 		}
-		tiles[nats.Header(m.Header).Get(headerTile)] = m.Body
+		tiles[m.Header.Get(headerTile)] = m.Data
 	}
 	return tiles, nil
 }
 
-// Tiles yields all tiles by their paths, those that are not full last.
+// Tiles yields all tiles by their paths, those that are not full first: a tile
+// that takes the place of one of them, since it is full, was stored before it was
+// replaced, and is found behind it.
 func (a *Audit) Tiles(ctx context.Context) iter.Seq2[Tile, error] {
 	return func(yield func(Tile, error) bool) {
-		for m, err := range read(ctx, a.l, a.audit, "tlog.tile.>", 1, 0) {
-			path := strings.ReplaceAll(strings.TrimPrefix(m.Subject, "tlog."), ".", "/")
-			if !yield(Tile{path, m.Body}, err) || err != nil {
+		edge, err := a.Edge(ctx)
+		if err != nil {
+			yield(Tile{}, err)
+			return
+		}
+		for path, data := range edge {
+			if !yield(Tile{path, data}, nil) {
 				return
 			}
 		}
-		for m, err := range read(ctx, a.l, a.state, "tlog.edge.*", 1, 0) {
-			path := nats.Header(m.Header).Get(headerTile)
+		for m, err := range read(ctx, a.l, a.audit, "tlog.tile.>", 1, 0) {
+			path := strings.ReplaceAll(strings.TrimPrefix(m.Subject, "tlog."), ".", "/")
 			if !yield(Tile{path, m.Body}, err) || err != nil {
 				return
 			}
@@ -464,10 +481,23 @@ func (a *Audit) PutCheckpoint(ctx context.Context, text string) error {
 	return nil
 }
 
-// Checkpoints yields all, oldest first.
-func (a *Audit) Checkpoints(ctx context.Context) iter.Seq2[string, error] {
+// Signed is where the stream of checkpoints and tiles ends. Asked for before
+// [Audit.Head], it bounds [Audit.Checkpoints] to trees of which the feed has all.
+func (a *Audit) Signed(ctx context.Context) (uint64, error) {
+	info, err := retry(ctx, a.l, func(ctx context.Context) (*jetstream.StreamInfo, error) { return a.audit.Info(ctx) })
+	if err != nil {
+		return 0, fmt.Errorf("the newest checkpoint: %w", err)
+	}
+	return info.State.LastSeq, nil
+}
+
+// Checkpoints yields those up to a place ([Audit.Signed]), oldest first.
+func (a *Audit) Checkpoints(ctx context.Context, to uint64) iter.Seq2[string, error] {
 	return func(yield func(string, error) bool) {
-		for m, err := range read(ctx, a.l, a.audit, checkpointSubject, 1, 0) {
+		if to == 0 {
+			return
+		}
+		for m, err := range read(ctx, a.l, a.audit, checkpointSubject, 1, to) {
 			if !yield(string(m.Body), err) || err != nil {
 				return
 			}

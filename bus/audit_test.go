@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -318,6 +319,63 @@ func TestFeedIsDense(t *testing.T) {
 			t.Errorf("%s can read the salts", role)
 		}
 		cancel()
+	}
+}
+
+// What is read of a tree that grows meanwhile is whole: no checkpoint of leaves
+// that come later, and each tile, full or not.
+func TestReadWhileGrowing(t *testing.T) {
+	w := start(t, embed.Options{})
+	l := w.open(bus.Options{Role: bus.RoleAudit})
+	a, err := l.Audit(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	edge := func(path string) {
+		t.Helper()
+		if err := a.PutEdge(t.Context(), map[string][]byte{path: []byte(path)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, c := range []string{"one", "two"} {
+		if err := a.PutCheckpoint(t.Context(), c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	edge("tile/8/0/000.p/7")
+	edge("tile/8/1/000.p/1")
+	to, err := a.Signed(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := a.PutCheckpoint(t.Context(), "three"); err != nil {
+		t.Fatal(err)
+	}
+	var checkpoints, tiles []string
+	for c, err := range a.Checkpoints(t.Context(), to) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		checkpoints = append(checkpoints, c)
+	}
+	if got := strings.Join(checkpoints, " "); got != "one two" {
+		t.Errorf("checkpoints %s", got)
+	}
+	for tile, err := range a.Tiles(t.Context()) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(tiles) == 0 { // it gets full in the middle of the reading
+			if err := a.PutTile(t.Context(), "tile/8/0/000", []byte("full")); err != nil {
+				t.Fatal(err)
+			}
+			edge("tile/8/0/001.p/3")
+		}
+		tiles = append(tiles, tile.Path)
+	}
+	slices.Sort(tiles)
+	if got := strings.Join(tiles, " "); got != "tile/8/0/000 tile/8/0/000.p/7 tile/8/1/000.p/1" {
+		t.Errorf("tiles %s", got)
 	}
 }
 

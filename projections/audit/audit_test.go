@@ -646,6 +646,40 @@ func TestOpenSaysNothing(t *testing.T) {
 	}
 }
 
+// What was read of a tree that grew meanwhile is right: the edge may be of a later
+// tree than the newest checkpoint.
+func TestVerifiesWhileGrowing(t *testing.T) {
+	m := built(t)
+	checkpoints := slices.Clone(m.checkpoints)
+	for i := range 20 {
+		m.say("s1", request(), fmt.Sprint("later ", i))
+	}
+	b := m.builder(t, nil)
+	if err := errors.Join(b.Restore(t.Context()), m.all(b)); err != nil {
+		t.Fatal(err)
+	}
+	m.checkpoints = checkpoints
+	if r := m.verify(t, m.lines(nil, nil)); !r.OK() || r.Signed != 301 || r.Unsigned != 20 {
+		t.Errorf("%+v", r)
+	}
+}
+
+// SYSTEM keeps all: what it does not have of its beginning was deleted. And the
+// report says how many leaves the feed has lost to its age.
+func TestNothingAgesUnseen(t *testing.T) {
+	m := built(t)
+	lines := slices.DeleteFunc(m.lines(nil, nil), func(l Line) bool { return l.Leaf != nil && l.Leaf.Number < 5 })
+	lines[0].Log.First = 5
+	if r := m.verify(t, lines); !r.OK() || r.Unfed != 5 {
+		t.Errorf("%+v", r)
+	}
+	delete(m.log[System], 1)
+	delete(m.log[Events], 1)
+	if r := m.verify(t, m.lines(nil, nil)); len(r.Problems) != 1 || r.Problems[0].Stream != System || r.Aged != 1 {
+		t.Errorf("%+v", r)
+	}
+}
+
 // Where the log ends before the tree, what comes takes the numbers of what was
 // signed: nothing is signed then, and not later, either, when there is enough.
 func TestLogCutOff(t *testing.T) {

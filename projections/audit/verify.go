@@ -87,6 +87,7 @@ type Report struct {
 	Aged        uint64    `json:"aged"`             // leaves whose messages are older than the log
 	Unsigned    uint64    `json:"unsigned"`         // messages that no checkpoint covers yet
 	Gaps        uint64    `json:"gaps"`             // messages that the log did not have when the tree reached them
+	Unfed       uint64    `json:"unfed"`            // leaves, the first ones, whose records the feed does not have any more: only their hashes were verified
 	Problems    []Problem `json:"problems"`         // in the order of the leaves; the first 100
 	More        int       `json:"more,omitempty"`   // problems beside those
 	Key         string    `json:"key,omitempty"`    // of the newest checkpoint
@@ -137,7 +138,7 @@ func Verify(_ context.Context, lines iter.Seq2[Line, error], c Check) (Report, e
 			if v.held.Streams == nil {
 				v.held.Streams = map[string]Range{}
 			}
-			v.next = v.held.First
+			v.next, v.r.Unfed = v.held.First, v.held.First
 		case l.Checkpoint != "":
 			cp, err := OpenCheckpoint(l.Checkpoint, known)
 			switch {
@@ -295,11 +296,12 @@ func (v *verifier) hash(n uint64) (tlog.Hash, bool) {
 	at := int(n % tileWidth)
 	t := tlog.Tile{H: tileHeight, L: 0, N: int64(n / tileWidth), W: tileWidth}
 	data, ok := v.tiles[t]
-	if !ok {
-		t.W = int(v.size % tileWidth)
+	// The edge may be of a later tree than the newest checkpoint, and there may be
+	// more than one tile of it: any that is wide enough has the hash.
+	for t.W = at + 1; !ok && t.W < tileWidth; t.W++ {
 		data, ok = v.tiles[t]
 	}
-	if !ok || at >= t.W {
+	if !ok {
 		return tlog.Hash{}, false
 	}
 	return tlog.Hash(data[at*tlog.HashSize : (at+1)*tlog.HashSize]), true
@@ -382,8 +384,9 @@ func (v *verifier) leaf(w Witness) {
 	}
 	held := v.held.Streams[l.Stream]
 	switch {
-	case w.Entry == nil && l.Seq < held.First:
-		// Erased or too old: the log begins behind it in both cases.
+	case w.Entry == nil && l.Seq < held.First && l.Stream == Events:
+		// Erased or too old: the log begins behind it in both cases. Of SYSTEM
+		// nothing ever becomes too old.
 		v.missing = append(v.missing, lost{Problem{Seq: l.Seq}, session, aged})
 	case w.Entry == nil:
 		how := "deleted from the log: "

@@ -123,7 +123,13 @@ type rowsOf func(ctx context.Context) (audit.Range, iter.Seq2[schemas.Event, err
 func writeAudit(ctx context.Context, a *bus.Audit, keys []string, rows rowsOf, yield func(audit.Line) bool) error {
 	held := audit.Held{Keys: keys, Streams: map[string]audit.Range{}}
 	held.Origin, _ = originOf(keys)
-	var err error
+	// All of this moves while it is read. A checkpoint is of leaves that the feed
+	// had before, and of messages that the log had before them: so in this order,
+	// what one has of the tree all that is read after it has too.
+	signed, err := a.Signed(ctx)
+	if err != nil {
+		return err
+	}
 	if held.First, err = a.First(ctx); err != nil {
 		return err
 	}
@@ -154,7 +160,7 @@ func writeAudit(ctx context.Context, a *bus.Audit, keys []string, rows rowsOf, y
 	if !yield(audit.Line{Log: &held}) {
 		return nil
 	}
-	for text, err := range a.Checkpoints(ctx) {
+	for text, err := range a.Checkpoints(ctx, signed) {
 		if err != nil {
 			return err
 		}

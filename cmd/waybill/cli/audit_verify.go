@@ -231,6 +231,7 @@ func printReport(env Env, r audit.Report, own bool) error {
 		{r.Erased, "body erased, as an erasure in the log says"},
 		{r.Aged, "older than what the log keeps; their leaves are in the tree"},
 		{r.Unsigned, "too new to be signed"},
+		{r.Unfed, "of the first leaves are not in the feed any more: of these only the hashes were verified"},
 		{r.Gaps, "were not in the log any more when the tree reached them"},
 	} {
 		if n.n > 0 {
