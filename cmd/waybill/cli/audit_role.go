@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/mod/sumdb/note"
@@ -216,9 +217,31 @@ const (
 	auditPubFile = "audit.pub"
 )
 
+// auditKeyring is the audit's keys, read once: to read them may make one, and
+// writes down the public ones.
+type auditKeyring struct {
+	mu     sync.Mutex
+	keys   audit.Keys
+	origin string // "" before they are read
+}
+
 // auditKeys are the keys that this gateway signs with, and all public keys that
-// it has had.
-func (g *gateway) auditKeys(ctx context.Context, l *bus.Log) (keys audit.Keys, origin string, err error) {
+// it has had. It may be called by many at once.
+func (g *gateway) auditKeys(ctx context.Context, l *bus.Log) (audit.Keys, string, error) {
+	r := &g.keyring
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.origin == "" {
+		keys, origin, err := g.readAuditKeys(ctx, l)
+		if err != nil {
+			return audit.Keys{}, "", err
+		}
+		r.keys, r.origin = keys, origin
+	}
+	return r.keys, r.origin, nil
+}
+
+func (g *gateway) readAuditKeys(ctx context.Context, l *bus.Log) (keys audit.Keys, origin string, err error) {
 	add := func(private, public string) error {
 		s, err := note.NewSigner(private)
 		if err != nil {
@@ -257,7 +280,14 @@ func (g *gateway) auditKeys(ctx context.Context, l *bus.Log) (keys audit.Keys, o
 	if origin == "" {
 		origin = "waybill-" + strings.ToLower(rand.Text()[:10])
 	}
-	for _, file := range []string{filepath.Join(g.c.Data, auditKeyFile+".old"), filepath.Join(g.c.Data, auditKeyFile)} {
+	key, old := filepath.Join(g.c.Data, auditKeyFile), filepath.Join(g.c.Data, auditKeyFile+".old")
+	if len(keys.Verifiers) > 0 && missing(key) && missing(old) {
+		// A key that is made now would go on where another has signed, which nobody
+		// wants who has only lost a file on the way.
+		return keys, "", fmt.Errorf("%s has keys that have signed the audit, and neither %s nor %s is there: put the key back; if it is lost, make %s an empty file of mode 600, and a new key is made",
+			pub, key, old, old)
+	}
+	for _, file := range []string{old, key} {
 		private, err := g.auditPrivate(file, origin)
 		if err != nil {
 			return keys, "", err
@@ -274,6 +304,11 @@ func (g *gateway) auditKeys(ctx context.Context, l *bus.Log) (keys audit.Keys, o
 		}
 	}
 	return keys, origin, writeWhole(pub, strings.Join(keys.Verifiers, "\n")+"\n", 0o644)
+}
+
+func missing(file string) bool {
+	_, err := os.Stat(file)
+	return errors.Is(err, os.ErrNotExist)
 }
 
 // auditPrivate reads a private key; the current one is made where there is none.

@@ -56,6 +56,7 @@ type gateway struct {
 
 	guard    []string // what must have read the log before it may forget
 	auditKey string   // the public key that signs
+	keyring  auditKeyring
 	dial     bus.Dialer
 	lost     uint64 // newest sequence before an unclean boot, or 0
 	instance string
