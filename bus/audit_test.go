@@ -379,6 +379,35 @@ func TestReadWhileGrowing(t *testing.T) {
 	}
 }
 
+// An erasure is stored only where nothing of its session has come since it was
+// decided on; what comes in other sessions does not matter.
+func TestErasureOvertaken(t *testing.T) {
+	w := start(t, embed.Options{})
+	l, edge := w.open(bus.Options{Role: bus.RoleAudit}), w.open(bus.Options{Role: bus.RoleEdge})
+	one, other := request("one"), request("other")
+	other.Session = schemas.NewSessionKey("acme", "researcher", "two")
+	read, err := edge.Publish(t.Context(), one)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := edge.Publish(t.Context(), other); err != nil {
+		t.Fatal(err)
+	}
+	erased := func(id string) schemas.Event {
+		return schemas.Event{Tenant: one.Tenant, Session: one.Session, Agent: one.Agent, Data: &schemas.Erased{ID: id}}
+	}
+	stored, err := l.PublishLast(t.Context(), erased("a"), read.Seq)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if e, err := l.Load(t.Context(), stored.Seq); err != nil || e.Kind() != schemas.KindErased {
+		t.Errorf("%v %v", e, err)
+	}
+	if _, err := l.PublishLast(t.Context(), erased("b"), read.Seq); !errors.Is(err, bus.ErrOvertaken) {
+		t.Errorf("%v, want %v", err, bus.ErrOvertaken)
+	}
+}
+
 // What the audit is answered, and salts among it, only its own role hears.
 func TestAnswersArePrivate(t *testing.T) {
 	w := start(t, embed.Options{})

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"strconv"
 	"time"
 
 	"github.com/cenkalti/backoff/v4"
@@ -23,6 +25,27 @@ const publishFor = 15 * time.Second
 // [schemas.ErrTooLarge], [schemas.ErrInvalid], or [schemas.ErrOverloaded] when
 // the log has not taken the event; after any other error it may have.
 func (l *Log) Publish(ctx context.Context, e schemas.Event) (schemas.Receipt, error) {
+	return l.publish(ctx, e, nil)
+}
+
+// PublishLast is Publish if the newest event of e's session is the one with the
+// sequence last; else it stores nothing and returns [ErrOvertaken].
+func (l *Log) PublishLast(ctx context.Context, e schemas.Event, last uint64) (schemas.Receipt, error) {
+	of, err := Filter{Tenant: e.Tenant, Session: e.Session}.subjects()
+	if err != nil {
+		return schemas.Receipt{}, err
+	}
+	receipt, err := l.publish(ctx, e, nats.Header{
+		jetstream.ExpectedLastSubjSeqHeader:     {strconv.FormatUint(last, 10)},
+		jetstream.ExpectedLastSubjSeqSubjHeader: {of[0]},
+	})
+	if overtaken(err) {
+		err = fmt.Errorf("store %s: %w", e.ID(), ErrOvertaken)
+	}
+	return receipt, err
+}
+
+func (l *Log) publish(ctx context.Context, e schemas.Event, header nats.Header) (schemas.Receipt, error) {
 	if e.Time.IsZero() {
 		e.Time = time.Now().UTC()
 	}
@@ -30,6 +53,7 @@ func (l *Log) Publish(ctx context.Context, e schemas.Event) (schemas.Receipt, er
 	if err != nil {
 		return schemas.Receipt{}, fmt.Errorf("store %s: %w", idOf(e), err)
 	}
+	maps.Copy(msg.Header, header)
 	var ack *jetstream.PubAck
 	stored := false // perhaps
 	try := func() error {

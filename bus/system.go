@@ -53,7 +53,8 @@ const (
 	MaxContent = systemMaxPart * contentPart
 )
 
-// ErrOvertaken: another record was stored under this name before.
+// ErrOvertaken: another record was stored under this name before, or another event
+// in this session.
 var ErrOvertaken = errors.New("another record was stored first")
 
 func (o Options) system() jetstream.StreamConfig {

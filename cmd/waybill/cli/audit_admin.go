@@ -272,9 +272,11 @@ func (a *admin) erase(w http.ResponseWriter, r *http.Request) {
 	defer cancel()
 	// What is erased in the middle of a call would leave it without an ending.
 	var first schemas.Event
+	last := uint64(0)
 	open := map[schemas.CallID]time.Time{}
 	events := 0
 	for e, err := range a.l.Read(ctx, bus.Filter{Session: key}, 0) {
+		last = max(last, e.Seq)
 		if errors.Is(err, bus.ErrUndecodable) {
 			events++
 			continue
@@ -319,7 +321,12 @@ func (a *admin) erase(w http.ResponseWriter, r *http.Request) {
 		Tenant: first.Tenant, Session: key, Agent: first.Agent,
 		Data: &schemas.Erased{ID: strings.ToLower(rand.Text()[:16]), Reason: reason},
 	}
-	receipt, err := l.Publish(ctx, e)
+	// Nothing may have come since: it could be a call that is open now.
+	receipt, err := l.PublishLast(ctx, e, last)
+	if errors.Is(err, bus.ErrOvertaken) {
+		http.Error(w, "calls of the session are open or have just begun: try again", http.StatusConflict)
+		return
+	}
 	if err != nil {
 		a.fail(w, err)
 		return
