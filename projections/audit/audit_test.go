@@ -689,8 +689,9 @@ func TestLogCutOff(t *testing.T) {
 	}
 	m.last[Events] -= 3
 	leaves := len(m.feed)
+	b := m.builder(t, nil)
 	for i := range 5 {
-		if err := m.builder(t, nil).Restore(t.Context()); !errors.Is(err, ErrFork) {
+		if err := b.Restore(t.Context()); !errors.Is(err, ErrFork) {
 			t.Errorf("with %d of 3 stored anew: %v", i, err)
 		}
 		m.say("s9", request(), "anew")

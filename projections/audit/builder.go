@@ -104,6 +104,7 @@ type Builder struct {
 	begun   time.Time  // when the oldest leaf came that is in no snapshot
 	waiting []snapshot // to be signed, oldest first
 	secrets map[string][]byte
+	lost    error // the log ends, or has ended, before the tree
 }
 
 // snapshot is a tree that is to be signed when it has settled.
@@ -113,10 +114,6 @@ type snapshot struct {
 	root  tlog.Hash
 	tiles map[tlog.Tile][]byte
 }
-
-// looked is how many of the last leaves are held against the log at a start though
-// they are signed.
-const looked = 64
 
 // most is how many messages are taken at once.
 const most = 1000
@@ -270,7 +267,7 @@ func (b *Builder) Restore(ctx context.Context) error {
 	if root := b.tree.root(); root != last.Root {
 		return fmt.Errorf("%w: of %d leaves, the tree is %s, and %s was signed", ErrFork, last.Size, root, last.Root)
 	}
-	if err := b.ends(ctx, last.Size); err != nil {
+	if err := b.ends(ctx); err != nil {
 		return err
 	}
 	number := last.Size
@@ -296,33 +293,23 @@ func (b *Builder) Restore(ctx context.Context) error {
 
 // ends finds out whether the log has what the tree ends with. If it ends before
 // it (an older copy of it was put back, or a power cut has taken its end), what is
-// stored now takes sequences for which there are leaves, and would have none.
-// Once that has happened only the leaves themselves tell.
-func (b *Builder) ends(ctx context.Context, signed uint64) error {
+// stored now takes sequences for which there are leaves, and would have none. It
+// stays so in this process: soon the log is as long as it was.
+func (b *Builder) ends(ctx context.Context) error {
 	for stream, seq := range b.at {
 		last, err := b.o.Store.Last(ctx, stream)
 		if err != nil {
 			return err
 		}
-		if seq > last {
-			return fmt.Errorf("%w: %s ends at %d, and the tree has leaves of it up to %d: the end of the log is lost, or an older copy of it was put back, and what is stored now takes the numbers of what was there",
+		if seq > last && b.lost == nil {
+			b.lost = fmt.Errorf("%w: %s ends at %d, and the tree has leaves of it up to %d: the end of the log is lost, or an older copy of it was put back, and what is stored now takes the numbers of what was there",
 				ErrFork, stream, last, seq)
 		}
 	}
-	number := signed - min(signed, looked)
-	for record, err := range b.o.Store.Records(ctx, number, signed) {
-		if err != nil {
-			return fmt.Errorf("leaf %d: %w", number, err)
-		}
-		if err := b.recheck(ctx, number, record, false); err != nil {
-			return err
-		}
-		number++
-	}
-	return nil
+	return b.lost
 }
 
-// recheck holds a leaf against the log. The erasure that
+// recheck holds a leaf that is not signed yet against the log. The erasure that
 // the last one is of is done again.
 func (b *Builder) recheck(ctx context.Context, n uint64, record []byte, last bool) error {
 	l, err := ReadRecord(record)
