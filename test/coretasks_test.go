@@ -69,7 +69,8 @@ func TestCoreTasksOfModernServers(t *testing.T) {
 			}
 		})
 	}
-	if called(up, "tools/call slow_compute it") != 2 || called(up, "tasks/cancel upstream-task") != 2 {
+	// Who is quick cancels a task before the server has heard of it.
+	if called(up, "tools/call slow_compute it") != 2 || called(up, "tasks/cancel upstream-task") > called(up, "tools/call slow_compute")-2 {
 		t.Errorf("called:\n%s", up.Output())
 	}
 }

@@ -147,7 +147,9 @@ func New(o Options) (*Builder, error) {
 func (b *Builder) Run(ctx context.Context) error {
 	for ctx.Err() == nil {
 		err := b.grow(ctx)
-		b.o.Up(false)
+		// A log that has lost its end serves on: nothing is signed, which is said, and
+		// there is nothing that waiting would bring back.
+		b.o.Up(ctx.Err() == nil && errors.Is(err, ErrFork) && b.lost != nil)
 		if ctx.Err() != nil {
 			return nil
 		}
