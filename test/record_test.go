@@ -423,9 +423,10 @@ func away(t *testing.T, g *gateway.Gateway, d time.Duration, rate int) {
 		select {
 		case <-tick.C:
 			made++
+			key := fmt.Sprint("a", made)
 			calls.Go(func() {
 				began := time.Now()
-				r := ask(t.Context(), g, tool{"counter", "count", upstream.Args{Key: fmt.Sprint("a", made)}})
+				r := ask(t.Context(), g, tool{"counter", "count", upstream.Args{Key: key}})
 				all <- took{time.Since(began), r.err}
 			})
 		case <-look.C:
