@@ -20,7 +20,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
 	"waybill.dev/projections/audit"
@@ -511,15 +510,8 @@ func TestAuditTakeover(t *testing.T) {
 	builders := []*gateway.Gateway{gateway.Start(t, config, gateway.Roles("audit")), gateway.Start(t, config, gateway.Roles("audit"))}
 	say(t, g, "one", "k1", "before")
 	signed(t, g)
-	nc, err := nats.Connect("nats://" + addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nc.Close()
-	js, err := jetstream.New(nc)
-	if err != nil {
-		t.Fatal(err)
-	}
+	js, closing := streams(t, "nats://"+addr)
+	defer closing()
 	s, err := js.Stream(t.Context(), "KV_OWNERS")
 	if err != nil {
 		t.Fatal(err)
@@ -571,15 +563,8 @@ servers:
 		if err != nil {
 			t.Fatal(err)
 		}
-		nc, err := nats.Connect(strings.TrimSpace(string(url)))
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer nc.Close()
-		js, err := jetstream.New(nc)
-		if err != nil {
-			t.Fatal(err)
-		}
+		js, closing := streams(t, strings.TrimSpace(string(url)))
+		defer closing()
 		c, err := js.Consumer(t.Context(), "FEED", name)
 		if err != nil {
 			t.Fatal(err)

@@ -438,19 +438,26 @@ func (l *ledger) settle(t *testing.T, g *gateway.Gateway, upTo uint64) (time.Dur
 	}
 }
 
+// streams connects to a log as it is, without the gateway's own code.
+func streams(t testing.TB, url string, o ...nats.Option) (js jetstream.JetStream, closing func()) {
+	t.Helper()
+	nc, err := nats.Connect(url, o...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if js, err = jetstream.New(nc); err != nil {
+		nc.Close()
+		t.Fatal(err)
+	}
+	return js, nc.Close
+}
+
 // inspect counts the deliveries that were repeated, as far as the consumers
 // know after a crash, and the dead letters.
 func (l *ledger) inspect(t *testing.T, g *gateway.Gateway) (redelivered, dead int) {
 	t.Helper()
-	nc, err := nats.Connect(observer(t, g))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nc.Close()
-	js, err := jetstream.New(nc)
-	if err != nil {
-		t.Fatal(err)
-	}
+	js, closing := streams(t, observer(t, g))
+	defer closing()
 	system, err := js.Stream(t.Context(), "DEAD")
 	if err != nil {
 		t.Fatal(err)

@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
-	"github.com/nats-io/nats.go/jetstream"
 
 	"waybill.dev/bus"
 	"waybill.dev/schemas"
@@ -69,15 +68,8 @@ func (c *cluster) url() string { return "nats://" + strings.Join(c.addrs, ",nats
 // others have all that it has.
 func (c *cluster) leader() int {
 	c.t.Helper()
-	nc, err := nats.Connect(c.url(), nats.MaxReconnects(-1), nats.ReconnectWait(100*time.Millisecond))
-	if err != nil {
-		c.t.Fatal(err)
-	}
-	defer nc.Close()
-	js, err := jetstream.New(nc)
-	if err != nil {
-		c.t.Fatal(err)
-	}
+	js, closing := streams(c.t, c.url(), nats.MaxReconnects(-1), nats.ReconnectWait(100*time.Millisecond))
+	defer closing()
 	leader, last := -1, ""
 	if !becomes(within, func() bool {
 		ctx, cancel := context.WithTimeout(c.t.Context(), time.Second)

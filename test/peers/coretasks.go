@@ -10,6 +10,7 @@ type CoreTask struct {
 	Tool   string         `json:"tool"`
 	Args   map[string]any `json:"args"`
 	Cancel bool           `json:"cancel,omitempty"` // as soon as it is a task
+	Begun  bool           `json:"begun,omitempty"`  // cancel it when its server has begun it, and has said so
 	Wait   bool           `json:"wait,omitempty"`   // for its result, without asking how it stands
 }
 

@@ -76,6 +76,7 @@ switch (step) {
       asked.length = 0;
       if (call.cancel) {
         of.task = (await begin(call)).task.taskId;
+        while (call.begun && !(await experimental.getTask(of.task)).statusMessage) await new Promise((again) => setTimeout(again, 50));
         of.statuses.push((await experimental.cancelTask(of.task)).status);
         try {
           await experimental.cancelTask(of.task);

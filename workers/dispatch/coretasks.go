@@ -646,15 +646,9 @@ func (r *run) waitNot() {
 func (r *run) coreStanding(ctx context.Context) (end ending, wait time.Duration, err error) {
 	t := r.task
 	wait = t.every
-	msg, err := r.about(ctx, "tasks/get", t.id, nil)
+	msg, err := r.inquire(ctx)
 	if err != nil {
 		return end, wait, err
-	}
-	if msg.Error().Exists() {
-		if code, _ := msg.ErrorCode(); code == jsonrpc.CodeInvalidParams {
-			return end, wait, errForgotten
-		}
-		return end, wait, errors.New("it answers with an error")
 	}
 	result := msg.Result()
 	if result.Get("pollInterval").Exists() {

@@ -772,6 +772,19 @@ func (r *run) follow(ctx context.Context) (end ending, err error) {
 // errForgotten: the server does not know the task that it has begun.
 var errForgotten = errors.New("the server does not know its task any more")
 
+// inquire is the server's answer to how its task stands. It returns errForgotten
+// where the server does not know the task.
+func (r *run) inquire(ctx context.Context) (*jsonrpc.Message, error) {
+	msg, err := r.about(ctx, "tasks/get", r.task.id, nil)
+	if err != nil || !msg.Error().Exists() {
+		return msg, err
+	}
+	if code, _ := msg.ErrorCode(); code == jsonrpc.CodeInvalidParams {
+		return nil, errForgotten
+	}
+	return nil, errors.New("it answers with an error")
+}
+
 // standing asks the server how its task stands and hands it the client's
 // answers. Without an ending or an error, it is asked again after wait.
 func (r *run) standing(ctx context.Context) (end ending, wait time.Duration, err error) {
@@ -780,15 +793,9 @@ func (r *run) standing(ctx context.Context) (end ending, wait time.Duration, err
 		return r.coreStanding(ctx)
 	}
 	wait = t.every
-	msg, err := r.about(ctx, "tasks/get", t.id, nil)
+	msg, err := r.inquire(ctx)
 	if err != nil {
 		return end, wait, err
-	}
-	if msg.Error().Exists() {
-		if code, _ := msg.ErrorCode(); code == jsonrpc.CodeInvalidParams {
-			return end, wait, errForgotten
-		}
-		return end, wait, errors.New("it answers with an error")
 	}
 	result := msg.Result()
 	if result.Get("pollIntervalMs").Exists() {
