@@ -171,17 +171,27 @@ func (w *town) ask(ctx context.Context, e schemas.Event, emit schemas.Emit) erro
 			return r, err
 		})
 	}()
+	give := func(got schemas.Event) (over bool, err error) {
+		if _, err = emit(ctx, got); err == nil || got.Kind().Ends() {
+			return got.Kind().Ends(), err
+		}
+		// As in bus.Asker.Ask: nobody is left to tell, so the call is not to go on.
+		if !errors.Is(context.Cause(ctx), schemas.ErrDetached) {
+			_ = w.d.Cancel(ctx, w.log.add(e.Next(&schemas.Cancel{Reason: err.Error()}, nil)), nil)
+		}
+		return true, err
+	}
 	for {
 		select {
 		case got := <-heard:
-			if _, err := emit(ctx, got); err != nil || got.Kind().Ends() {
+			if over, err := give(got); over {
 				return err
 			}
 		case err := <-handled:
 			select {
 			case got := <-heard:
 				handled <- err
-				if _, err := emit(ctx, got); err != nil || got.Kind().Ends() {
+				if over, err := give(got); over {
 					return err
 				}
 			default:
