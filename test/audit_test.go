@@ -499,6 +499,7 @@ func TestAuditKills(t *testing.T) {
 
 // A builder in a process of its own is killed, and another takes over.
 func TestAuditTakeover(t *testing.T) {
+	t.Parallel() // it mostly waits
 	addr, dir := gateway.FreeAddr(t), t.TempDir()
 	p := gateway.Child(t, "nats", envNATS+"="+addr, envNATSDir+"="+dir)
 	if _, err := p.Await(t.Context(), "nats listens"); err != nil {

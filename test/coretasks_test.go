@@ -24,52 +24,56 @@ agents:
 // the extension or do not, each by itself and behind the front: the official client
 // sees the tasks of its revision, served by the gateway.
 func TestCoreTasksOfModernServers(t *testing.T) {
+	t.Parallel() // it mostly waits, as all that have tasks do
 	with, up := upstream.StartTasks(t, true)
 	without, _ := upstream.StartTasks(t, false)
 	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("with", with, "")+gateway.Server("without", without, "")))
-	for path, prefix := range map[string]string{"/with": "", "/without": "", "": "with__", "/waybill": "without__"} {
-		t.Run("mcp"+path, func(t *testing.T) {
-			has := strings.HasPrefix(prefix+path, "with_") || path == "/with" // its server has tasks, and says what it does
-			s := peers.RunCoreTasks(t, peers.Endpoint{URL: g.URL + "/mcp" + path},
-				peers.CoreTask{Tool: prefix + "slow_compute", Args: map[string]any{"seconds": 1, "label": "it"}},
-				peers.CoreTask{Tool: prefix + "multi_input", Args: map[string]any{"filename": "f"}},
-				peers.CoreTask{Tool: prefix + "ask_twice", Args: map[string]any{}},
-				peers.CoreTask{Tool: prefix + "slow_compute", Args: map[string]any{"seconds": 60}, Cancel: true, Begun: has},
-				peers.CoreTask{Tool: prefix + "no_such_tool", Args: map[string]any{}},
-				peers.CoreTask{Tool: prefix + "failing_job", Args: map[string]any{}},
-			)
-			if string(s.Capabilities) != `{"list":{},"cancel":{},"requests":{"tools":{"call":{}}}}` || s.Tools[prefix+"slow_compute"] != "optional" || s.Unknown != -32602 {
-				t.Errorf("capabilities %s, tools %v, unknown %d", s.Capabilities, s.Tools, s.Unknown)
-			}
-			slow, multi, twice, cancelled, none, failing := s.Calls[0], s.Calls[1], s.Calls[2], s.Calls[3], s.Calls[4], s.Calls[5]
-			if slow.Text != "computed it" || slow.Related != slow.Task || !slices.Contains(slow.Statuses, "working") {
-				t.Errorf("slow: %+v", slow)
-			}
-			slices.Sort(multi.Asked)
-			if !strings.Contains(multi.Text, "name:n1") || !strings.Contains(multi.Text, "name:n2") || strings.Join(multi.Asked, " ") != "First? Second?" || multi.Strange != 0 {
-				t.Errorf("two questions: %+v", multi)
-			}
-			if twice.Text != "n1 and n2" || strings.Join(twice.Asked, " ") != "First name? Second name?" || !slices.Contains(twice.Statuses, "input_required") {
-				t.Errorf("asked twice: %+v", twice)
-			}
-			if cancelled.Statuses[0] != "cancelled" || cancelled.Again != -32602 || cancelled.Code == 0 {
-				t.Errorf("cancelled: %+v", cancelled)
-			}
-			if none.Code != -32602 || none.Task == "" {
-				t.Errorf("no such tool: %+v", none)
-			}
-			if has {
-				if !failing.IsError || failing.Text != "the job failed" {
-					t.Errorf("failing: %+v", failing)
+	t.Run("mcp", func(t *testing.T) {
+		for path, prefix := range map[string]string{"/with": "", "/without": "", "": "with__", "/waybill": "without__"} {
+			t.Run(strings.TrimPrefix(path, "/"), func(t *testing.T) {
+				t.Parallel()
+				has := strings.HasPrefix(prefix+path, "with_") || path == "/with" // its server has tasks, and says what it does
+				s := peers.RunCoreTasks(t, peers.Endpoint{URL: g.URL + "/mcp" + path},
+					peers.CoreTask{Tool: prefix + "slow_compute", Args: map[string]any{"seconds": 1, "label": "it"}},
+					peers.CoreTask{Tool: prefix + "multi_input", Args: map[string]any{"filename": "f"}},
+					peers.CoreTask{Tool: prefix + "ask_twice", Args: map[string]any{}},
+					peers.CoreTask{Tool: prefix + "slow_compute", Args: map[string]any{"seconds": 60}, Cancel: true, Begun: has},
+					peers.CoreTask{Tool: prefix + "no_such_tool", Args: map[string]any{}},
+					peers.CoreTask{Tool: prefix + "failing_job", Args: map[string]any{}},
+				)
+				if string(s.Capabilities) != `{"list":{},"cancel":{},"requests":{"tools":{"call":{}}}}` || s.Tools[prefix+"slow_compute"] != "optional" || s.Unknown != -32602 {
+					t.Errorf("capabilities %s, tools %v, unknown %d", s.Capabilities, s.Tools, s.Unknown)
 				}
-			}
-			for _, c := range s.Calls {
-				if !slices.Contains(s.Listed, c.Task) {
-					t.Errorf("%s is not in the list of %d", c.Task, len(s.Listed))
+				slow, multi, twice, cancelled, none, failing := s.Calls[0], s.Calls[1], s.Calls[2], s.Calls[3], s.Calls[4], s.Calls[5]
+				if slow.Text != "computed it" || slow.Related != slow.Task || !slices.Contains(slow.Statuses, "working") {
+					t.Errorf("slow: %+v", slow)
 				}
-			}
-		})
-	}
+				slices.Sort(multi.Asked)
+				if !strings.Contains(multi.Text, "name:n1") || !strings.Contains(multi.Text, "name:n2") || strings.Join(multi.Asked, " ") != "First? Second?" || multi.Strange != 0 {
+					t.Errorf("two questions: %+v", multi)
+				}
+				if twice.Text != "n1 and n2" || strings.Join(twice.Asked, " ") != "First name? Second name?" || !slices.Contains(twice.Statuses, "input_required") {
+					t.Errorf("asked twice: %+v", twice)
+				}
+				if cancelled.Statuses[0] != "cancelled" || cancelled.Again != -32602 || cancelled.Code == 0 {
+					t.Errorf("cancelled: %+v", cancelled)
+				}
+				if none.Code != -32602 || none.Task == "" {
+					t.Errorf("no such tool: %+v", none)
+				}
+				if has {
+					if !failing.IsError || failing.Text != "the job failed" {
+						t.Errorf("failing: %+v", failing)
+					}
+				}
+				for _, c := range s.Calls {
+					if !slices.Contains(s.Listed, c.Task) {
+						t.Errorf("%s is not in the list of %d", c.Task, len(s.Listed))
+					}
+				}
+			})
+		}
+	})
 	if called(up, "tools/call slow_compute it") != 2 || called(up, "tasks/cancel upstream-task") != 2 {
 		t.Errorf("called:\n%s", up.Output())
 	}
@@ -77,6 +81,7 @@ func TestCoreTasksOfModernServers(t *testing.T) {
 
 // Such tasks outlive the gateway, and are their agent's alone.
 func TestCoreTasksSurvive(t *testing.T) {
+	t.Parallel() // it mostly waits
 	url, up := upstream.StartTasks(t, true)
 	g := gateway.Start(t, gateway.Config(twoAgents+"servers:\n"+gateway.Server("tasks", url, "")))
 	one := peers.Endpoint{URL: g.URL + "/mcp/tasks", Token: "token one of many"}
@@ -123,6 +128,7 @@ const research = "simulate-research-query"
 // 2026-07-28 that takes tasks: it sees the extension, over kills and stops of the
 // gateway, and the server was called once.
 func TestTasksOfLegacyServers(t *testing.T) {
+	t.Parallel() // it mostly waits
 	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("everything", peers.ServerEverything(t), "")))
 	c := newTaker(t, g, "everything")
 	for method, want := range map[string][]string{
@@ -162,6 +168,7 @@ func TestTasksOfLegacyServers(t *testing.T) {
 	// whose answer is given to a gateway that was stopped in order.
 	first, plain, second := begin(c, research, `{"topic":"first","ambiguous":true}`), begin(c, research, `{"topic":"plain"}`), begin(c, research, `{"topic":"second","ambiguous":true}`)
 	key := question(c.until(first, "input_required"))
+	c.until(second, "input_required") // on its way to a gateway that is killed, it would be lost: that server asks once
 	g.Kill()
 	g.Restart()
 	c.answer(first, key, `{"interpretation":"technical"}`)
@@ -206,6 +213,7 @@ func TestTasksOfLegacyServers(t *testing.T) {
 // A client and a server of 2025-11-25 with the front between: there the tasks are
 // the gateway's, also of tools that the server does not make tasks of.
 func TestCoreTasksOfLegacyServers(t *testing.T) {
+	t.Parallel() // it mostly waits
 	g := gateway.Start(t, gateway.Config(twoAgents+"views:\n  - {name: some, from: {everything: ['"+research+"', trigger-elicitation-request]}}\n"+
 		"servers:\n"+gateway.Server("everything", peers.ServerEverything(t), "")))
 	for path, prefix := range map[string]string{"": "everything__", "/some": ""} {
@@ -247,6 +255,7 @@ func TestCoreTasksOfLegacyServers(t *testing.T) {
 // A server that tells when its task stands otherwise is heard at once, in both
 // directions: it asks to be asked once a minute only.
 func TestTasksAreListenedTo(t *testing.T) {
+	t.Parallel() // it mostly waits
 	url, up := upstream.StartTasks(t, true)
 	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("tasks", url, "")))
 	began := time.Now()

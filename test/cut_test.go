@@ -130,6 +130,7 @@ func (w *wire) drop() {
 // refused or finished, by that gateway or by another, never lost, doubled or
 // answered after their time; and sessions go on.
 func TestNetworkCut(t *testing.T) {
+	t.Parallel() // it mostly waits
 	addr, dir := gateway.FreeAddr(t), t.TempDir()
 	nats := gateway.Child(t, "nats", envNATS+"="+addr, envNATSDir+"="+dir)
 	if _, err := nats.Await(t.Context(), "nats listens"); err != nil {

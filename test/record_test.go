@@ -109,6 +109,9 @@ func TestRecord(t *testing.T) {
 		t.Fatalf("%d %s %v", a.Status, a.Body, err)
 	}
 	eventually(t, g, "SELECT caused, servers, root_server FROM fan_out(hours=1)", `{"caused":2,"servers":2,"root_server":"waybill"}`)
+	// Its own end, too, which comes after theirs.
+	eventually(t, g, "SELECT count() AS n FROM calls WHERE parent = ''", `{"n":2}`)
+	eventually(t, g, "SELECT count() AS n FROM events", fmt.Sprintf(`{"n":%d}`, len(g.Events())))
 
 	url, err := os.ReadFile(filepath.Join(g.Dir, "data", "clickhouse", "reader.url"))
 	if err != nil {

@@ -234,6 +234,7 @@ func start(cmd *exec.Cmd) (exited <-chan error, err error) {
 	started, ended := make(chan error), make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
+		defer runtime.UnlockOSThread() // else the thread ends, and with it what others have started on it before
 		err := cmd.Start()
 		started <- err
 		if err == nil {
