@@ -21,6 +21,7 @@ import (
 // The official peers of the revisions with sessions work through the gateway as
 // they do without it, on the URL on which the newer ones work.
 func TestLegacyPeersThroughTheGateway(t *testing.T) {
+	t.Parallel() // it mostly waits
 	g := gateway.Start(t, gateway.Config("servers:\n"+
 		gateway.Server("conformance", peers.EverythingServer(t, "-stateless=false"), "")+
 		gateway.Server("everything", peers.ServerEverything(t), "")+
@@ -44,6 +45,7 @@ func TestLegacyPeersThroughTheGateway(t *testing.T) {
 
 // All servers at one URL, for the same peers.
 func TestLegacyPeersThroughAllServers(t *testing.T) {
+	t.Parallel() // it mostly waits
 	g := gateway.Start(t, gateway.Config("servers:\n"+
 		gateway.Server("everything", peers.ServerEverything(t), "")+
 		gateway.Server("conformance", peers.EverythingServer(t, "-stateless=false"), "")))

@@ -18,6 +18,7 @@ import (
 // as with those over HTTP: requests of the server, progress, subscriptions,
 // cancellation, streams that are cut.
 func TestLegacyPeersOverStdio(t *testing.T) {
+	t.Parallel() // it mostly waits
 	g := gateway.Start(t, gateway.Config("servers:\n"+
 		gateway.Command("everything", peers.ServerEverythingCommand(t), "")+
 		gateway.Command("conformance", peers.EverythingCommand(t), "era: legacy")))
@@ -46,6 +47,7 @@ func TestLegacyPeersOverStdio(t *testing.T) {
 
 // The same for the revision without sessions.
 func TestModernPeersOverStdio(t *testing.T) {
+	t.Parallel() // it mostly waits
 	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Command("everything", peers.EverythingCommand(t), "")))
 	url := g.URL + "/mcp/everything"
 	t.Run("conformance", func(t *testing.T) { peers.ConformanceModernScored(t, url) })

@@ -478,6 +478,7 @@ servers:
 
 // The official client of the extension, in front of servers with it and without.
 func TestTasksClient(t *testing.T) {
+	t.Parallel() // it mostly waits
 	with, _ := upstream.StartTasks(t, true)
 	without, _ := upstream.StartTasks(t, false)
 	g := gateway.Start(t, gateway.Config("limits: {task_patience: 300ms}\nservers:\n"+

@@ -21,6 +21,7 @@ import (
 // The suite's client has no sessions, everything-server has: 35 of 37 scenarios
 // pass, and the two others are impossible.
 func TestNewClientConformance(t *testing.T) {
+	t.Parallel() // it mostly waits
 	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("everything", peers.EverythingServer(t, "-stateless=false"), "")))
 	peers.ConformanceTranslated(t, g.URL+"/mcp/everything",
 		peers.Untranslatable{
@@ -40,6 +41,7 @@ func TestNewClientConformance(t *testing.T) {
 // Clients without sessions before server-everything, by itself and behind the
 // front of all servers.
 func TestNewClientPeers(t *testing.T) {
+	t.Parallel() // it mostly waits
 	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("everything", peers.ServerEverything(t), "")))
 	t.Run("peers", func(t *testing.T) { // for these run beside each other
 		t.Run("server", func(t *testing.T) { peers.ExerciseModern(t, peers.Endpoint{URL: g.URL + "/mcp/everything"}) })
