@@ -115,8 +115,13 @@ type snapshot struct {
 	tiles map[tlog.Tile][]byte
 }
 
-// most is how many messages are taken at once.
-const most = 1000
+// most is how many messages are taken at once, and gather how long the first of
+// them waits for others: each by itself would cost several times as much, as its
+// record would be a write, an acknowledgement and some wakeups of its own.
+const (
+	most   = 1000
+	gather = 25 * time.Millisecond
+)
 
 // New makes a builder.
 func New(o Options) (*Builder, error) {
@@ -204,6 +209,8 @@ func (b *Builder) grow(ctx context.Context) error {
 	}()
 	tick := time.NewTicker(min(b.o.Settle, b.o.Every) / 2)
 	defer tick.Stop()
+	linger := time.NewTimer(gather)
+	defer linger.Stop()
 	for {
 		select {
 		case e, ok := <-entries:
@@ -216,14 +223,17 @@ func (b *Builder) grow(ctx context.Context) error {
 				}
 			}
 			batch := []Entry{e}
+			linger.Reset(gather)
 			for more := true; more && len(batch) < most; {
 				select {
 				case e, ok := <-entries:
 					if more = ok; ok {
 						batch = append(batch, e)
 					}
-				default:
+				case <-linger.C:
 					more = false
+				case <-ctx.Done():
+					return ctx.Err()
 				}
 			}
 			if err := b.Take(ctx, batch); err != nil {
