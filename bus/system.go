@@ -264,8 +264,8 @@ func (s *System) watch(ctx context.Context, subjects []string, after *uint64, kn
 	for {
 		m, err := it.Next()
 		switch {
-		case errors.Is(err, jetstream.ErrNoHeartbeat) && ctx.Err() == nil:
-			continue // it reconnects by itself and goes on where it was
+		case errors.Is(err, jetstream.ErrNoHeartbeat) && ctx.Err() == nil && s.l.nc.IsConnected():
+			continue // it goes on where it was
 		case err != nil:
 			return err
 		}

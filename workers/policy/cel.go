@@ -313,6 +313,12 @@ func argumentsOf(method string, body []byte) (jsonrpc.Value, error) {
 	}
 	v := m.Params()
 	if (method == toolsCall || method == promptsGet) && (v.Kind() == jsonrpc.Object || !v.Exists()) {
+		for name := range v.Members() {
+			// There are servers to which this is the same.
+			if name != "arguments" && strings.EqualFold(name, "arguments") {
+				return v.Get(name), fmt.Errorf("they are named %q, not \"arguments\"", name)
+			}
+		}
 		v = v.Get("arguments")
 	}
 	if v.Exists() && v.Kind() != jsonrpc.Object {
@@ -323,7 +329,7 @@ func argumentsOf(method string, body []byte) (jsonrpc.Value, error) {
 
 // celValue is a piece of JSON as a condition sees it. A number is an int if it is
 // written as one and fits, else a double; one that is neither is an error to
-// whoever looks at it. n counts the values.
+// whoever looks at it. n counts the values, and the bytes of strings.
 func celValue(v jsonrpc.Value, n *int) ref.Val {
 	*n++
 	switch v.Kind() {
@@ -332,6 +338,7 @@ func celValue(v jsonrpc.Value, n *int) ref.Val {
 		return types.Bool(b)
 	case jsonrpc.String:
 		s, _ := v.Text()
+		*n += len(s) // a condition may split it
 		return types.String(s)
 	case jsonrpc.Number:
 		if i, ok := v.Int(); ok {

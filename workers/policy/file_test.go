@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"slices"
@@ -141,6 +142,12 @@ rules:
 		for _, a := range args {
 			if v := b.Decide(with(tool, a), Facts{}); v.Permit {
 				t.Errorf("%s %s: %+v", tool, a, v)
+			}
+			// A server may not care for the case of a name.
+			e := with(tool, a)
+			e.Body = bytes.Replace(e.Body, []byte(`"arguments"`), []byte(`"Arguments"`), 1)
+			if v := b.Decide(e, Facts{}); v.Permit {
+				t.Errorf("%s Arguments %s: %+v", tool, a, v)
 			}
 		}
 	}
@@ -298,6 +305,16 @@ rules:
 		v := b.Decide(with("t", `{"l":[`+strings.Repeat("1,", n)+`1]}`), Facts{})
 		if outcome(v) != want {
 			t.Errorf("%d values: %+v", n, v)
+		}
+	}
+	b = bundle(t, `
+rules:
+  - {id: all, effect: permit, match: {tools: ["*"]}}
+  - {id: split, effect: forbid, match: {tools: [t]}, when: 'args.s.split("").exists(a, args.s.split("").exists(c, a + c == "xy"))'}
+`)
+	for n, want := range map[int]string{10: "permit all", 3000: "deny split"} {
+		if v := b.Decide(with("t", `{"s":"`+strings.Repeat("x", n)+`"}`), Facts{}); outcome(v) != want {
+			t.Errorf("%d characters: %+v", n, v)
 		}
 	}
 }

@@ -82,6 +82,7 @@ func (g *gateway) addPolicy(ctx context.Context, _ net.Listener) error {
 	ready, following, held := g.up("policy"), g.up("policy rules"), g.up("approvals")
 	g.workers = append(g.workers,
 		part{"rules", func(ctx context.Context) error { return r.follow(ctx, following.Store) }},
+		part{"late rules", r.again},
 		part{"rule files", r.watch},
 		part{"limits", r.count},
 		part{"held", func(ctx context.Context) error {
@@ -148,7 +149,11 @@ type rules struct {
 	counting atomic.Bool
 	broken   atomic.Pointer[string] // what is wrong with the files; nil: nothing
 	loads    atomic.Int64           // bundles put in force
-	failures atomic.Int64           // bundles that could not be
+	failures atomic.Int64           // times that one could not be
+
+	taking sync.Mutex  // held while an activation is taken
+	newest uint64      // sequence of the newest one
+	late   *bus.Record // it, if its bundle could not be had
 
 	files string // owned by watch: how they looked when they were last read
 }
@@ -292,27 +297,66 @@ func (r *rules) follow(ctx context.Context, up func(bool)) error {
 	}, take)
 }
 
-// take puts in force what a record says. If it cannot, what is in force stays.
+// take puts in force what a record says, unless a newer one was taken. If it
+// cannot, what is in force stays; where that is not the record's or the bundle's
+// fault, it is tried again.
 func (r *rules) take(ctx context.Context, rec bus.Record) error {
 	if rec.Name != activePolicy {
 		return nil
 	}
-	err := func() error {
-		var a activation
-		if err := json.Unmarshal(rec.Body, &a); err != nil {
-			return fmt.Errorf("record %d: %w", rec.Seq, err)
-		}
-		b, err := bundleOf(ctx, r.sys, a.SHA256)
-		if err != nil {
-			return err
-		}
-		return r.activate(ctx, b)
-	}()
-	if err != nil {
-		r.failures.Add(1)
-		return fmt.Errorf("policy of record %d: %w", rec.Seq, err)
+	r.taking.Lock()
+	defer r.taking.Unlock()
+	if rec.Seq < r.newest {
+		return nil
 	}
-	return nil
+	r.newest, r.late = rec.Seq, nil
+	worthAnother, err := r.obey(ctx, rec)
+	if err == nil {
+		return nil
+	}
+	if worthAnother {
+		r.late = &rec
+	}
+	r.failures.Add(1)
+	return fmt.Errorf("policy of record %d: %w", rec.Seq, err)
+}
+
+func (r *rules) obey(ctx context.Context, rec bus.Record) (worthAnother bool, err error) {
+	var a activation
+	if err := json.Unmarshal(rec.Body, &a); err != nil {
+		return false, err
+	}
+	encoded, err := r.sys.Get(ctx, a.SHA256)
+	if err != nil {
+		return true, err
+	}
+	b, err := policy.Compile(encoded)
+	if err != nil {
+		return false, err
+	}
+	return true, r.activate(ctx, b)
+}
+
+// again takes an activation that could not be taken, until it can.
+func (r *rules) again(ctx context.Context) error {
+	t := time.NewTicker(time.Second)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-t.C:
+		}
+		r.taking.Lock()
+		late := r.late
+		r.taking.Unlock()
+		if late == nil {
+			continue
+		}
+		if err := r.take(ctx, *late); err != nil && ctx.Err() == nil {
+			r.g.log.Error("another policy was put in force and cannot be had; the former is in force here still", "error", err)
+		}
+	}
 }
 
 func bundleOf(ctx context.Context, sys *bus.System, digest string) (*policy.Bundle, error) {

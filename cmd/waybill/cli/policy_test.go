@@ -1,14 +1,21 @@
 package cli
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
+	"time"
 
+	"waybill.dev/bus"
+	"waybill.dev/bus/embed"
 	"waybill.dev/schemas"
+	"waybill.dev/workers/policy"
 )
 
 // The example rules do what their tests say, and the tests notice when they do
@@ -134,4 +141,85 @@ func TestShownArgs(t *testing.T) {
 			t.Errorf("%s %s: shows %s", tt.method, tt.params, got)
 		}
 	}
+}
+
+// A policy that is put in force and cannot be had is in force when it can, and one
+// that came after it stays.
+func TestPolicyThatComesLate(t *testing.T) {
+	srv, err := embed.Start(embed.Options{Dir: filepath.Join(t.TempDir(), "log"), Sync: time.Minute})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = srv.Close() }()
+	o := bus.Options{Dial: srv.Connect, Role: bus.RolePolicy, Log: slog.New(slog.DiscardHandler)}
+	if err := bus.Setup(t.Context(), o); err != nil {
+		t.Fatal(err)
+	}
+	l, err := bus.Open(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	sys, err := l.System(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := policy.New(policy.Options{
+		Past: l.Past, Duplicates: bus.Duplicates, Now: time.Now,
+		Groups:  func(schemas.Tenant, schemas.Agent) []string { return nil },
+		Session: func(context.Context, schemas.Event) (*policy.SessionFacts, error) { return nil, nil },
+		Load:    l.Load, Store: l.Publish,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &rules{g: &gateway{log: slog.New(slog.DiscardHandler)}, l: l, sys: sys, p: p, known: make(chan struct{}), limits: make(chan uint64, 1)}
+	bundle := func(id string) (content []byte, digest string) {
+		content, err := policy.Source{Servers: []string{"up"}, Files: []policy.File{{Name: "r.yaml", Text: "rules: [{id: " + id + ", effect: permit, match: {tools: [t]}}]\n"}}}.Encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := policy.Compile(content)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return content, b.Digest
+	}
+	record := func(seq uint64, digest string) bus.Record {
+		return bus.Record{Seq: seq, Kind: policyKind, Name: activePolicy, Body: fmt.Appendf(nil, `{"sha256":%q}`, digest)}
+	}
+	one, first := bundle("one")
+	if err := r.take(t.Context(), record(1, first)); err == nil || p.Bundle() != nil || r.late == nil {
+		t.Fatalf("%v, in force %v", err, p.Bundle())
+	}
+	two, second := bundle("two")
+	if _, err := sys.Put(t.Context(), two); err != nil {
+		t.Fatal(err)
+	}
+	late := *r.late
+	if err := r.take(t.Context(), record(2, second)); err != nil || p.Bundle().Digest != second || r.late != nil {
+		t.Fatalf("%v, in force %v", err, p.Bundle())
+	}
+	if _, err := sys.Put(t.Context(), one); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.take(t.Context(), late); err != nil || p.Bundle().Digest != second {
+		t.Errorf("%v, in force is %s", err, p.Bundle().Digest)
+	}
+	three, third := bundle("three")
+	if err := r.take(t.Context(), record(3, third)); err == nil || p.Bundle().Digest != second {
+		t.Errorf("%v, in force is %s", err, p.Bundle().Digest)
+	}
+	if _, err := sys.Put(t.Context(), three); err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	again := make(chan error, 1)
+	go func() { again <- r.again(ctx) }()
+	for p.Bundle().Digest != third {
+		runtime.Gosched()
+	}
+	stop()
+	<-again
 }
