@@ -282,6 +282,46 @@ rules:
 	}
 }
 
+// TestSessionFacts: rules know what was decided in a session before, also after a
+// crash, and of no other session.
+func TestSessionFacts(t *testing.T) {
+	r := startRuled(t, `
+rules:
+  - {id: all, effect: permit, match: {tools: [count, read]}}
+  - {id: three, effect: forbid, match: {tools: [read]}, when: 'session.calls >= 3 && "up/count" in session.tools'}
+  - {id: enough, effect: forbid, match: {tools: [count]}, when: session.denied >= 2}
+`)
+	meta := strings.TrimSuffix(gateway.Meta, "}") + `,"dev.waybill/session":%q}`
+	call := func(session, tool string) bool {
+		t.Helper()
+		a, err := r.Post(t.Context(), "up", "tools/call", tool, fmt.Sprintf(`{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":%q,"arguments":{"key":"x"},`+meta+`}}`, tool, session))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return a.Status == http.StatusOK && strings.Contains(string(a.Body), `"result"`)
+	}
+	for i, c := range []struct {
+		tool string
+		want bool
+	}{{"read", true}, {"read", true}, {"read", true}, {"read", true}, {"count", true}, {"read", false}, {"count", true}, {"read", false}, {"count", false}} {
+		if i == 5 {
+			r.Kill()
+			r.Restart()
+		}
+		if got := call("one", c.tool); got != c.want {
+			t.Errorf("call %d, of %s: %t", i, c.tool, got)
+		}
+	}
+	if !call("two", "count") || !call("two", "read") {
+		t.Error("another session is held to this one's past")
+	}
+	for _, e := range r.Events() {
+		if d, ok := e.Data.(*schemas.Denied); ok && d.Rule == "three" && d.Facts["session.tools"] != `["up/count","up/read"]` {
+			t.Errorf("denied with facts %v", d.Facts)
+		}
+	}
+}
+
 // TestConfusion: arguments of other types than the rules expect reach no upstream.
 func TestConfusion(t *testing.T) {
 	r := startRuled(t, `

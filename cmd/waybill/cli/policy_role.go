@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
 	"net"
 	"os"
 	"os/signal"
@@ -63,10 +62,8 @@ func (g *gateway) addPolicy(ctx context.Context, _ net.Listener) error {
 			}
 			return groups[a]
 		},
-		Session: func(ctx context.Context, e schemas.Event) (*policy.SessionFacts, error) {
-			return sessionFacts(ctx, l, e)
-		},
-		Load: l.Load, Store: l.Publish,
+		Session: (&counted{l: l, of: map[sessionOf]*countedSession{}}).session,
+		Load:    l.Load, Store: l.Publish,
 		Claim: func(ctx context.Context, id string, use []byte, last uint64) (uint64, error) {
 			return sys.AppendAfter(ctx, policy.UseKind, id, use, last)
 		},
@@ -111,30 +108,69 @@ func (g *gateway) addPolicy(ctx context.Context, _ net.Listener) error {
 	return nil
 }
 
-// sessionFacts counts what was decided in the session of a request so far.
-func sessionFacts(ctx context.Context, l *bus.Log, e schemas.Event) (*policy.SessionFacts, error) {
-	f := &policy.SessionFacts{Tools: []string{}}
-	tools := map[string]bool{}
+// counted is what was decided in sessions, as far as the log was read for it. Rules
+// that ask for it read only what has come since.
+type counted struct {
+	l *bus.Log
+
+	mu sync.Mutex
+	of map[sessionOf]*countedSession
+}
+
+type sessionOf struct {
+	tenant schemas.Tenant
+	key    schemas.SessionKey
+}
+
+type countedSession struct {
+	mu    sync.Mutex
+	upTo  uint64 // the sequence
+	facts policy.SessionFacts
+}
+
+// maxCounted is of how many sessions the counts are kept.
+const maxCounted = 10_000
+
+// session counts what was decided in the session of a request so far.
+func (c *counted) session(ctx context.Context, e schemas.Event) (*policy.SessionFacts, error) {
+	id := sessionOf{e.Tenant, e.Session}
+	c.mu.Lock()
+	s := c.of[id]
+	if s == nil {
+		if len(c.of) >= maxCounted {
+			clear(c.of)
+		}
+		s = &countedSession{}
+		c.of[id] = s
+	}
+	c.mu.Unlock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	of := bus.Filter{Tenant: e.Tenant, Session: e.Session, Kinds: []schemas.Kind{schemas.KindAuthorized, schemas.KindDenied}}
-	for e, err := range l.Read(ctx, of, 1) {
+	for e, err := range c.l.Read(ctx, of, s.upTo+1) {
 		if errors.Is(err, bus.ErrUndecodable) {
 			continue
 		}
 		if err != nil {
 			return nil, err
 		}
+		s.upTo = e.Seq
 		switch d := e.Data.(type) {
 		case *schemas.Authorized:
 			if d.Method == "tools/call" {
-				f.Calls++
-				tools[d.Server+"/"+d.Name] = true
+				s.facts.Calls++
+				tool := d.Server + "/" + d.Name
+				if at, found := slices.BinarySearch(s.facts.Tools, tool); !found {
+					s.facts.Tools = slices.Insert(s.facts.Tools, at, tool)
+				}
 			}
 		case *schemas.Denied:
-			f.Denied++
+			s.facts.Denied++
 		}
 	}
-	f.Tools = append(f.Tools, slices.Sorted(maps.Keys(tools))...)
-	return f, nil
+	f := s.facts
+	f.Tools = append([]string{}, f.Tools...)
+	return &f, nil
 }
 
 // rules keeps the policy of one process: its files, and what is in force.
