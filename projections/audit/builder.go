@@ -469,6 +469,9 @@ func (b *Builder) take(ctx context.Context, entries []Entry) error {
 		}
 		record := Record(e, salt)
 		b.at[e.Stream] = e.Seq
+		if e.Event.Data != nil && e.Event.Kind() == schemas.KindClosed {
+			delete(b.secrets, secretKey(e)) // its last, nearly always
+		}
 		said := b.o.Said != nil && e.Event.Data != nil && len(e.Body) > 0 && b.o.Said(e.Event.Tenant)
 		put(item(b.o.Origin, next(), e, record, salt, said), record)
 	}
@@ -577,9 +580,14 @@ func SecretOf(e Entry) (schemas.Tenant, schemas.SessionKey) {
 // remembered is how many secrets are kept at hand.
 const remembered = 20_000
 
+func secretKey(e Entry) string {
+	t, s := SecretOf(e)
+	return string(t) + "." + string(s)
+}
+
 func (b *Builder) salt(ctx context.Context, e Entry) ([]byte, error) {
 	t, s := SecretOf(e)
-	key := string(t) + "." + string(s)
+	key := secretKey(e)
 	secret := b.secrets[key]
 	if secret == nil {
 		var err error
