@@ -38,7 +38,7 @@ func commands() []command {
 		{"up", "[--config FILE] [--role ROLE]...", "run the gateway, or some of its roles", up},
 		{"config check", "[--config FILE] [--json]", "check the configuration and print what is in effect", configCheck},
 		{"sessions", "[--tenant T] [--limit N] [--json]", "list the sessions in the log, newest last", sessions},
-		{"replay", "SESSION [--from F] [--full] [--json]", "print a session from the log or the record, as a tree of calls", replay},
+		{"replay", "SESSION [--from F] [--verify | --policy DIR | --serve ADDR]", "print a session as a tree of calls, verify it, decide it anew, or answer from it", replay},
 		{"audit tail", "[--tenant T] [--session S] [--kind K]... [--json] [--feed]", "print events as they are stored", auditTail},
 		{"audit verify", "[FILE] [--against FILE] [--key KEY]... [--json]", "hold the log and the record against the signed checkpoints", auditVerify},
 		{"audit prove", "SEQ [--out FILE]", "prove that an event is in the log, to whoever has the public key", auditProve},
@@ -155,7 +155,7 @@ func leading(args []string) (lead, rest []string) {
 	for n < len(args) && strings.HasPrefix(args[n], "-") {
 		switch flag := strings.TrimLeft(args[n], "-"); {
 		case strings.Contains(flag, "="):
-		case slices.Contains([]string{"json", "csv", "list", "full", "feed", "all", "v", "log-json", "help", "h", "version"}, flag):
+		case slices.Contains([]string{"json", "csv", "list", "full", "feed", "all", "v", "verify", "fast", "log-json", "help", "h", "version"}, flag):
 		default:
 			n++ // and its value
 		}

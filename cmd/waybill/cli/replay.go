@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -13,58 +14,185 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 	"unicode"
 
 	"waybill.dev/schemas"
 )
 
+// replaying is what `waybill replay` was asked for.
+type replaying struct {
+	session schemas.SessionKey // "" for all traffic since a time
+	from    string             // stream, clickhouse or the name of an exported file
+	connect func() (*client, error)
+
+	full, json bool // show
+	verify     bool
+
+	serve  string // address at which the record answers; "" for not
+	fast   bool
+	onMiss string // fail or live
+
+	policy string        // rules to decide under; "" for not
+	since  time.Duration // of all traffic; 0 for one session
+	tenant schemas.Tenant
+}
+
 // replay is `waybill replay`.
 func replay(ctx context.Context, env Env, args []string) error {
+	r := replaying{from: fromStream, onMiss: "fail"}
 	fs := flag.NewFlagSet("replay", flag.ContinueOnError)
 	connect := clientFlags(fs)
-	full := fs.Bool("full", false, "print the bodies too")
-	asJSON := fs.Bool("json", false, "print one event per line, bodies included")
-	q := url.Values{}
-	fs.Func("from", "`F`, where the events are read: stream (the log, default) or clickhouse (the record)", func(s string) error {
-		if q.Set("from", s); s != "stream" && s != "clickhouse" {
-			return errors.New("there are stream and clickhouse")
+	fs.BoolVar(&r.full, "full", false, "print the bodies too")
+	fs.BoolVar(&r.json, "json", false, "print one event per line, bodies included; with --verify and --policy the report")
+	fs.StringVar(&r.from, "from", fromStream, "`F`, where the events are read: stream (the log), clickhouse (the record) or a file that `waybill export` wrote")
+	fs.BoolVar(&r.verify, "verify", false, "make again what can be made again from what was recorded, and name the first difference")
+	fs.StringVar(&r.serve, "serve", "", "answer an agent from the record, at `ADDR`, without any server")
+	fs.BoolVar(&r.fast, "fast", false, "with --serve: at once, and not after the time that it took")
+	fs.StringVar(&r.onMiss, "on-miss", r.onMiss, "with --serve: `W`, what becomes of a call that was not recorded: fail, or live, which makes it")
+	fs.StringVar(&r.policy, "policy", "", "decide the calls under the rules in `DIR`, or a file of them, and print what would change")
+	fs.Func("since", "with --policy: all traffic of the last `D`, such as 24h, and not one session", func(s string) (err error) {
+		if r.since, err = time.ParseDuration(s); err == nil && r.since <= 0 {
+			err = errors.New("must be longer than 0")
 		}
-		return nil
+		return err
 	})
+	fs.Func("tenant", "with --since: only calls of `TENANT`", func(s string) error { r.tenant = schemas.Tenant(s); return schemas.CheckToken(s) })
 	rest, err := parse(env, fs, args)
 	if err != nil {
 		return err
 	}
-	if len(rest) != 1 {
+	given := map[string]bool{}
+	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
+	if err := r.check(given, rest); err != nil {
+		return err
+	}
+	r.connect = sync.OnceValues(func() (*client, error) { return connect(env) })
+	switch {
+	case given["serve"]:
+		return r.answer(ctx, env)
+	case given["policy"]:
+		return r.whatIf(ctx, env)
+	case r.verify:
+		return r.verified(ctx, env)
+	}
+	return r.show(ctx, env)
+}
+
+// Where events are read; any other word is the name of a file.
+const (
+	fromStream = "stream"
+	fromRecord = "clickhouse"
+)
+
+// check says what does not go together.
+func (r *replaying) check(given map[string]bool, rest []string) error {
+	for _, pair := range [][2]string{{"fast", "serve"}, {"on-miss", "serve"}, {"since", "policy"}, {"tenant", "since"}} {
+		if given[pair[0]] && !given[pair[1]] {
+			return usagef("--%s goes with --%s", pair[0], pair[1])
+		}
+	}
+	for _, pair := range [][2]string{{"serve", "policy"}, {"serve", "verify"}, {"policy", "verify"}, {"serve", "json"}, {"serve", "full"}} {
+		if given[pair[0]] && given[pair[1]] {
+			return usagef("--%s and --%s are two things", pair[0], pair[1])
+		}
+	}
+	switch {
+	case given["serve"] && r.serve == "", given["policy"] && r.policy == "", r.from == "":
+		return usagef("an empty value")
+	case r.onMiss != "fail" && r.onMiss != "live":
+		return usagef("--on-miss %q: there are fail and live", r.onMiss)
+	case given["since"] && len(rest) > 0:
+		return usagef("--since is of all sessions, and %s is one", rest[0])
+	case given["since"]:
+		return nil
+	case len(rest) == 0 && r.file():
+		return nil // the only session in it
+	case len(rest) != 1:
 		return usagef("name one session; `waybill sessions` lists them")
 	}
 	if err := schemas.CheckToken(rest[0]); err != nil {
 		return usagef("%q is no session key: %v", rest[0], err)
 	}
-	c, err := connect(env)
-	if err != nil {
-		return err
+	r.session = schemas.SessionKey(rest[0])
+	return nil
+}
+
+// file tells whether events are read from an exported file.
+func (r *replaying) file() bool { return r.from != fromStream && r.from != fromRecord }
+
+// events reads a session from where it is to be read, as lines of the events API.
+func (r *replaying) events(ctx context.Context, key schemas.SessionKey) iter.Seq2[json.RawMessage, error] {
+	return func(yield func(json.RawMessage, error) bool) {
+		if r.file() {
+			yield(nil, fmt.Errorf("--from %s: reading exported files: %w", r.from, errNotBuilt))
+			return
+		}
+		c, err := r.connect()
+		if err != nil {
+			yield(nil, err)
+			return
+		}
+		for line, err := range rawLines(ctx, c, "/api/v1/sessions/"+string(key)+"/events", url.Values{"from": {r.from}}) {
+			if !yield(line, err) || err != nil {
+				return
+			}
+		}
 	}
-	path := "/api/v1/sessions/" + rest[0] + "/events"
-	if *asJSON {
-		return copyLines(ctx, c, env, path, q)
+}
+
+// records is events, read.
+func (r *replaying) records(ctx context.Context, key schemas.SessionKey) iter.Seq2[record, error] {
+	return func(yield func(record, error) bool) {
+		for line, err := range r.events(ctx, key) {
+			var e record
+			if err == nil {
+				if err = json.Unmarshal(line, &e); err != nil {
+					err = fmt.Errorf("line of an event: %w", err)
+				}
+			}
+			if !yield(e, err) || err != nil {
+				return
+			}
+		}
 	}
-	s := newStory(*full)
-	for e, err := range lines[record](ctx, c, path, q) {
+}
+
+// show prints the session.
+func (r *replaying) show(ctx context.Context, env Env) error {
+	if r.json {
+		for line, err := range r.events(ctx, r.session) {
+			if err != nil {
+				return err
+			}
+			if err := env.printLine(bytes.TrimSuffix(line, []byte("\n"))); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	s := newStory(r.full)
+	for e, err := range r.records(ctx, r.session) {
 		if err != nil {
 			return err
 		}
 		s.add(e)
 	}
-	s.follow(func(key schemas.SessionKey) iter.Seq2[record, error] {
-		return lines[record](ctx, c, "/api/v1/sessions/"+string(key)+"/events", q)
-	})
+	s.follow(func(key schemas.SessionKey) iter.Seq2[record, error] { return r.records(ctx, key) })
 	if ctx.Err() != nil {
 		return errInterrupted
 	}
 	return s.print(env)
 }
+
+// verified is --verify.
+func (r *replaying) verified(context.Context, Env) error {
+	return fmt.Errorf("--verify: %w", errNotBuilt)
+}
+
+// errNotBuilt is wrapped by the errors for what is to come.
+var errNotBuilt = errors.New("not built yet")
 
 // story is a session as a tree: calls under the calls that caused them, the
 // events of a call in the order of the log.
