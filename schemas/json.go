@@ -95,9 +95,15 @@ func (e Event) MarshalString() (string, error) {
 	return string(b), err
 }
 
+// WrongID is the error of an event that was read, but for its ID, which is not the
+// one that follows from it.
+type WrongID struct{ ID, Derived EventID }
+
+func (w *WrongID) Error() string { return fmt.Sprintf("id %q, derived %q", w.ID, w.Derived) }
+
 // UnmarshalJSON reads what MarshalJSON wrote. It returns an error that wraps
 // [ErrInvalid] for a newer version, an unknown kind, an envelope that breaks
-// its rules, and an ID that is not the derived one.
+// its rules, and an ID that is not the derived one ([WrongID]).
 func (e *Event) UnmarshalJSON(b []byte) error { return e.UnmarshalString(string(b)) }
 
 // UnmarshalString is UnmarshalJSON of a string, of which the event then keeps
@@ -122,7 +128,7 @@ func (e *Event) UnmarshalString(s string) error {
 		return err
 	}
 	if id := e.ID(); id != w.ID {
-		return fmt.Errorf("%w: id %q, derived %q", ErrInvalid, w.ID, id)
+		return fmt.Errorf("%w: %w", ErrInvalid, &WrongID{w.ID, id})
 	}
 	return nil
 }
