@@ -76,6 +76,7 @@ func (d *desk) store(_ context.Context, e schemas.Event) (schemas.Receipt, error
 		}
 	}
 	e.Seq, e.Stored = uint64(len(d.events)+1), time.Now()
+	d.remake(e)
 	d.events = append(d.events, e)
 	return schemas.Receipt{Seq: e.Seq}, nil
 }

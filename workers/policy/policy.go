@@ -140,7 +140,7 @@ func (p *Policy) decide(ctx context.Context, e schemas.Event, q *schemas.Request
 	if b == nil {
 		return p.store(ctx, e, q, &schemas.Denied{
 			Summary:  summary(e, q),
-			Decision: schemas.Decision{N: n, Reason: "no policy is in force"},
+			Decision: schemas.Decision{N: n, Reason: noPolicy},
 		}, nil, emit)
 	}
 	facts, limits, err := p.facts(ctx, b, e, q)
@@ -181,14 +181,7 @@ func (p *Policy) decide(ctx context.Context, e schemas.Event, q *schemas.Request
 		p.o.Log.Warn("policy rule failed", "rule", f.Rule, "error", f.Err,
 			"session", e.Session, "call", e.Call, "kind", e.Kind())
 	}
-	word.Rule, word.Reason, word.Facts = v.Rule, v.Reason, facts.Record()
-	word.Matches, word.MatchesMore = v.Matches, 0
-	if more := len(v.Matches) - maxMatches; more > 0 {
-		word.Matches, word.MatchesMore = v.Matches[:maxMatches], more
-	}
-	if v.Permit || v.Hold {
-		word.Obligations = v.Obligations.Record()
-	}
+	word = spoken(word, v, facts)
 	data, body := p.payload(e, q, v, word)
 	err = p.store(ctx, e, q, data, body, emit)
 	if err != nil || data.Kind() != schemas.KindAuthorized {
@@ -231,66 +224,19 @@ func (p *Policy) facts(ctx context.Context, b *Bundle, e schemas.Event, q *schem
 
 // payload makes the payload and the body of a decision.
 func (p *Policy) payload(e schemas.Event, q *schemas.Requested, v Verdict, word schemas.Decision) (schemas.Payload, []byte) {
-	deny := func() (schemas.Payload, []byte) {
-		word.Obligations = nil
-		return &schemas.Denied{Summary: summary(e, q), Decision: word}, nil
+	switch {
+	case v.Hold && (p.o.Load == nil || p.o.Store == nil || p.o.Claim == nil):
+		word.Reason += nobodyToAsk
+		return refusal(e, q, word), nil
+	case v.Hold && !p.holds.room(e.Agent):
+		word.Reason += tooManyHeld
+		return refusal(e, q, word), nil
+	case v.Hold:
+		return held(e, q, v, word), nil
+	case !v.Permit:
+		return refusal(e, q, word), nil
 	}
-	if v.Hold {
-		expires := q.Deadline
-		if w := v.Obligations.Wait; w > 0 {
-			expires = e.Stored.Add(w)
-		} else if expires.IsZero() {
-			expires = e.Stored.Add(patience)
-		}
-		if p.o.Load == nil || p.o.Store == nil || p.o.Claim == nil {
-			word.Reason += "; nobody can be asked"
-			return deny()
-		}
-		if !p.holds.room(e.Agent) {
-			word.Reason += "; too many calls wait for an approval already"
-			return deny()
-		}
-		return &schemas.Held{Target: q.Target, Decision: word, RequestedSeq: e.Seq, RequestedAt: e.Stored, Expires: expires}, nil
-	}
-	if !v.Permit {
-		return deny()
-	}
-	a := &schemas.Authorized{
-		Requested: *q, Decision: word, RequestedSeq: e.Seq, RequestedAt: e.Stored, Only: v.Only, Each: v.Each,
-	}
-	if word.N > 1 {
-		// The times are not about persons: the call has those that it had.
-		again := p.o.Now().UTC()
-		if !q.Deadline.IsZero() {
-			a.Deadline = again.Add(q.Deadline.Sub(e.Stored))
-		}
-		if !q.TaskUntil.IsZero() {
-			a.TaskUntil = again.Add(q.TaskUntil.Sub(e.Stored))
-		}
-	}
-	if d := v.Obligations.Deadline; d > 0 {
-		begin := e.Stored
-		if word.N > 1 {
-			begin = p.o.Now().UTC()
-		}
-		if until := begin.Add(d); a.Deadline.IsZero() || until.Before(a.Deadline) {
-			a.Deadline = until
-		}
-	}
-	body := e.Body
-	if len(v.Obligations.Redact) > 0 {
-		var err error
-		if body, err = redact(q, e.Body, v.Obligations.Redact); err != nil {
-			word.Reason = brief(err)
-			return deny()
-		}
-		return a, body
-	}
-	if len(body) <= schemas.InlineBody {
-		return a, body
-	}
-	a.BodySize, a.BodySHA256 = len(body), digest(body)
-	return a, nil
+	return granted(e, q, v, word, p.o.Now().UTC())
 }
 
 // patience is how long an approval is waited for where neither rule nor call has
