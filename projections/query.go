@@ -176,8 +176,12 @@ func (g *BodyGone) Error() string {
 	return fmt.Sprintf("the body of %d bytes is no longer kept", g.Size)
 }
 
+// ErrUnreadable is wrapped by what is yielded in the place of an event that this
+// program cannot read: a newer one has written it.
+var ErrUnreadable = errors.New("unreadable event")
+
 // Session yields the events of a session from the record, in the order in which
-// the log had them, some with a [BodyGone].
+// the log had them, some with a [BodyGone] or an [ErrUnreadable].
 func Session(ctx context.Context, s Server, key schemas.SessionKey) iter.Seq2[schemas.Event, error] {
 	return func(yield func(schemas.Event, error) bool) {
 		fail := func(err error) { yield(schemas.Event{}, fmt.Errorf("session %s in the record: %w", key, err)) }
@@ -208,8 +212,11 @@ func Session(ctx context.Context, s Server, key schemas.SessionKey) iter.Seq2[sc
 			}
 			var e schemas.Event
 			if err := e.UnmarshalString(envelope); err != nil {
-				fail(fmt.Errorf("sequence %d: %w", seq, err))
-				return
+				odd := schemas.Event{Seq: seq, Stored: stored.UTC()}
+				if !yield(odd, fmt.Errorf("%w: %w", ErrUnreadable, err)) {
+					return
+				}
+				continue
 			}
 			e.Seq, e.Stored = seq, stored.UTC()
 			if len(body) > 0 {
