@@ -42,6 +42,7 @@ import (
 //	GET /api/v1/policies/SHA256     token; the policy of a digest, as it is stored
 //	GET /api/v1/approvals           token; ?all=  what waits for an approval, one per line
 //	POST /api/v1/approvals/ID       token; {"said": "granted" or "refused", "by", "for": seconds, "uses", "note"}
+//	GET /api/v1/sessions/S/export   token; ?from=&redact=&rows=  the session with its proofs, as a file has it (export_file.go)
 //	GET /api/v1/events              token; ?tenant=&session=&kind=  the same, live, until the client leaves
 //	GET /api/v1/audit/lines         token; all that `waybill audit verify` reads, one audit.Line per line
 //	GET /api/v1/audit/checkpoint    token; the newest checkpoint and the public keys
@@ -93,6 +94,7 @@ func (g *gateway) addAdmin(ctx context.Context, ln net.Listener) error {
 		"/debug/pprof/trace":                    pprof.Trace,
 		"GET /api/v1/sessions":                  a.sessions,
 		"GET /api/v1/sessions/{session}/events": a.session,
+		"GET /api/v1/sessions/{session}/export": a.export,
 		"GET /api/v1/events":                    a.events,
 		"GET /api/v1/calls/{call}":              people.call,
 		"GET /api/v1/policies/{digest}":         people.bundle,
@@ -426,7 +428,8 @@ func (a *admin) session(w http.ResponseWriter, r *http.Request) {
 	}
 	for e, err := range events {
 		gone := new(projections.BodyGone)
-		if err != nil && !errors.Is(err, bus.ErrUndecodable) && !errors.As(err, &gone) {
+		odd := errors.Is(err, bus.ErrUndecodable) || errors.Is(err, projections.ErrUnreadable)
+		if err != nil && !odd && !errors.As(err, &gone) {
 			if !found {
 				a.fail(w, err)
 				return

@@ -38,7 +38,9 @@ func commands() []command {
 		{"up", "[--config FILE] [--role ROLE]...", "run the gateway, or some of its roles", up},
 		{"config check", "[--config FILE] [--json]", "check the configuration and print what is in effect", configCheck},
 		{"sessions", "[--tenant T] [--limit N] [--json]", "list the sessions in the log, newest last", sessions},
-		{"replay", "SESSION [--from F] [--verify | --policy DIR | --serve ADDR]", "print a session as a tree of calls, verify it, decide it anew, or answer from it", replay},
+		{"replay", "SESSION [--from F] [--verify | --policy DIR | --serve ADDR]", "print a session as a tree of calls, verify it, decide it anew, or answer from it", replayCommand},
+		{"export", "SESSION [-o FILE] [--redact-bodies] [--from F]", "write a session to a file that proves itself", exportCommand},
+		{"import", "FILE", "keep an exported session beside the data, never in the log", importCommand},
 		{"audit tail", "[--tenant T] [--session S] [--kind K]... [--json] [--feed]", "print events as they are stored", auditTail},
 		{"audit verify", "[FILE] [--against FILE] [--key KEY]... [--json]", "hold the log and the record against the signed checkpoints", auditVerify},
 		{"audit prove", "SEQ [--out FILE]", "prove that an event is in the log, to whoever has the public key", auditProve},
@@ -58,7 +60,7 @@ func commands() []command {
 // mistake of theirs.
 func later() []string {
 	return []string{
-		"export", "import", "rebuild", "tools", "agents",
+		"rebuild", "tools", "agents",
 	}
 }
 
@@ -155,7 +157,7 @@ func leading(args []string) (lead, rest []string) {
 	for n < len(args) && strings.HasPrefix(args[n], "-") {
 		switch flag := strings.TrimLeft(args[n], "-"); {
 		case strings.Contains(flag, "="):
-		case slices.Contains([]string{"json", "csv", "list", "full", "feed", "all", "v", "verify", "fast", "log-json", "help", "h", "version"}, flag):
+		case slices.Contains([]string{"json", "csv", "list", "full", "feed", "all", "v", "verify", "fast", "redact-bodies", "log-json", "help", "h", "version"}, flag):
 		default:
 			n++ // and its value
 		}

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"maps"
 	"net/url"
 	"slices"
 	"strconv"
@@ -25,6 +26,7 @@ import (
 type replaying struct {
 	session schemas.SessionKey // "" for all traffic since a time
 	from    string             // stream, clickhouse or the name of an exported file
+	keys    []string           // public keys to verify by, or files of some
 	connect func() (*client, error)
 
 	full, json bool // show
@@ -39,8 +41,8 @@ type replaying struct {
 	tenant schemas.Tenant
 }
 
-// replay is `waybill replay`.
-func replay(ctx context.Context, env Env, args []string) error {
+// replayCommand is `waybill replay`.
+func replayCommand(ctx context.Context, env Env, args []string) error {
 	r := replaying{from: fromStream, onMiss: "fail"}
 	fs := flag.NewFlagSet("replay", flag.ContinueOnError)
 	connect := clientFlags(fs)
@@ -48,6 +50,7 @@ func replay(ctx context.Context, env Env, args []string) error {
 	fs.BoolVar(&r.json, "json", false, "print one event per line, bodies included; with --verify and --policy the report")
 	fs.StringVar(&r.from, "from", fromStream, "`F`, where the events are read: stream (the log), clickhouse (the record) or a file that `waybill export` wrote")
 	fs.BoolVar(&r.verify, "verify", false, "make again what can be made again from what was recorded, and name the first difference")
+	keys := keyFlag(fs, " with --verify")
 	fs.StringVar(&r.serve, "serve", "", "answer an agent from the record, at `ADDR`, without any server")
 	fs.BoolVar(&r.fast, "fast", false, "with --serve: at once, and not after the time that it took")
 	fs.StringVar(&r.onMiss, "on-miss", r.onMiss, "with --serve: `W`, what becomes of a call that was not recorded: fail, or live, which makes it")
@@ -68,6 +71,7 @@ func replay(ctx context.Context, env Env, args []string) error {
 	if err := r.check(given, rest); err != nil {
 		return err
 	}
+	r.keys = *keys
 	r.connect = sync.OnceValues(func() (*client, error) { return connect(env) })
 	switch {
 	case given["serve"]:
@@ -88,7 +92,7 @@ const (
 
 // check says what does not go together.
 func (r *replaying) check(given map[string]bool, rest []string) error {
-	for _, pair := range [][2]string{{"fast", "serve"}, {"on-miss", "serve"}, {"since", "policy"}, {"tenant", "since"}} {
+	for _, pair := range [][2]string{{"fast", "serve"}, {"on-miss", "serve"}, {"since", "policy"}, {"tenant", "since"}, {"key", "verify"}} {
 		if given[pair[0]] && !given[pair[1]] {
 			return usagef("--%s goes with --%s", pair[0], pair[1])
 		}
@@ -126,7 +130,7 @@ func (r *replaying) file() bool { return r.from != fromStream && r.from != fromR
 func (r *replaying) events(ctx context.Context, key schemas.SessionKey) iter.Seq2[json.RawMessage, error] {
 	return func(yield func(json.RawMessage, error) bool) {
 		if r.file() {
-			yield(nil, fmt.Errorf("--from %s: reading exported files: %w", r.from, errNotBuilt))
+			exportedEvents(r.from, key)(yield)
 			return
 		}
 		c, err := r.connect()
@@ -166,6 +170,9 @@ func (r *replaying) show(ctx context.Context, env Env) error {
 			if err != nil {
 				return err
 			}
+			if !json.Valid(line) {
+				return fmt.Errorf("line of an event: not JSON: %.100q", line)
+			}
 			if err := env.printLine(bytes.TrimSuffix(line, []byte("\n"))); err != nil {
 				return err
 			}
@@ -173,6 +180,7 @@ func (r *replaying) show(ctx context.Context, env Env) error {
 		return nil
 	}
 	s := newStory(r.full)
+	s.from = r.from
 	for e, err := range r.records(ctx, r.session) {
 		if err != nil {
 			return err
@@ -186,11 +194,6 @@ func (r *replaying) show(ctx context.Context, env Env) error {
 	return s.print(env)
 }
 
-// verified is --verify.
-func (r *replaying) verified(context.Context, Env) error {
-	return fmt.Errorf("--verify: %w", errNotBuilt)
-}
-
 // errNotBuilt is wrapped by the errors for what is to come.
 var errNotBuilt = errors.New("not built yet")
 
@@ -198,6 +201,7 @@ var errNotBuilt = errors.New("not built yet")
 // events of a call in the order of the log.
 type story struct {
 	full   bool // bodies are wanted; else only their size is kept
+	from   string
 	first  schemas.Event
 	opened *schemas.Opened
 	beside []entry // of no call
@@ -345,7 +349,11 @@ func (s *story) print(env Env) error {
 	}
 	p.line("%s to %s, %s: %s", f.Stored.Local().Format("2006-01-02 15:04:05.000"), until, count(s.events, "event"), s.outcomes())
 	if s.gone > 0 {
-		p.line("%s", p.paint(yellow, count(s.gone, "event")+" without the body, which the record keeps for clickhouse.bodies only"))
+		text := " without the body, which the record keeps for clickhouse.bodies only"
+		if s.from != fromRecord {
+			text = " without the body, which was left out when they were exported, or not kept any more"
+		}
+		p.line("%s", p.paint(yellow, count(s.gone, "event")+text))
 	}
 	for _, e := range s.beside {
 		if e.Undecodable != "" {
@@ -367,10 +375,23 @@ func (s *story) print(env Env) error {
 	for i, c := range s.roots {
 		c.print(p, "", i == len(s.roots)-1, s.full)
 	}
-	for _, note := range s.notes {
+	for _, note := range append(s.lacks(), s.notes...) {
 		p.line("%s", p.paint(yellow, visible(note)))
 	}
 	return p.err
+}
+
+// lacks says what of the session is not there any more.
+func (s *story) lacks() (notes []string) {
+	for _, e := range s.beside {
+		if d, ok := e.Data.(*schemas.Erased); ok {
+			notes = append(notes, join(fmt.Sprintf("what was said before event %d was erased", e.Seq), d.Reason))
+		}
+	}
+	if d := s.first.Data; len(notes) == 0 && d != nil && d.Kind() != schemas.KindOpened {
+		notes = append(notes, halfAged(s.from))
+	}
+	return notes
 }
 
 // outcomes counts the calls by how they ended.
@@ -448,6 +469,11 @@ func (c *call) print(p *printer, indent string, last, full bool) {
 			text += "  " + d
 		}
 		p.line("%s%s%s", indent, mark, strings.TrimRight(text, " "))
+		if full {
+			for _, ground := range grounds(e.Event) {
+				p.line("%s%s%s", indent, beside, p.paint(dim, visible(ground)))
+			}
+		}
 		switch {
 		case !full || len(e.Body) == 0:
 		case i > 0 && e.Kind() == schemas.KindAuthorized && bytes.Equal(e.Body, c.events[0].Body):
@@ -545,14 +571,20 @@ func detail(e schemas.Event) string {
 		if d.BodySize > 0 {
 			behind = fmt.Sprintf("body of %s stays at event %d", size(d.BodySize), d.RequestedSeq)
 		}
-		return join("by "+d.Rule, d.Reason, behind)
+		return join("by "+d.Rule, d.Reason, visible(d.Facts["approval"]), behind)
+	case *schemas.Held:
+		return join("by "+d.Rule, d.Reason, "approval "+d.Approval+" is waited for until "+d.Expires.Local().Format("15:04:05"))
 	case *schemas.Denied:
 		if d.Rule == "" {
 			return cmp.Or(d.Reason, "no rule allows it")
 		}
-		return join("by "+d.Rule, d.Reason)
+		return join("by "+d.Rule, visible(d.Reason))
 	case *schemas.Started:
 		return "claimed by " + visible(d.By)
+	case *schemas.Tasked:
+		return visible(d.Status)
+	case *schemas.Erased:
+		return visible(d.Reason)
 	case *schemas.Attached:
 		switch {
 		case d.Over:
@@ -576,30 +608,54 @@ func detail(e schemas.Event) string {
 		if n := len(d.Removed); n > 0 {
 			removed = count(n, "name") + " kept from the caller"
 		}
-		return join(status, code, visible(d.Result), removed, parts(d.Summary))
+		return join(status, code, visible(d.Result), removed, parts(d.Summary, e.Stored))
 	case *schemas.Failed:
-		return join(string(d.Code), visible(d.Detail), parts(d.Summary))
+		return join(string(d.Code), visible(d.Detail), parts(d.Summary, e.Stored))
 	case *schemas.Cancelled:
-		return join(visible(d.Reason), parts(d.Summary))
+		return join(visible(d.Reason), parts(d.Summary, e.Stored))
 	case *schemas.Cancel:
 		return visible(d.Reason)
 	}
 	return ""
 }
 
-// parts splits a call's time by the log's clock.
-func parts(s schemas.Summary) string {
+// parts splits a call's time by the log's clock: until policy decided, until the
+// upstream was called, until it had answered.
+func parts(s schemas.Summary, ended time.Time) string {
 	if s.AuthorizedAt.IsZero() {
 		return ""
 	}
 	text := "policy " + duration(s.AuthorizedAt.Sub(s.RequestedAt))
-	if !s.UpstreamAt.IsZero() {
-		text += ", queue " + duration(s.UpstreamAt.Sub(s.AuthorizedAt))
+	if s.UpstreamAt.IsZero() {
+		return text
 	}
+	text += ", queue " + duration(s.UpstreamAt.Sub(s.AuthorizedAt)) + ", upstream " + duration(ended.Sub(s.UpstreamAt))
 	if s.Attempts > 1 {
 		text += fmt.Sprintf(", %d attempts", s.Attempts)
 	}
 	return text
+}
+
+// grounds are what a decision was made on, one line each.
+func grounds(e schemas.Event) (lines []string) {
+	d := decisionOf(e.Data)
+	if len(d.Matches) > 0 {
+		text := "rules that spoke: " + strings.Join(d.Matches, ", ")
+		if d.MatchesMore > 0 {
+			text += fmt.Sprintf(" and %d more", d.MatchesMore)
+		}
+		lines = append(lines, text)
+	}
+	if len(d.Obligations) > 0 {
+		lines = append(lines, "ordered: "+strings.Join(d.Obligations, ", "))
+	}
+	for _, name := range slices.Sorted(maps.Keys(d.Facts)) {
+		lines = append(lines, name+" = "+d.Facts[name])
+	}
+	if d.PolicySHA256 != "" {
+		lines = append(lines, "policy "+d.PolicySHA256)
+	}
+	return lines
 }
 
 func join(parts ...string) string {

@@ -1,0 +1,249 @@
+package cli
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"iter"
+	"os"
+	"time"
+
+	"waybill.dev/projections"
+	"waybill.dev/projections/audit"
+	"waybill.dev/schemas"
+)
+
+// An exported session is a file of lines, each a JSON object with one member that
+// says what it is:
+//
+//	{"waybill": …}     first: version, session, who made it, public keys
+//	{"checkpoint": …}  signed, of a tree that has the events; absent where there is none yet
+//	{"policy": …}      the contents of the bundles that decisions name, as they lie under their digest
+//	{"event": …, "proof": …}  in the order of the log: the event, and its leaf with the way to the checkpoint
+//	{"missing": …}     a leaf of the session whose event was not there
+//	{"row": …}         what the record has of the session, only where it is asked for
+//	{"end": …}         last: how many events, and the SHA-256 of every byte before this line
+//
+// The admin API writes the same, so that there is one verification for what lies in
+// a file and for what the gateway says.
+const exportVersion = 1
+
+type exportLine struct {
+	Head       *exportHead            `json:"waybill,omitempty"`
+	Checkpoint string                 `json:"checkpoint,omitempty"`
+	Policy     *exportPolicy          `json:"policy,omitempty"`
+	Event      json.RawMessage        `json:"event,omitempty"`
+	Proof      *exportProof           `json:"proof,omitempty"`
+	Missing    *exportProof           `json:"missing,omitempty"`
+	Row        *projections.StoredRow `json:"row,omitempty"`
+	End        *exportEnd             `json:"end,omitempty"`
+}
+
+type exportHead struct {
+	Version  int                `json:"version"`
+	Session  schemas.SessionKey `json:"session"`
+	Tenant   schemas.Tenant     `json:"tenant"`
+	From     string             `json:"from"` // stream or clickhouse
+	Exported time.Time          `json:"exported"`
+	Origin   string             `json:"origin"`             // of the checkpoints
+	Keys     []string           `json:"keys"`               // public keys; a verifier should know them from elsewhere
+	Redacted bool               `json:"redacted,omitempty"` // what was said is left out
+	Rows     bool               `json:"rows,omitempty"`     // the record's rows are in it
+	Unproven string             `json:"unproven,omitempty"` // why there are no proofs
+}
+
+type exportPolicy struct {
+	SHA256 string `json:"sha256"`
+	Source string `json:"source"`
+}
+
+// exportProof shows that an event is in the tree. Its leaf is Record; see
+// audit.Proof.
+type exportProof struct {
+	Leaf   uint64   `json:"leaf"`
+	Record string   `json:"record"`
+	Path   []string `json:"path"`           // base64
+	Salt   string   `json:"salt,omitempty"` // hex; absent where what was said is left out
+
+	// Entry is the message as the log has it, where that does not follow from the event.
+	Entry *audit.Entry `json:"message,omitempty"`
+}
+
+type exportEnd struct {
+	Events int    `json:"events"`
+	SHA256 string `json:"sha256"`
+}
+
+// Errors of files.
+var (
+	errNoExport  = errors.New("not an exported session")
+	errTruncated = errors.New("it breaks off: lines are missing at its end")
+	errAltered   = errors.New("it was altered after it was written")
+)
+
+// exportWriter writes lines and counts their digest.
+type exportWriter struct {
+	w      io.Writer
+	digest hash.Hash
+	events int
+}
+
+func newExportWriter(w io.Writer) *exportWriter { return &exportWriter{w: w, digest: sha256.New()} }
+
+func (w *exportWriter) write(l exportLine) error {
+	if l.Event != nil {
+		w.events++
+	}
+	text, err := marshal(l)
+	if err != nil {
+		return err
+	}
+	text = append(text, '\n')
+	w.digest.Write(text)
+	_, err = w.w.Write(text)
+	return err
+}
+
+// end writes the last line.
+func (w *exportWriter) end() error {
+	return w.write(exportLine{End: &exportEnd{w.events, hex.EncodeToString(w.digest.Sum(nil))}})
+}
+
+// exportLines reads lines and holds them against the last of them. An error is the
+// last that it yields: what came before it was there.
+func exportLines(lines iter.Seq2[[]byte, error]) iter.Seq2[exportLine, error] {
+	return func(yield func(exportLine, error) bool) {
+		fail := func(err error) { yield(exportLine{}, err) }
+		digest := sha256.New()
+		n, events, ended := 0, 0, false
+		for text, err := range lines {
+			if err != nil {
+				fail(err)
+				return
+			}
+			n++
+			whole := bytes.HasSuffix(text, []byte("\n"))
+			var l exportLine
+			switch err := json.Unmarshal(text, &l); {
+			case ended:
+				fail(fmt.Errorf("%w: there is more behind its end", errAltered))
+				return
+			case err != nil && n == 1, n == 1 && l.Head == nil:
+				fail(errNoExport)
+				return
+			case !whole:
+				fail(errTruncated)
+				return
+			case err != nil:
+				fail(fmt.Errorf("%w: line %d: %w", errAltered, n, err))
+				return
+			case n == 1 && l.Head.Version != exportVersion:
+				fail(fmt.Errorf("it is of version %d of exported sessions, this program reads %d: use a newer waybill", l.Head.Version, exportVersion))
+				return
+			}
+			if l.Event != nil {
+				events++
+			}
+			if l.End != nil {
+				ended = true
+				switch sum := hex.EncodeToString(digest.Sum(nil)); {
+				case l.End.Events != events:
+					fail(fmt.Errorf("%w: it had %d events and has %d", errAltered, l.End.Events, events))
+					return
+				case l.End.SHA256 != sum:
+					fail(fmt.Errorf("%w: its SHA-256 was %s and is %s", errAltered, l.End.SHA256, sum))
+					return
+				}
+			}
+			digest.Write(text)
+			if !yield(l, nil) {
+				return
+			}
+		}
+		switch {
+		case n == 0:
+			fail(errNoExport)
+		case !ended:
+			fail(errTruncated)
+		}
+	}
+}
+
+// fileLines are the lines of a file, with their ends.
+func fileLines(name string) iter.Seq2[[]byte, error] {
+	return func(yield func([]byte, error) bool) {
+		f, err := os.Open(name)
+		if err != nil {
+			yield(nil, err)
+			return
+		}
+		defer func() { _ = f.Close() }() // it is only read
+		in := bufio.NewReaderSize(f, 256<<10)
+		for {
+			text, err := in.ReadBytes('\n')
+			if err != nil && err != io.EOF {
+				yield(nil, err)
+				return
+			}
+			if len(text) == 0 || !yield(text, nil) || err == io.EOF {
+				return
+			}
+		}
+	}
+}
+
+// exported reads a file; its errors name it.
+func exported(name string) iter.Seq2[exportLine, error] {
+	return func(yield func(exportLine, error) bool) {
+		for l, err := range exportLines(fileLines(name)) {
+			if err != nil {
+				err = fmt.Errorf("%s: %w", name, err)
+			}
+			if !yield(l, err) || err != nil {
+				return
+			}
+		}
+	}
+}
+
+// exportedEvents are the events of a session in a file, "" for that of which it is,
+// as lines of the events API.
+func exportedEvents(name string, key schemas.SessionKey) iter.Seq2[json.RawMessage, error] {
+	return func(yield func(json.RawMessage, error) bool) {
+		found, of := false, schemas.SessionKey("")
+		for l, err := range exported(name) {
+			switch {
+			case err != nil:
+				yield(nil, err)
+				return
+			case l.Head != nil:
+				of = l.Head.Session
+				if key == "" {
+					key = of
+				}
+			case l.Event != nil:
+				var e struct{ Session schemas.SessionKey }
+				if err := json.Unmarshal(l.Event, &e); err != nil {
+					yield(nil, fmt.Errorf("%s: %w: %w", name, errAltered, err))
+					return
+				}
+				if e.Session != key && (e.Session != "" || key != of) {
+					continue
+				}
+				found = true
+				if !yield(l.Event, nil) {
+					return
+				}
+			}
+		}
+		if !found {
+			yield(nil, fmt.Errorf("%s is of session %s and has nothing of %s", name, of, key))
+		}
+	}
+}
