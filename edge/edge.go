@@ -60,6 +60,10 @@ type Options struct {
 	// refuses it on a listener that other machines can reach.
 	Anonymous *Principal
 
+	// AnyToken says that who brings a token that is not known is Anonymous too:
+	// where nothing is protected, and clients come as they are.
+	AnyToken bool
+
 	MaxBody           int64 // bytes; default 4 MiB
 	MaxInFlight       int   // calls, streams among them; default 4096
 	MaxInFlightTenant int   // the same for one tenant; default half of MaxInFlight

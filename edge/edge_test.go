@@ -213,6 +213,17 @@ func TestNoAnonymous(t *testing.T) {
 	}
 }
 
+// Where any token will do, who brings one that is not known is nobody in
+// particular, and not refused.
+func TestAnyToken(t *testing.T) {
+	_, addr, _ := start(t, edge.Options{Anonymous: &who, AnyToken: true, Tokens: map[[32]byte]edge.Principal{sha256.Sum256([]byte("good")): {Tenant: "globex", Agent: "bot"}}})
+	for header, want := range map[string]string{"": "acme/researcher", "Authorization: Bearer bad\n": "acme/researcher", "Authorization: Bearer good\n": "globex/bot"} {
+		if res, body := talk(t, addr, post+"Host: localhost\n"+header+"\n{}"); res.StatusCode != 200 || !strings.HasPrefix(body, want) {
+			t.Errorf("%q: %d %s", header, res.StatusCode, body)
+		}
+	}
+}
+
 // Options that cannot be meant are refused at once.
 func TestNewRefuses(t *testing.T) {
 	ok := edge.Route{Pattern: "/x", Serve: echo}

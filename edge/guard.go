@@ -78,6 +78,9 @@ func (s *Server) who(w http.ResponseWriter, r *http.Request) (Principal, refusal
 			}
 		}
 	}
+	if s.o.AnyToken && s.o.Anonymous != nil {
+		return *s.o.Anonymous, refusal{}
+	}
 	w.Header()["Www-Authenticate"] = challengeInvalid
 	return Principal{}, refusal{http.StatusUnauthorized, CauseToken, "the bearer token is not known, or was revoked"}
 }
