@@ -11,7 +11,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	gateway.Main(m, map[string]func(context.Context) error{upstream.Child: upstream.Run, upstream.TasksChild: upstream.RunTasks, "nats": natsServer, connectChild: runConnect, clientLegChild: runClientLeg})
+	gateway.Main(m, map[string]func(context.Context) error{upstream.Child: upstream.Run, upstream.TasksChild: upstream.RunTasks, "nats": natsServer, connectChild: runConnect, clientLegChild: runClientLeg, serveChild: runServe})
 }
 
 // The official peers work through the gateway as they do without it.

@@ -23,10 +23,11 @@ import (
 
 // client talks to a running gateway's admin API.
 type client struct {
-	base  string
-	token string
-	from  string // where the token is from
-	data  string // the data directory of the configuration
+	base   string
+	token  string
+	from   string // where the token is from
+	data   string // the data directory of the configuration
+	listen string // where agents reach the gateway, by the configuration
 
 	connected func() // told when an answer begins; may be nil
 }
@@ -63,7 +64,7 @@ func clientFlags(fs *flag.FlagSet) func(env Env) (*client, error) {
 			base = strings.TrimSuffix(*addr, "/")
 		}
 		if secret := env.Getenv(adminToken); secret != "" && *token == "" {
-			return &client{base: base, token: secret, from: "$" + adminToken, data: c.Data}, nil
+			return &client{base: base, token: secret, from: "$" + adminToken, data: c.Data, listen: c.Listen}, nil
 		}
 		from := *token
 		if from == "" {
@@ -78,7 +79,7 @@ func clientFlags(fs *flag.FlagSet) func(env Env) (*client, error) {
 		case err != nil:
 			return nil, fmt.Errorf("admin token: %w", err)
 		}
-		return &client{base: base, token: strings.TrimSpace(string(b)), from: from, data: c.Data}, nil
+		return &client{base: base, token: strings.TrimSpace(string(b)), from: from, data: c.Data, listen: c.Listen}, nil
 	}
 }
 

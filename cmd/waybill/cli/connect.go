@@ -86,14 +86,11 @@ func connectURL(addr, file string) (*url.URL, error) {
 		if err != nil {
 			return nil, err
 		}
-		host, port, err := net.SplitHostPort(c.Listen)
+		u, err := listenURL(c.Listen)
 		if err != nil {
-			return nil, fmt.Errorf("%s: listen: %w", file, err)
+			return nil, fmt.Errorf("%s: %w", file, err)
 		}
-		if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
-			host = "127.0.0.1" // every address of this machine is one of them
-		}
-		return &url.URL{Scheme: "http", Host: net.JoinHostPort(host, port)}, nil
+		return u, nil
 	case addr == "":
 		addr = "http://" + defaults().Listen
 	}
@@ -107,6 +104,18 @@ func connectURL(addr, file string) (*url.URL, error) {
 		return nil, usagef("--url: the gateway's address, without /mcp; --server names the server")
 	}
 	return u, nil
+}
+
+// listenURL is where clients on this machine find a gateway that listens there.
+func listenURL(listen string) (*url.URL, error) {
+	host, port, err := net.SplitHostPort(listen)
+	if err != nil {
+		return nil, fmt.Errorf("listen: %w", err)
+	}
+	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
+		host = "127.0.0.1" // every address of this machine is one of them
+	}
+	return &url.URL{Scheme: "http", Host: net.JoinHostPort(host, port)}, nil
 }
 
 // agentToken is the token that the caller is known by; "" for none.
