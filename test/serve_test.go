@@ -8,6 +8,7 @@ import (
 	"net/url"
 	"os"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -52,124 +53,93 @@ func serveRecord(t *testing.T, g *gateway.Gateway, session schemas.SessionKey, f
 func TestServedFromTheRecord(t *testing.T) {
 	t.Parallel()
 	awayFromTheHour(t)
-	const echo, front = "echo", "echo__echo"
-	programs := peers.Programs()
-	said := make([]string, len(programs))
-	type served struct {
-		*peers.Process
-		at, era string
+	const echo, front, then, now = "echo", "echo__echo", "as it was", "something else"
+	type visit struct {
+		at, era string // endpoint below /mcp, "" for all servers; era "": as the program has it
+		run     func(t testing.TB, url string) peers.Output
+		said    string
+		served  *peers.Process
+		url     string
 	}
+	var visits []*visit
+	for _, p := range peers.Programs() {
+		visits = append(visits, &visit{at: p.Name, run: func(t testing.TB, url string) peers.Output { return p.Run(t, url, p.Name) }})
+	}
+	echoes := func(era, tool, word string) func(testing.TB, string) peers.Output {
+		return func(t testing.TB, url string) peers.Output { return peers.Echoes(t, era, url, tool, word) }
+	}
+	visits = append(visits, &visit{run: echoes("legacy", front, then)})
+	changed := []*visit{{at: echo, era: "modern", run: echoes("modern", echo, then)}, {at: echo, era: "legacy", run: echoes("legacy", echo, then)}}
+	visits = append(visits, changed...)
+
 	var g *gateway.Gateway
-	var upstream, frontSaid string
-	var changed []served // replays for clients that do something else
-	serve := func(of recorded) served {
-		p, at := serveRecord(t, g, of.key, "--fast")
-		return served{p, at, of.era}
-	}
+	var upstream string
 	t.Run("recorded", func(rec *testing.T) {
 		upstream = peers.ServerEverything(rec)
 		config := "servers:\n" + gateway.Server(echo, upstream, "")
-		for _, p := range programs {
+		for _, p := range peers.Programs() {
 			config += gateway.Server(p.Name, upstream, "")
 		}
 		g = gateway.Start(t, gateway.Config(config))
-		for i, p := range programs {
-			rec.Run(p.Name, func(t *testing.T) {
-				t.Parallel()
-				out := p.Run(t, g.URL+"/mcp/"+p.Name, p.Name)
-				if said[i] = out.Stdout; out.Exit != 0 || !json.Valid([]byte(out.Stdout)) {
-					t.Errorf("exit %d\n%s%s", out.Exit, out.Stdout, out.Stderr)
-				}
-			})
-		}
-		rec.Run("all servers", func(t *testing.T) {
-			t.Parallel()
-			out := peers.Echoes(t, "legacy", g.URL+"/mcp", front, "as it was")
-			if frontSaid = out.Stdout; out.Exit != 0 {
-				t.Errorf("exit %d\n%s%s", out.Exit, out.Stdout, out.Stderr)
+		together(visits, func(v *visit) {
+			out := v.run(rec, strings.TrimSuffix(g.URL+"/mcp/"+v.at, "/"))
+			if v.said = out.Stdout; out.Exit != 0 || !json.Valid([]byte(out.Stdout)) {
+				rec.Errorf("%s: exit %d\n%s%s", v.at, out.Exit, out.Stdout, out.Stderr)
 			}
 		})
-		rec.Run(echo, func(t *testing.T) {
-			t.Parallel()
-			for _, era := range []string{"modern", "legacy"} {
-				if out := peers.Echoes(t, era, g.URL+"/mcp/"+echo, echo, "as it was"); out.Exit != 0 {
-					t.Errorf("%s: exit %d\n%s%s", era, out.Exit, out.Stdout, out.Stderr)
-				}
+		events := g.Events()
+		for _, v := range visits {
+			session, n := sessionAt(events, v.at, v.era)
+			if n != 1 {
+				rec.Fatalf("%q %s: %d sessions were recorded", v.at, v.era, n)
 			}
-			sessions := sessionsAt(g, echo)
-			for _, of := range sessions {
-				changed = append(changed, serve(of))
+			v.served, v.url = serveRecord(t, g, session, "--fast")
+			if v.at != echo {
+				continue
 			}
 			// What is not in the record can be made at the gateway instead.
-			for _, of := range sessions {
-				p, at := serveRecord(t, g, of.key, "--fast --on-miss live")
-				if out := peers.Echoes(t, of.era, at, echo, "something else"); out.Exit != 0 || !strings.Contains(out.Stdout, "Echo: something else") {
-					t.Errorf("live: %s: exit %d\n%s%s\n%s", of.era, out.Exit, out.Stdout, out.Stderr, p.Output())
-				}
-				differs(t, p, `- /arguments/message: "as it was"`, `+ /arguments/message: "something else"`, "made at the running gateway", "1 not recorded, 1 never asked for")
+			p, at := serveRecord(t, g, session, "--fast --on-miss live")
+			if out := echoes(v.era, echo, now)(rec, at); out.Exit != 0 || !strings.Contains(out.Stdout, "Echo: "+now) {
+				rec.Errorf("live: %s: exit %d\n%s%s\n%s", v.era, out.Exit, out.Stdout, out.Stderr, p.Output())
 			}
-		})
+			differs(rec, p, `- /arguments/message: "`+then+`"`, `+ /arguments/message: "`+now+`"`, "made at the running gateway", "1 not recorded, 1 never asked for")
+		}
 	})
 	if t.Failed() {
 		return
 	}
-
-	again := map[string][]served{}
-	for _, p := range programs {
-		for _, of := range sessionsAt(g, p.Name) {
-			again[p.Name] = append(again[p.Name], serve(of))
-		}
-	}
-	all := sessionsAt(g, schemas.Gateway)
-	if len(all) != 1 {
-		t.Fatalf("sessions at all servers: %v", all)
-	}
-	together := serve(all[0])
 	if err := g.Stop(); err != nil {
 		t.Errorf("stopping: %v", err)
 	}
 	asked := knocks(t, upstream)
-	t.Run("again", func(t *testing.T) {
-		for i, program := range programs {
-			t.Run(program.Name, func(t *testing.T) {
-				t.Parallel()
-				if n := len(again[program.Name]); n != 1 {
-					t.Fatalf("%d sessions were recorded", n)
-				}
-				p := again[program.Name][0]
-				out := program.Run(t, p.at, program.Name)
-				if out.Exit != 0 || out.Stdout != said[i] {
-					t.Errorf("exit %d, recorded\n%s\nagain\n%s%s", out.Exit, said[i], out.Stdout, out.Stderr)
-				}
-				if err := p.Stop(); err != nil || !strings.Contains(p.Output(), " answered from the record, 0 not recorded, 0 never asked for; 0 differences") {
-					t.Errorf("%v\n%s", err, p.Output())
-				}
-			})
+	together(visits, func(v *visit) {
+		if v.era != "" {
+			diff := `+ /arguments/message: "` + now + `"`
+			if out := echoes(v.era, echo, now)(t, v.url); out.Exit == 0 || !strings.Contains(out.Stderr, diff) {
+				t.Errorf("changed %s: exit %d\n%s%s", v.era, out.Exit, out.Stdout, out.Stderr)
+			}
+			differs(t, v.served, `- /arguments/message: "`+then+`"`, diff, "1 not recorded, 1 never asked for; 1 difference")
+			return
 		}
-		t.Run("all servers", func(t *testing.T) {
-			t.Parallel()
-			if out := peers.Echoes(t, "legacy", together.at, front, "as it was"); out.Exit != 0 || out.Stdout != frontSaid {
-				t.Errorf("exit %d, recorded\n%s\nagain\n%s%s", out.Exit, frontSaid, out.Stdout, out.Stderr)
-			}
-			if err := together.Stop(); err != nil {
-				t.Errorf("%v\n%s", err, together.Output())
-			}
-		})
-		for _, p := range changed {
-			t.Run("changed "+p.era, func(t *testing.T) {
-				t.Parallel()
-				const diff = `+ /arguments/message: "something else"`
-				out := peers.Echoes(t, p.era, p.at, echo, "something else")
-				if out.Exit == 0 || !strings.Contains(out.Stderr, diff) {
-					t.Errorf("exit %d\n%s%s", out.Exit, out.Stdout, out.Stderr)
-				}
-				differs(t, p.Process, `- /arguments/message: "as it was"`, diff, "1 not recorded, 1 never asked for; 1 difference")
-			})
+		if out := v.run(t, v.url); out.Exit != 0 || out.Stdout != v.said {
+			t.Errorf("%s: exit %d, recorded\n%s\nagain\n%s%s", v.at, out.Exit, v.said, out.Stdout, out.Stderr)
+		}
+		if err := v.served.Stop(); err != nil || !strings.Contains(v.served.Output(), " answered from the record, 0 not recorded, 0 never asked for; 0 differences") {
+			t.Errorf("%s: %v\n%s", v.at, err, v.served.Output())
 		}
 	})
 	if n := asked.Load(); n != 0 {
 		t.Errorf("the server was called %d times", n)
 	}
+}
+
+// together does something with all of them at once.
+func together[T any](all []T, do func(T)) {
+	var wg sync.WaitGroup
+	for _, v := range all {
+		wg.Go(func() { do(v) })
+	}
+	wg.Wait()
 }
 
 // awayFromTheHour waits out the end of an hour: clients without a session ID have
@@ -186,7 +156,7 @@ func awayFromTheHour(t *testing.T) {
 }
 
 // differs checks that a replay ends with 1 and has said these things.
-func differs(t *testing.T, p *peers.Process, want ...string) {
+func differs(t testing.TB, p *peers.Process, want ...string) {
 	t.Helper()
 	if err := p.Stop(); err == nil {
 		t.Error("exit 0")
@@ -198,33 +168,21 @@ func differs(t *testing.T, p *peers.Process, want ...string) {
 	}
 }
 
-// recorded is a session in the log.
-type recorded struct {
-	key schemas.SessionKey
-	era string
-}
-
-// sessionsAt are the sessions whose client called a server, the first recorded of
-// each era.
-func sessionsAt(g *gateway.Gateway, server string) (all []recorded) {
-	seen := map[schemas.SessionKey]bool{}
-	eras := map[string]bool{}
-	for _, e := range g.Events() {
+// sessionAt is the session whose client called a server, or all of them for "", in
+// an era, if that is not ""; n is how many there are.
+func sessionAt(events []schemas.Event, server, era string) (session schemas.SessionKey, n int) {
+	if server == "" {
+		server = schemas.Gateway
+	}
+	for _, e := range events {
 		d, ok := e.Data.(*schemas.Requested)
-		if !ok || d.Within(e) || d.Server != server || seen[e.Session] {
+		if !ok || d.Within(e) || d.Alias != "" || d.Server != server || era != "" && (era == "modern") != (d.Revision >= "2026-07-28") || e.Session == session {
 			continue
 		}
-		seen[e.Session] = true
-		era := "legacy"
-		if d.Revision >= "2026-07-28" {
-			era = "modern"
-		}
-		if !eras[era] {
-			all = append(all, recorded{e.Session, era})
-		}
-		eras[era] = true
+		session = e.Session
+		n++
 	}
-	return all
+	return session, n
 }
 
 // knocks counts who wants to connect to where a server was.
