@@ -566,6 +566,7 @@ func TestParkedCancelled(t *testing.T) {
 		<-v.r.Context().Done()
 	}}
 	r := newHost(t, h)
+	r.d.sessions.timing.park = time.Millisecond
 	e := r.modern("tools/call", "wait", allCaps, `}}`)
 	ended := make(chan struct{})
 	go func() { defer close(ended); r.handle(e) }()
@@ -579,7 +580,6 @@ func TestParkedCancelled(t *testing.T) {
 	if got := h.body("notifications/cancelled"); !strings.Contains(got, string(e.Call)) || !strings.Contains(got, "no more") {
 		t.Errorf("%s", got)
 	}
-	r.d.sessions.timing.park = time.Millisecond
 	first := r.modern("tools/call", "ask", allCaps, `}}`)
 	_, v := r.answered(first)
 	state, _ := r.stateOf(v)
