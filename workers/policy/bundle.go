@@ -59,6 +59,7 @@ type Bundle struct {
 	methods map[string]bool // that rules name
 	index   map[[2]string][]*Rule
 	limits  bool // a rule limits
+	session bool // a rule asks what the session did
 }
 
 // Compile makes an encoded source ready. Its errors are all that is wrong, each
@@ -135,13 +136,14 @@ func NewBundle(rules []Rule, servers []string) (*Bundle, error) {
 			return nil, fmt.Errorf("policy: rule %s neither permits, forbids, requires approval nor obliges", r.ID)
 		}
 		seen[r.ID] = true
+		r.plain = !r.orders() && r.Obligations.limit == nil
 		b.rules = append(b.rules, &r)
 		for _, m := range r.Methods {
 			if !strings.Contains(m, "*") {
 				b.methods[m] = true
 			}
 		}
-		b.limits = b.limits || r.Obligations.limit != nil
+		b.limits, b.session = b.limits || r.Obligations.limit != nil, b.session || r.asks.session
 	}
 	// By server and method, as most rules concern few of them. The servers are
 	// known; a method that no rule names is found by "".

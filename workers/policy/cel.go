@@ -197,7 +197,9 @@ func (in *Input) ResolveName(name string) (any, bool) {
 	case "agent.tenant":
 		return types.String(in.Event.Tenant), true
 	case "agent.groups":
-		return in.Facts.Groups, in.Facts.Groups != nil
+		if in.Facts.Groups != nil {
+			return in.Facts.Groups, true
+		}
 	case "protocol":
 		return types.String(in.Request.Protocol), true
 	case "revision":
@@ -209,6 +211,9 @@ func (in *Input) ResolveName(name string) (any, bool) {
 	case "name":
 		return types.String(in.Request.Name), true
 	case "args":
+		if in.anyArgs {
+			in.open.touch(argumentsFact)
+		}
 		return in.arguments(), true
 	case "time":
 		return types.Timestamp{Time: in.Event.Stored.UTC()}, true
@@ -238,6 +243,10 @@ func (in *Input) ResolveName(name string) (any, bool) {
 		case "tool.open_world":
 			return types.Bool(t.OpenWorld), true
 		}
+	}
+	if in.open != nil && isFact(name) {
+		in.open.touch(name)
+		return types.NewUnknown(2, types.NewAttributeTrail(name)), true
 	}
 	return nil, false
 }

@@ -52,6 +52,8 @@ type Rule struct {
 	Match func(in *Input) (Match, error)
 
 	needs func(in *Input) needs // facts that it may look at; nil: none
+	asks  needs                 // of all its requests; without limits
+	plain bool                  // it orders nothing; set by NewBundle
 	where string                // file and line
 	when  string                // its condition, as written
 }
@@ -62,7 +64,8 @@ type Input struct {
 	Request *schemas.Requested // the event's payload
 	Facts   Facts
 
-	anyArgs bool    // it is asked about a tool, whatever the arguments
+	anyArgs bool    // it is asked about a tool, whatever the arguments; or these are not known
+	open    *open   // the facts were found out for other rules; see DecideAgain
 	read    *read   // what was read of the request already; may be nil
 	args    ref.Val // see arguments
 	size    int     // how many values these are
@@ -71,7 +74,7 @@ type Input struct {
 // Match is what a rule finds in a request.
 type Match struct {
 	Applies bool // the rule's effect holds for this request
-	Maybe   bool // it would for some arguments; only where these are left open
+	Maybe   bool // it would for some arguments, or facts; only where these are left open
 
 	// Selected says that only its condition keeps the rule from applying.
 	Selected bool
@@ -127,45 +130,73 @@ func (b *Bundle) Decide(e schemas.Event, facts Facts) Verdict {
 }
 
 func (b *Bundle) decide(in *Input) Verdict {
-	q, facts := in.Request, in.Facts
+	if reason := b.senseless(in.Request); reason != "" {
+		return Verdict{Reason: reason}
+	}
+	var s voices
+	for _, r := range b.concerning(in.Request) {
+		m, err := r.match(in)
+		s.add(r, m, err)
+	}
+	return b.conclude(in, s)
+}
+
+// senseless says why no rule is asked about a request; "" if they are.
+func (b *Bundle) senseless(q *schemas.Requested) string {
 	switch {
 	case q == nil:
-		return Verdict{Reason: "not a request"}
+		return "not a request"
 	case !slices.Contains(protocols, q.Protocol):
-		return Verdict{Reason: "unknown protocol"}
+		return "unknown protocol"
 	case q.Server == "":
-		return Verdict{Reason: "no server is named"}
+		return "no server is named"
 	case !b.servers[q.Server]:
-		return Verdict{Reason: "unknown server"}
+		return "unknown server"
 	case q.Method == "":
-		return Verdict{Reason: "no method is named"}
+		return "no method is named"
 	}
-	var v Verdict
-	tools := []string{} // not nil: a permit of the list alone shows nothing
-	var forbids, permits, approves, obliges []*Rule
-	for _, r := range b.concerning(q) {
-		m, err := r.match(in)
-		if err != nil {
-			v.Faults = append(v.Faults, Fault{r.ID, err})
-			m = Match{Applies: r.Effect != Permit, Each: m.Each}
-		}
-		tools = append(tools, m.Tools...)
-		v.Each = v.Each || m.Each
-		if !m.Applies {
-			continue
-		}
-		v.Matches = append(v.Matches, r.ID)
-		switch r.Effect {
-		case Permit:
-			permits = append(permits, r)
-		case Forbid:
-			forbids = append(forbids, r)
-		case Approve:
-			approves = append(approves, r)
-		case Oblige:
-			obliges = append(obliges, r)
-		}
+	return ""
+}
+
+// voices is what rules have said of a request.
+type voices struct {
+	forbids, permits, approves, obliges []*Rule // that apply
+
+	tools   []string // of a list, see Match
+	each    bool
+	matches []string // the rules that apply
+	faults  []Fault
+}
+
+// add takes what a rule says. One that fails is taken at its worst.
+func (s *voices) add(r *Rule, m Match, err error) {
+	if err != nil {
+		s.faults = append(s.faults, Fault{r.ID, err})
+		m = Match{Applies: r.Effect != Permit, Each: m.Each}
 	}
+	s.tools = append(s.tools, m.Tools...)
+	s.each = s.each || m.Each
+	if !m.Applies {
+		return
+	}
+	s.matches = append(s.matches, r.ID)
+	switch r.Effect {
+	case Permit:
+		s.permits = append(s.permits, r)
+	case Forbid:
+		s.forbids = append(s.forbids, r)
+	case Approve:
+		s.approves = append(s.approves, r)
+	case Oblige:
+		s.obliges = append(s.obliges, r)
+	}
+}
+
+// conclude says what follows of what the rules say.
+func (b *Bundle) conclude(in *Input, s voices) Verdict {
+	q, facts := in.Request, in.Facts
+	forbids, permits, approves, obliges := s.forbids, s.permits, s.approves, s.obliges
+	v := Verdict{Each: s.each, Matches: s.matches, Faults: s.faults}
 	slices.Sort(v.Matches)
 	failed := func(r *Rule) (error, bool) {
 		i := slices.IndexFunc(v.Faults, func(f Fault) bool { return f.Rule == r.ID })
@@ -205,6 +236,9 @@ func (b *Bundle) decide(in *Input) Verdict {
 		}
 		v.Limits = append(v.Limits, l)
 		count, known := facts.Counts[l.key()]
+		if !known && in.open.passes(l) {
+			continue
+		}
 		if !known {
 			return deny(r, "a rate limit cannot be held, since the calls are not counted")
 		}
@@ -241,9 +275,10 @@ func (b *Bundle) decide(in *Input) Verdict {
 	}
 	v.Permit = true
 	if q.Method == toolsList {
-		if !slices.Contains(tools, "*") {
-			slices.Sort(tools)
-			v.Only = slices.Compact(tools)
+		if !slices.Contains(s.tools, "*") {
+			v.Only = append([]string{}, s.tools...) // not nil: a permit of the list alone shows nothing
+			slices.Sort(v.Only)
+			v.Only = slices.Compact(v.Only)
 		}
 	} else {
 		v.Each = false

@@ -3,6 +3,8 @@ package policy
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -116,7 +118,7 @@ func FactsOf(m map[string]string) (Facts, error) {
 		}
 		return b
 	}
-	for key := range m {
+	for _, key := range slices.Sorted(maps.Keys(m)) { // of several that cannot be read, the error names the first
 		if rest, ok := strings.CutPrefix(key, limitFact); ok {
 			if f.Counts == nil {
 				f.Counts = map[string]int{}

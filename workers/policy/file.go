@@ -412,6 +412,13 @@ func (s *selectors) matcher(effect Effect) func(*Input) (Match, error) {
 			return m, nil
 		}
 		in1, err := s.inGroup(in)
+		open := in.open != nil && err != nil
+		if open { // it may be in one, or not
+			in.open.touch(groupsFact)
+			in.open.list = in.open.list || list
+			in1, err = true, nil
+			defer func() { m.Applies, m.Maybe = false, m.Applies || m.Maybe || err != nil }()
+		}
 		if list && (in1 || err != nil) {
 			switch effect {
 			case Permit:
@@ -448,6 +455,7 @@ func (s *selectors) needs(r *Rule) func(*Input) needs {
 		session: s.when.usesAny("session.calls", "session.denied", "session.tools"),
 		tool:    s.when.usesAny("tool.digest", "tool.read_only", "tool.destructive", "tool.idempotent", "tool.open_world"),
 	}
+	r.asks = fixed
 	limited := *r
 	return func(in *Input) needs {
 		q := in.Request

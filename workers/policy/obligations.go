@@ -3,6 +3,7 @@ package policy
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -108,7 +109,7 @@ func redact(q *schemas.Requested, body []byte, paths []string) ([]byte, error) {
 	if len(found) == 0 {
 		return body, nil
 	}
-	for name := range q.Headers {
+	for _, name := range slices.Sorted(maps.Keys(q.Headers)) { // the first that repeats one is named in the decision
 		if strings.HasPrefix(name, "Mcp-Param-") {
 			return nil, fmt.Errorf("%w: header %s repeats one of them", errRedact, name)
 		}
