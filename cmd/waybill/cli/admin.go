@@ -39,7 +39,8 @@ import (
 //	GET /api/v1/sessions/S/events   token; ?from=clickhouse  one event per line, as schemas.Event is written
 //	GET /api/v1/query               token; ?sql=  what the record answers, see answerLine
 //	GET /api/v1/calls/CALL          token; the events of one call
-//	GET /api/v1/policies/SHA256     token; the policy of a digest, as it is stored
+//	GET /api/v1/policies/SHA256     token; the policy of a digest, as it is stored; /active: the one in force
+//	GET /api/v1/traffic             token; ?since=24h&before=&tenant=&from=  what was asked for and decided, see appendTraffic
 //	GET /api/v1/approvals           token; ?all=  what waits for an approval, one per line
 //	POST /api/v1/approvals/ID       token; {"said": "granted" or "refused", "by", "for": seconds, "uses", "note"}
 //	GET /api/v1/sessions/S/export   token; ?from=&redact=&rows=  the session with its proofs, as a file has it (export_file.go)
@@ -99,6 +100,7 @@ func (g *gateway) addAdmin(ctx context.Context, ln net.Listener) error {
 		"GET /api/v1/calls/{call}":              people.call,
 		"GET /api/v1/policies/{digest}":         people.bundle,
 		"GET /api/v1/approvals":                 people.list,
+		"GET /api/v1/traffic":                   a.traffic,
 		"POST /api/v1/approvals/{id}":           people.say,
 		"GET /api/v1/query":                     a.query,
 		"GET /api/v1/audit/lines":               a.auditLines,

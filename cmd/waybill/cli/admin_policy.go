@@ -211,9 +211,25 @@ func (a *approvals) say(w http.ResponseWriter, r *http.Request) {
 	_ = json.NewEncoder(w).Encode(lines[0])
 }
 
-// bundle is the encoded policy of a digest, which decisions name.
+// bundle is the encoded policy of a digest, which decisions name, or the one in force.
 func (a *approvals) bundle(w http.ResponseWriter, r *http.Request) {
 	digest := r.PathValue("digest")
+	if digest == activePolicy {
+		var now activation
+		rec, err := a.sys.Latest(r.Context(), policyKind, activePolicy)
+		if err == nil {
+			err = json.Unmarshal(rec.Body, &now)
+		}
+		switch {
+		case errors.Is(err, schemas.ErrNotFound):
+			http.Error(w, "no policy is in force yet", http.StatusNotFound)
+			return
+		case err != nil:
+			a.fail(w, err)
+			return
+		}
+		digest = now.SHA256
+	}
 	if b, err := hex.DecodeString(digest); err != nil || len(b) != 32 {
 		http.Error(w, "not a SHA-256 in hex", http.StatusBadRequest)
 		return

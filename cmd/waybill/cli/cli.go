@@ -45,7 +45,7 @@ func commands() []command {
 		{"audit verify", "[FILE] [--against FILE] [--key KEY]... [--json]", "hold the log and the record against the signed checkpoints", auditVerify},
 		{"audit prove", "SEQ [--out FILE]", "prove that an event is in the log, to whoever has the public key", auditProve},
 		{"audit checkpoint", "[--json]", "print the newest signed checkpoint", auditCheckpoint},
-		{"policy check", "[--config FILE] [--json]", "check the rules and print the digest of the policy", policyCheck},
+		{"policy check", "[--config FILE] [--what-if D] [--json]", "check the rules and print the digest of the policy, and what they would change", policyCheck},
 		{"policy test", "[--config FILE] [-v] [--json]", "run the tests that stand beside the rules", policyTest},
 		{"policy explain", "CALL | --agent A --server S --tool T [--args A]", "say which rule decides a call, and why", policyExplain},
 		{"approvals", "[list | grant ID | refuse ID] [--by NAME]", "list the calls that wait for a person, grant or refuse one", approvalsCommand},
@@ -94,9 +94,12 @@ func Run(ctx context.Context, args []string, env Env) int {
 			continue
 		}
 		err := c.run(ctx, env, slices.Concat(lead, rest))
+		out := new(outcome)
 		switch {
 		case err == nil, errors.Is(err, flag.ErrHelp):
 			return exitOK
+		case errors.As(err, &out):
+			return out.code
 		case errors.Is(err, errUsage):
 			_, _ = fmt.Fprintf(env.Stderr, "waybill %s: %s\nusage: %s\n", c.name, strings.TrimPrefix(err.Error(), "usage: "), c.usage())
 			return exitUsage

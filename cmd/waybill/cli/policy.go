@@ -20,14 +20,20 @@ import (
 )
 
 // policyCheck is `waybill policy check`.
-func policyCheck(_ context.Context, env Env, args []string) error {
+func policyCheck(ctx context.Context, env Env, args []string) error {
 	fs := flag.NewFlagSet("policy check", flag.ContinueOnError)
-	file := fs.String("config", "waybill.yaml", "configuration `FILE`")
+	connect := clientFlags(fs)
 	asJSON := fs.Bool("json", false, "print JSON")
+	again := fs.Duration("what-if", 0, "decide all traffic of the last `D`, such as 24h, under these rules, and print what would change before they are in force; exits with 3 if anything would, with 4 if nothing is known to but of some it cannot be told")
+	full := fs.Bool("full", false, "with --what-if: print each decision that would change")
 	if err := none(parse(env, fs, args)); err != nil {
 		return err
 	}
-	c, err := loadConfig(*file)
+	if *again < 0 || *full && *again == 0 {
+		return usagef("--what-if: a time such as 24h, and --full goes with it")
+	}
+	file := cmp.Or(fs.Lookup("config").Value.String(), "waybill.yaml")
+	c, err := loadConfig(file)
 	if err != nil {
 		return err
 	}
@@ -40,13 +46,22 @@ func policyCheck(_ context.Context, env Env, args []string) error {
 		files = append(files, f.Name)
 	}
 	if *asJSON {
-		return env.printJSON(map[string]any{"sha256": b.Digest, "rules": b.Rules(), "files": files, "engine": policy.Engine})
+		err = env.printJSON(map[string]any{"sha256": b.Digest, "rules": b.Rules(), "files": files, "engine": policy.Engine})
+	} else {
+		_, err = fmt.Fprintf(env.Stdout, "%d rules of %s and %d files are valid.\nsha256  %s\nengine  %s\n", b.Rules(), file, len(files), b.Digest, policy.Engine)
+		for _, f := range files {
+			_, err = fmt.Fprintf(env.Stdout, "file    %s\n", f)
+		}
 	}
-	_, err = fmt.Fprintf(env.Stdout, "%d rules of %s and %d files are valid.\nsha256  %s\nengine  %s\n", b.Rules(), *file, len(files), b.Digest, policy.Engine)
-	for _, f := range files {
-		_, err = fmt.Fprintf(env.Stdout, "file    %s\n", f)
+	if err != nil || *again == 0 {
+		return err
 	}
-	return err
+	gateway, err := connect(env)
+	if err != nil {
+		return err
+	}
+	w := whatIf{bundle: b, env: env, json: *asJSON, full: *full, examples: 3}
+	return w.of(ctx, since(ctx, gateway, fromStream, *again, ""))
 }
 
 // errTests: some tests of the policy do not pass.
