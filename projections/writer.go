@@ -61,6 +61,8 @@ type Writer struct {
 	asked  *uint64 // what Missing was last returned for on this connection
 	denied bool    // it has been said that running queries cannot be seen
 
+	rebuilding sync.Mutex // while derived tables are made anew
+
 	prepared     chan struct{} // closed when the tables are there
 	havePrepared sync.Once
 

@@ -49,6 +49,7 @@ import (
 //	GET /api/v1/audit/checkpoint    token; the newest checkpoint and the public keys
 //	GET /api/v1/audit/proof         token; ?event=SEQ or STREAM/SEQ, a proof
 //	GET /api/v1/audit/feed          token; ?tenant=&kind=  the audit's feed, live
+//	POST /api/v1/rebuild            token; ?gaps=accept&dry=&archive=  makes the derived tables anew, of an archive that is sent or of events_v1
 //	POST /api/v1/sessions/S/erase   token; ?reason=  destroys what was said in the session; answers when it is done
 const tokenFile = "admin.token"
 
@@ -103,6 +104,7 @@ func (g *gateway) addAdmin(ctx context.Context, ln net.Listener) error {
 		"GET /api/v1/traffic":                   a.traffic,
 		"POST /api/v1/approvals/{id}":           people.say,
 		"GET /api/v1/query":                     a.query,
+		"POST /api/v1/rebuild":                  a.rebuild,
 		"GET /api/v1/audit/lines":               a.auditLines,
 		"GET /api/v1/audit/checkpoint":          a.auditCheckpoint,
 		"GET /api/v1/audit/proof":               a.auditProof,

@@ -50,6 +50,7 @@ func commands() []command {
 		{"policy explain", "CALL | --agent A --server S --tool T [--args A]", "say which rule decides a call, and why", policyExplain},
 		{"approvals", "[list | grant ID | refuse ID] [--by NAME]", "list the calls that wait for a person, grant or refuse one", approvalsCommand},
 		{"erase", "SESSION [--reason TEXT] [--json]", "destroy what was said in a session; its digests stay", erase},
+		{"rebuild", "[--from FILE]... [--dry-run] [--accept-gaps] [--json]", "make the derived tables of the record anew beside those in use, and exchange them", rebuildCommand},
 		{"connect", "[--server NAME] [--url URL]", "be a stdio MCP server: the running gateway's, or one of its servers", connect},
 		{"query", "'SQL' | --list [--json | --csv]", "ask the record, in ClickHouse's SQL", query},
 		{"version", "", "print the version", version},
@@ -60,7 +61,7 @@ func commands() []command {
 // mistake of theirs.
 func later() []string {
 	return []string{
-		"rebuild", "tools", "agents",
+		"tools", "agents",
 	}
 }
 
@@ -160,7 +161,7 @@ func leading(args []string) (lead, rest []string) {
 	for n < len(args) && strings.HasPrefix(args[n], "-") {
 		switch flag := strings.TrimLeft(args[n], "-"); {
 		case strings.Contains(flag, "="):
-		case slices.Contains([]string{"json", "csv", "list", "full", "feed", "all", "v", "verify", "fast", "redact-bodies", "log-json", "help", "h", "version"}, flag):
+		case slices.Contains([]string{"json", "csv", "list", "full", "feed", "all", "v", "verify", "fast", "redact-bodies", "accept-gaps", "dry-run", "log-json", "help", "h", "version"}, flag):
 		default:
 			n++ // and its value
 		}
