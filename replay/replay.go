@@ -16,6 +16,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"reflect"
 	"slices"
 	"strings"
 	"time"
@@ -110,6 +111,10 @@ func (f *found) add(field, recorded, recomputed string) {
 
 // same compares two values by their JSON.
 func (f *found) same(field string, recorded, recomputed any) bool {
+	// Most are equal as they are, which is told at a hundredth of the cost.
+	if t := reflect.TypeOf(recorded); t != nil && t.Comparable() && recorded == recomputed {
+		return true
+	}
 	n := len(f.all)
 	a, b := plain(recorded), plain(recomputed)
 	f.compare(field, a, b)

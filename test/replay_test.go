@@ -363,6 +363,13 @@ func alteredFiles(t *testing.T, g *gateway.Gateway, file string) {
 			}
 		})
 	}
+	// Where its beginning is not there, nothing is made up, and nothing called wrong.
+	late := sealed(slices.DeleteFunc(slices.Clone(lines), func(l string) bool {
+		return strings.Contains(l, `"kind":"opened"`) || strings.Contains(l, `\"a\"`) && strings.Contains(l, `"kind":"requested"`)
+	}))
+	if v, exit := remake(t, g, "--from", write(t, late)); exit != 0 || len(v.Notes) != 1 || !strings.Contains(v.Notes[0], "the beginning of the session is not there any more") || len(v.Left) == 0 {
+		t.Errorf("without its beginning: exit %d, %+v", exit, v)
+	}
 	drop := slices.DeleteFunc(slices.Clone(lines), func(l string) bool { return strings.Contains(l, `"kind":"requested"`) && strings.Contains(l, `\"a\"`) })
 	for _, c := range []struct {
 		name  string

@@ -16,6 +16,8 @@ import (
 	"slices"
 	"strings"
 
+	"golang.org/x/mod/sumdb/tlog"
+
 	"waybill.dev/bus"
 	"waybill.dev/projections"
 	"waybill.dev/projections/audit"
@@ -187,7 +189,7 @@ type verifier struct {
 	h        *replay.History
 	sources  map[string]string // of policies
 	bundles  map[string]*policy.Bundle
-	c        string // the checkpoint
+	c        audit.Checkpoint // zero: none that is signed by a key that is known
 	rows     map[rowKey]map[string]string
 	events   map[uint64]replay.Recorded // of which rows are looked for; without bodies
 	erased   uint64
@@ -276,7 +278,7 @@ func (v *verifier) checkpoint(text string) {
 		v.add(replay.Difference{Field: "checkpoint", Recorded: strings.TrimSpace(text), Recomputed: err.Error()})
 		return
 	}
-	v.c, v.v.Size = text, c.Size
+	v.c, v.v.Size = c, c.Size
 }
 
 // decide makes a decision again, under the policy that it names.
@@ -387,7 +389,7 @@ func (v *verifier) leaf(of replay.Recorded, p *exportProof) []replay.Difference 
 		v.unsigned++
 		return nil
 	}
-	if v.c == "" {
+	if v.c.Text == "" {
 		return nil // said of the checkpoint
 	}
 	l, err := v.proven(p)
@@ -452,14 +454,24 @@ func (v *verifier) leaf(of replay.Recorded, p *exportProof) []replay.Difference 
 
 // proven is the leaf that a proof proves.
 func (v *verifier) proven(p *exportProof) (audit.Leaf, error) {
-	if err := (audit.Proof{Checkpoint: v.c, Number: p.Leaf, Record: p.Record, Path: p.Path}).Check(v.keys); err != nil {
-		return audit.Leaf{}, err
+	path := make(tlog.RecordProof, len(p.Path))
+	for i, text := range p.Path {
+		var err error
+		if path[i], err = tlog.ParseHash(text); err != nil {
+			return audit.Leaf{}, fmt.Errorf("hash %d of its path: %w", i, err)
+		}
+	}
+	if err := tlog.CheckRecord(path, int64(v.c.Size), v.c.Root, int64(p.Leaf), tlog.RecordHash([]byte(p.Record))); err != nil {
+		return audit.Leaf{}, fmt.Errorf("it is not in the signed tree: %w", err)
 	}
 	return audit.ReadRecord([]byte(p.Record))
 }
 
 // lost is a leaf without its event.
 func (v *verifier) lost(p *exportProof) {
+	if v.c.Text == "" {
+		return // said of the checkpoint
+	}
 	l, err := v.proven(p)
 	if err != nil {
 		v.add(replay.Difference{Field: "leaf", Recorded: fmt.Sprintf("leaf %d", p.Leaf), Recomputed: err.Error()})
