@@ -92,6 +92,10 @@ type Decision struct {
 type Denied struct {
 	Summary
 	Decision
+
+	// Arguments says what is wrong with the arguments of a tool that the caller may
+	// list, and so may be told. It holds nothing of them but names.
+	Arguments string `json:"arguments,omitempty"`
 }
 
 // Held: a person has to approve the call first. The next decision, with a higher
@@ -179,6 +183,10 @@ type Failed struct {
 	Summary
 	Code   Failure `json:"code"`
 	Detail string  `json:"detail,omitempty"` // for operators; never shown to the caller
+
+	// Unlisted: what the call names is not, or no more, what may be called. The
+	// caller is answered as of a name that does not exist.
+	Unlisted bool `json:"unlisted,omitempty"`
 }
 
 // Cancelled: the caller took the call back, or what it answered is gone.

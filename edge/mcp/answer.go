@@ -104,8 +104,11 @@ func (c *caller) emit(ctx context.Context, e schemas.Event) (schemas.Receipt, er
 	case *schemas.Completed:
 		return schemas.Receipt{}, c.complete(d, e.Body)
 	case *schemas.Denied:
-		return schemas.Receipt{}, c.fail(deniedReply(asWritten(c.request)))
+		return schemas.Receipt{}, c.fail(denials(asWritten(c.request), d))
 	case *schemas.Failed:
+		if d.Unlisted {
+			return schemas.Receipt{}, c.fail(deniedReply(asWritten(c.request)))
+		}
 		f, ok := failures[d.Code]
 		if !ok {
 			f, d.Code = failures[schemas.FailInternal], schemas.FailInternal

@@ -92,6 +92,16 @@ func deniedReply(t schemas.Target) reply {
 	return unknown
 }
 
+// denials is deniedReply for a decision. What is wrong with the arguments of a tool
+// that the caller may list is said, so that whoever chose them can mend them.
+func denials(t schemas.Target, d *schemas.Denied) reply {
+	r := deniedReply(t)
+	if d.Arguments != "" {
+		r.message = "Invalid arguments: " + d.Arguments + ". The call was not carried out."
+	}
+	return r
+}
+
 // refuse puts a refusal of the shell into the form of an error response. It has
 // no id, as the message was not read (streamable HTTP, "Security & Endpoint").
 func refuse(status int, cause edge.Cause, message string) []byte {

@@ -150,8 +150,12 @@ func (c *telling) emit(ctx context.Context, e schemas.Event) (schemas.Receipt, e
 	case *schemas.Completed:
 		err = c.complete(e.Seq, d, e.Body)
 	case *schemas.Denied:
-		err = c.denied(e.Seq)
+		err = c.denied(e.Seq, denials(asWritten(c.request), d))
 	case *schemas.Failed:
+		if d.Unlisted {
+			err = c.denied(e.Seq, deniedReply(asWritten(c.request)))
+			break
+		}
 		f, ok := failures[d.Code]
 		if !ok {
 			f, d.Code = failures[schemas.FailInternal], schemas.FailInternal
@@ -298,13 +302,13 @@ func (s *lasting) agreeOn(version string) {
 
 // denied answers like a server that has no such thing; an unknown notification
 // every server accepts.
-func (c *telling) denied(seq uint64) error {
+func (c *telling) denied(seq uint64, r reply) error {
 	if c.request.OneWay {
 		c.ended = true
 		c.w.WriteHeader(http.StatusAccepted)
 		return nil
 	}
-	return c.fail(seq, ofCall(deniedReply(asWritten(c.request))))
+	return c.fail(seq, ofCall(r))
 }
 
 // ofCall is how a session's client is told what became of a call: with an error
