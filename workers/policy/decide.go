@@ -130,7 +130,7 @@ func (b *Bundle) Decide(e schemas.Event, facts Facts) Verdict {
 }
 
 func (b *Bundle) decide(in *Input) Verdict {
-	if reason := b.senseless(in.Request); reason != "" {
+	if reason := b.senseless(in.Request, in.Facts); reason != "" {
 		return Verdict{Reason: reason}
 	}
 	var s voices
@@ -142,7 +142,7 @@ func (b *Bundle) decide(in *Input) Verdict {
 }
 
 // senseless says why no rule is asked about a request; "" if they are.
-func (b *Bundle) senseless(q *schemas.Requested) string {
+func (b *Bundle) senseless(q *schemas.Requested, facts Facts) string {
 	switch {
 	case q == nil:
 		return "not a request"
@@ -154,6 +154,10 @@ func (b *Bundle) senseless(q *schemas.Requested) string {
 		return "unknown server"
 	case q.Method == "":
 		return "no method is named"
+	case facts.Refused != "":
+		return facts.Refused
+	case facts.Arguments != "":
+		return "the arguments do not fit the tool's input schema: " + facts.Arguments
 	}
 	return ""
 }

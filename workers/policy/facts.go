@@ -22,6 +22,17 @@ type Facts struct {
 	Tool     *ToolFacts     // nil: not known, which makes a rule fail that asks
 	Counts   map[string]int // of calls within the window of each limit, by [Limit].key
 	Approval string         // "" before it was asked for; else it begins with one of the words below
+
+	// Of the registry, before any rule is asked: why what the request names must not
+	// be called, and what is wrong with the arguments. "": nothing.
+	Refused, Arguments string
+}
+
+// Defined is what the registry says of a request.
+type Defined struct {
+	SHA256             string     // hex; of the definition of what it names, where that is known
+	Tool               *ToolFacts // of a tool that is known
+	Refused, Arguments string     // as in Facts
 }
 
 // What becomes of an approval that was asked for.
@@ -87,6 +98,12 @@ func (f Facts) Record() map[string]string {
 	if f.Approval != "" {
 		m["approval"] = f.Approval
 	}
+	if f.Refused != "" {
+		m["registry.refused"] = f.Refused
+	}
+	if f.Arguments != "" {
+		m["registry.arguments"] = f.Arguments
+	}
 	if len(m) == 0 {
 		return nil
 	}
@@ -138,7 +155,7 @@ func FactsOf(m map[string]string) (Facts, error) {
 			Idempotent: is("tool.idempotent"), OpenWorld: is("tool.open_world"),
 		}
 	}
-	f.Approval = m["approval"]
+	f.Approval, f.Refused, f.Arguments = m["approval"], m["registry.refused"], m["registry.arguments"]
 	return f, err
 }
 

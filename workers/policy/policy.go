@@ -53,6 +53,10 @@ type Options struct {
 	Tool    func(t schemas.Tenant, server, tool string) *ToolFacts
 	Session func(context.Context, schemas.Event) (*SessionFacts, error)
 
+	// Defined says what is pinned of what a request names, and what is wrong with its
+	// arguments, as the request has them. nil: nothing is pinned. It asks nobody.
+	Defined func(q *schemas.Requested, arguments []byte) Defined
+
 	// What is held is asked for, and decided on again, with these; without them
 	// it is denied.
 	Load  func(ctx context.Context, seq uint64) (schemas.Event, error)
@@ -143,19 +147,33 @@ func (p *Policy) decide(ctx context.Context, e schemas.Event, q *schemas.Request
 			Decision: schemas.Decision{N: n, Reason: noPolicy},
 		}, nil, emit)
 	}
-	facts, limits, err := p.facts(ctx, b, e, q)
+	facts, limits, asksTool, err := p.facts(ctx, b, e, q)
 	if err != nil {
 		return err
 	}
 	facts.Approval = asked.fact
 	word := schemas.Decision{N: n, PolicySHA256: b.Digest}
-	if t := facts.Tool; t != nil {
-		word.ToolSHA256 = t.SHA256
-	}
 	var asks *read
 	if q.Method == toolsCall {
 		asks = readRequest(q.Method, e.Body)
 		word.ArgsSHA256 = asks.digest(e.Body)
+	}
+	if p.o.Defined != nil {
+		var args []byte
+		if asks != nil {
+			args = asks.args.Raw()
+		}
+		d := p.o.Defined(q, args)
+		word.ToolSHA256, facts.Refused, facts.Arguments = d.SHA256, d.Refused, d.Arguments
+		if asksTool {
+			facts.Tool = d.Tool
+		}
+		if asks != nil && asks.err != nil && facts.Refused == "" && facts.Arguments == "" && d.SHA256 != "" {
+			facts.Arguments = "they cannot be read as an object"
+		}
+	}
+	if t := facts.Tool; t != nil {
+		word.ToolSHA256 = t.SHA256
 	}
 	if n > 1 {
 		if word.Approval = approvalID(e, q, word); word.Approval != asked.id {
@@ -183,6 +201,9 @@ func (p *Policy) decide(ctx context.Context, e schemas.Event, q *schemas.Request
 	}
 	word = spoken(word, v, facts)
 	data, body := p.payload(e, q, v, word)
+	if d, ok := data.(*schemas.Denied); ok && facts.Arguments != "" && facts.Refused == "" && b.Shows(e, facts, q.Name) {
+		d.Arguments = facts.Arguments
+	}
 	err = p.store(ctx, e, q, data, body, emit)
 	if err != nil || data.Kind() != schemas.KindAuthorized {
 		release()
@@ -206,7 +227,7 @@ func (p *Policy) at(e schemas.Event, n int) time.Time {
 }
 
 // facts finds out what the rules may need to know.
-func (p *Policy) facts(ctx context.Context, b *Bundle, e schemas.Event, q *schemas.Requested) (f Facts, limits []Limit, err error) {
+func (p *Policy) facts(ctx context.Context, b *Bundle, e schemas.Event, q *schemas.Requested) (f Facts, limits []Limit, tool bool, err error) {
 	n := b.needs(&e, q)
 	if n.groups && p.o.Groups != nil {
 		f.Groups = p.o.Groups(e.Tenant, e.Agent)
@@ -216,10 +237,10 @@ func (p *Policy) facts(ctx context.Context, b *Bundle, e schemas.Event, q *schem
 	}
 	if n.session && p.o.Session != nil {
 		if f.Session, err = p.o.Session(ctx, e); err != nil {
-			return f, nil, fmt.Errorf("facts of session %s: %w", e.Session, err)
+			return f, nil, false, fmt.Errorf("facts of session %s: %w", e.Session, err)
 		}
 	}
-	return f, n.limits, nil
+	return f, n.limits, n.tool, nil
 }
 
 // payload makes the payload and the body of a decision.
