@@ -132,6 +132,10 @@ type Options struct {
 	// name, what it may show. nil, or an error: nothing.
 	Shows func(ctx context.Context, authorized schemas.Event) (func(name string) bool, error)
 
+	// Definitions is what is pinned of what servers show. nil: nothing is, and what
+	// they show passes as it is.
+	Definitions *Definitions
+
 	// Lost tells whether an event was stored before an unclean boot, after
 	// which later events of its call may be gone. nil: never.
 	Lost func(schemas.Event) bool
@@ -199,6 +203,7 @@ type Dispatcher struct {
 	routes    routes
 	sessions  *sessions
 	tasks     tasks
+	learning  *learning
 }
 
 // New makes a Dispatcher. The caller runs Close when no Handle runs any more.
@@ -223,7 +228,7 @@ func New(opt Options) (*Dispatcher, error) {
 	opt.Pause = positive(opt.Pause, 100*time.Millisecond)
 	opt.Breaker = opt.Breaker.withDefaults()
 
-	d := &Dispatcher{opt: opt, upstreams: make(map[string]*upstream), began: opt.Now()}
+	d := &Dispatcher{opt: opt, upstreams: make(map[string]*upstream), began: opt.Now(), learning: newLearning()}
 	// The random part tells two processes of one name apart, and a process
 	// from what it was before a restart: nobody may take a dead claimant's
 	// claim for its own.
@@ -329,7 +334,7 @@ func (d *Dispatcher) handle(ctx context.Context, e schemas.Event, emit schemas.E
 		end, err = failed(schemas.FailInternal, err.Error()), nil
 	}
 	if err == nil {
-		err = r.finish(ctx, end)
+		err = r.finish(ctx, r.conforms(end))
 	}
 	if err != nil {
 		return fmt.Errorf("call %s: %w", e.Call, err)
@@ -449,6 +454,15 @@ func failed(code schemas.Failure, detail string) ending {
 
 func cancelled(reason string) ending {
 	return ending{data: &schemas.Cancelled{Reason: clip(reason, maxWords)}}
+}
+
+// unlisted is the ending of a call of something that must not be called: it is
+// answered as if there were nothing of the name.
+func (e ending) unlisted() ending {
+	if f, ok := e.data.(*schemas.Failed); ok && f.Code == schemas.FailInvalid {
+		f.Unlisted = true
+	}
+	return e
 }
 
 // clip is s as UTF-8 in at most n bytes, with … where it was cut.
@@ -636,6 +650,16 @@ func (r *run) body(ctx context.Context) ([]byte, error) {
 func (r *run) call(ctx context.Context, body []byte) (ending, error) {
 	var pauses backoff.BackOff
 	var last *Fault
+	if fault := r.learn(ctx, body); fault != nil {
+		if context.Cause(ctx) != nil {
+			return r.stopped(ctx, fault)
+		}
+		return r.never(ctx, schemas.FailUnavailable, "what the server has is not known: "+fault.Error())
+	}
+	if held := r.withheld(body); held != nil && r.attempts == 0 && r.attempt0 == 0 {
+		end, err := r.never(ctx, held.Code, held.Detail)
+		return end.unlisted(), err
+	}
 	for {
 		settle, err := r.up.breaker.Allow()
 		if err != nil {
@@ -670,6 +694,15 @@ func (r *run) call(ctx context.Context, body []byte) (ending, error) {
 		if context.Cause(ctx) != nil {
 			settle(errNoVerdict)
 			return r.stopped(ctx, nil)
+		}
+		// As late as can be: another call may just have seen the definition change.
+		// What is under way, such as a task that was answered, goes on.
+		if held := r.withheld(body); held != nil && r.attempts == 0 && r.attempt0 == 0 {
+			settle(errNoVerdict)
+			return ending{data: held}, nil
+		} else if held != nil && last != nil {
+			settle(errNoVerdict)
+			return failed(verdicts[last.Kind].code, last.Error()+"; it is not tried again: "+held.Detail), nil
 		}
 
 		answer, fault := r.attempt(ctx, body, settle)
@@ -766,6 +799,7 @@ func (r *run) attempt(ctx context.Context, body []byte, settle func(error)) (Ans
 	}
 	answer, err := r.up.call(ctx, Call{
 		ID: r.e.Call, Event: e, Requested: &r.a.Requested, Only: r.a.Only, Each: r.each(ctx), Trace: r.onward(), Body: body, Era: r.era,
+		Listed: r.listed(ctx, r.a.Method),
 		Connected: func() {
 			// One call probes an open breaker, and it may be a long one: a
 			// connection is proof enough to let the others go.
@@ -775,6 +809,9 @@ func (r *run) attempt(ctx context.Context, body []byte, settle func(error)) (Ans
 		},
 		Heard: func() { report(nil) },
 	}, func(msg []byte) error { return r.progress(ctx, msg) })
+	if err == nil {
+		answer, err = r.introduced(ctx, answer)
+	}
 
 	var fault *Fault
 	if err != nil && !errors.As(err, &fault) {

@@ -376,8 +376,14 @@ func (q *question) ask(ctx context.Context, ch child) ended {
 	})
 	switch d := end.Data.(type) {
 	case *schemas.Denied:
-		out.denied = true
+		if out.denied = d.Arguments == ""; !out.denied {
+			out.wrong = &trouble{"arguments", "The arguments do not fit the tool's input schema: " + d.Arguments + ". The call was not carried out."}
+		}
 	case *schemas.Failed:
+		if d.Unlisted {
+			out.denied = true
+			break
+		}
 		out.wrong = failure(d.Code)
 		if out.wrong.message == "" {
 			out.wrong = failure(schemas.FailInternal)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strings"
 
+	"waybill.dev/schemas"
 	"waybill.dev/schemas/jsonrpc"
 )
 
@@ -35,8 +36,14 @@ var errList = errors.New("a list that cannot be filtered")
 // ignores case could read another name than was judged here.
 func filterList(m *jsonrpc.Message, method string, c Call) (body []byte, removed []string, more int, err error) {
 	at, ok := lists[method]
-	if !ok || !c.filters() || !m.Result().Exists() {
+	if !ok || !c.filters() && c.Listed == nil || !m.Result().Exists() {
 		return m.Raw(), nil, 0, nil
+	}
+	var may []bool
+	if c.Listed != nil {
+		if may, err = c.Listed(m.Result()); err != nil {
+			return nil, nil, 0, err
+		}
 	}
 	array := m.Result().Get(at.array)
 	if array.Kind() != jsonrpc.Array {
@@ -49,9 +56,9 @@ func filterList(m *jsonrpc.Message, method string, c Call) (body []byte, removed
 		}
 		return m.Raw(), nil, 0, nil
 	}
-	patch := m.Patch().Filter(array, func(_ int, element jsonrpc.Value) bool {
+	patch := m.Patch().Filter(array, func(i int, element jsonrpc.Value) bool {
 		name, ok := element.Get(at.name).Text()
-		if ok && c.shows(name) {
+		if (ok && c.shows(name) || !c.filters()) && (may == nil || i < len(may) && may[i]) {
 			return true
 		}
 		if len(removed) < maxRemoved {
@@ -68,4 +75,13 @@ func filterList(m *jsonrpc.Message, method string, c Call) (body []byte, removed
 		return nil, nil, 0, fmt.Errorf("%w: %w", errList, err)
 	}
 	return patch.Bytes(), removed, more, nil
+}
+
+// listFault is a list that cannot be passed on: the server's fault, or else the
+// log's, and then it may be asked for again.
+func listFault(err error) *Fault {
+	if errors.Is(err, errList) || errors.Is(err, schemas.ErrInvalid) {
+		return &Fault{Kind: Garbled, Err: err}
+	}
+	return &Fault{Kind: Gateway, Err: err}
 }

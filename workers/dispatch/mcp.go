@@ -493,7 +493,7 @@ func (m *mcpServer) done(msg *jsonrpc.Message, c Call) (Answer, error) {
 	var a Answer
 	var err error
 	if a.Body, a.Removed, a.RemovedMore, err = filterList(msg, c.Requested.Method, c); err != nil {
-		return Answer{}, &Fault{Kind: Garbled, Err: err}
+		return Answer{}, listFault(err)
 	}
 	a.ErrorCode, _ = msg.ErrorCode()
 	if a.ErrorCode == 0 && msg.Error().Exists() {

@@ -428,7 +428,7 @@ func (a *restAPI) call(ctx context.Context, c Call, _ func([]byte) error) (Answe
 	default:
 		return m.fail(jsonrpc.CodeMethodNotFound, "Method not found", nil)
 	}
-	if err != nil || answer.ErrorCode != 0 || target.Method != "tools/list" || !c.filters() {
+	if err != nil || answer.ErrorCode != 0 || target.Method != "tools/list" || !c.filters() && c.Listed == nil {
 		return answer, err
 	}
 	// Decoded as an upstream's answer is, and filtered by the same code.
@@ -437,7 +437,7 @@ func (a *restAPI) call(ctx context.Context, c Call, _ func([]byte) error) (Answe
 		answer.Body, answer.Removed, answer.RemovedMore, err = filterList(list, target.Method, c)
 	}
 	if err != nil {
-		return Answer{}, faultf(Garbled, "the list of tools: %w", err)
+		return Answer{}, listFault(fmt.Errorf("the list of tools: %w", err))
 	}
 	return answer, nil
 }

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"waybill.dev/schemas"
+	"waybill.dev/schemas/jsonrpc"
 )
 
 // Upstream carries one call to one server and brings back the answer. It hands
@@ -45,8 +46,13 @@ type Call struct {
 	Requested *schemas.Requested
 	Only      []string               // see schemas.Authorized; nil: everything
 	Each      func(name string) bool // and of that, what it says; nil: all of it
-	Trace     onward                 // zero: none
-	Body      []byte
+
+	// Listed tells of each element of a list whether it may be shown, beside Only and
+	// Each. nil, or what it says is nil: all of them.
+	Listed func(result jsonrpc.Value) ([]bool, error)
+
+	Trace onward // zero: none
+	Body  []byte
 
 	// In is the session at the server in which it is to be made
 	// ([schemas.Connected].By): of a request about a task that was made there.

@@ -1,0 +1,239 @@
+package dispatch
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"waybill.dev/schemas"
+	"waybill.dev/schemas/jsonrpc"
+)
+
+// Definitions is what is pinned of what servers show (workers/registry). Whatever
+// a server lists goes through Listed before anybody is told, and a call that names
+// what is pinned goes on only while Admit has nothing to say: policy has asked the
+// same, and the server may have shown something else since.
+type Definitions struct {
+	// Pins tells whether a server's definitions are pinned.
+	Pins func(server string) bool
+
+	// Listed tells of each element of a list, in the result of a method, whether it
+	// may be shown. nil: all of them.
+	Listed func(ctx context.Context, server, method string, result jsonrpc.Value) ([]bool, error)
+
+	// Said tells whether a server's instructions may be passed on, which the result
+	// of initialize or server/discover has.
+	Said func(ctx context.Context, server string, result jsonrpc.Value) (bool, error)
+
+	// Admit says why what a request names must not be called now; "": nothing speaks
+	// against it. sha256 is the definition by which the call was decided on; if that
+	// was not known, the arguments are looked at too. unlisted: nothing is known of
+	// it. It asks nobody.
+	Admit func(q *schemas.Requested, sha256 string, body []byte) (why string, unlisted bool)
+
+	// Answered says what is wrong with the result of a tool; "": nothing.
+	Answered func(server, name string, result jsonrpc.Value) string
+}
+
+// listing says by which method a thing is listed that a method names.
+var listingOf = map[string]string{"tools/call": "tools/list", "prompts/get": "prompts/list"}
+
+// pinned tells whether the call's server is one whose definitions are pinned.
+func (r *run) pinned() bool {
+	d := r.d.opt.Definitions
+	return d != nil && r.up != nil && d.Pins(r.a.Server)
+}
+
+// withheld says why the call must not be made now. A call that ends so is answered
+// as if there were nothing of the name.
+func (r *run) withheld(body []byte) *schemas.Failed {
+	if !r.pinned() {
+		return nil
+	}
+	why, _ := r.d.opt.Definitions.Admit(&r.a.Requested, r.a.ToolSHA256, body)
+	if why == "" {
+		return nil
+	}
+	return &schemas.Failed{Code: schemas.FailInvalid, Detail: clip(why, maxWords), Unlisted: true}
+}
+
+// learn lists what the call's server has, if nothing is known of what the call
+// names: who calls a tool by its name need not have asked for the list. The list is
+// that of the call's own session, and goes through Listed as any other.
+func (r *run) learn(ctx context.Context, body []byte) *Fault {
+	method := listingOf[r.a.Method]
+	if method == "" || !r.pinned() {
+		return nil
+	}
+	unlisted := func() bool {
+		_, is := r.d.opt.Definitions.Admit(&r.a.Requested, r.a.ToolSHA256, body)
+		return is
+	}
+	if !unlisted() {
+		return nil
+	}
+	leave, err := r.d.learning.enter(ctx, r.a.Server+" "+method)
+	if err != nil {
+		return faultf(Broken, "it waited for the server's list: %w", err)
+	}
+	listed := false
+	defer func() { leave(listed, r.d.opt.Now()) }()
+	if !unlisted() || r.d.learning.recent(r.a.Server+" "+method, r.d.opt.Now()) {
+		return nil
+	}
+	cursor := ""
+	for range maxPages {
+		next, fault := r.learnPage(ctx, method, cursor, body)
+		if fault != nil {
+			return fault
+		}
+		if next == "" || next == cursor || len(next) > maxCursor || !unlisted() {
+			break
+		}
+		cursor = next
+	}
+	listed = true
+	return nil
+}
+
+// learnPage asks for one page of a list.
+func (r *run) learnPage(ctx context.Context, method, cursor string, body []byte) (next string, fault *Fault) {
+	call, err := jsonrpc.Decode(body, jsonrpc.Limits{Bytes: len(body)})
+	if err != nil {
+		return "", faultf(Invalid, "the request: %w", err)
+	}
+	var params []byte
+	if cursor != "" {
+		params = slices.Concat([]byte(`"cursor":`), jsonrpc.Quote(cursor))
+	}
+	request, err := (&question{m: call}).request(method, params)
+	if err != nil {
+		return "", faultf(Invalid, "the request for a list: %w", err)
+	}
+	q := schemas.Requested{
+		Target:   schemas.Target{Protocol: r.a.Protocol, Server: r.a.Server, Method: method},
+		Revision: r.a.Revision, Deadline: r.a.Deadline,
+	}
+	answer, err := r.up.call(ctx, Call{
+		ID: r.e.Call, Event: r.e, Requested: &q, Trace: r.onward(), Body: request, Era: r.era,
+		Listed: r.listed(ctx, method), Connected: func() {}, Heard: func() {},
+	}, func([]byte) error { return nil })
+	if answer.Release != nil {
+		defer answer.Release(func() {})
+	}
+	if errors.As(err, &fault) {
+		return "", fault
+	} else if err != nil {
+		return "", faultf(Broken, "its list: %w", err)
+	}
+	m, err := jsonrpc.Decode(answer.Body, jsonrpc.Limits{Bytes: len(answer.Body), Depth: answerDepth, AllowCaseVariants: true})
+	if err != nil {
+		return "", faultf(Garbled, "its list: %w", err)
+	}
+	next, _ = m.Result().Get("nextCursor").Text()
+	return next, nil
+}
+
+// listed is [Call].Listed.
+func (r *run) listed(ctx context.Context, method string) func(jsonrpc.Value) ([]bool, error) {
+	if _, ok := lists[method]; !ok || !r.pinned() {
+		return nil
+	}
+	return func(result jsonrpc.Value) ([]bool, error) {
+		return r.d.opt.Definitions.Listed(ctx, r.a.Server, method, result)
+	}
+}
+
+// introduced takes a server's instructions out of an answer that must not be passed
+// on.
+func (r *run) introduced(ctx context.Context, a Answer) (Answer, error) {
+	if method := r.a.Method; !r.pinned() || a.Body == nil || method != "initialize" && method != "server/discover" {
+		return a, nil
+	}
+	m, err := jsonrpc.Decode(a.Body, jsonrpc.Limits{Bytes: len(a.Body), Depth: answerDepth, AllowCaseVariants: true})
+	if err != nil {
+		return a, faultf(Garbled, "what the server says of itself: %w", err)
+	}
+	may, err := r.d.opt.Definitions.Said(ctx, r.a.Server, m.Result())
+	if err != nil {
+		return a, faultf(Gateway, "%w", err) // of the log: it may be asked again
+	}
+	if may {
+		return a, nil
+	}
+	p := m.Patch().Remove(m.Result(), "instructions")
+	if a.Body = p.Bytes(); a.Body == nil {
+		return a, faultf(Garbled, "what the server says of itself: %w", p.Err())
+	}
+	return a, nil
+}
+
+// conforms is the ending with which a call ends that would end as end: an answer
+// that does not fit the tool's output schema is not passed on.
+func (r *run) conforms(end ending) ending {
+	done, ok := end.data.(*schemas.Completed)
+	if !ok || done.ErrorCode != 0 || done.Result != "" || r.a.Method != "tools/call" || !r.pinned() {
+		return end
+	}
+	m, err := jsonrpc.Decode(end.body, jsonrpc.Limits{Bytes: len(end.body), Depth: answerDepth, AllowCaseVariants: true})
+	if err != nil {
+		return end // what becomes of it is decided elsewhere
+	}
+	wrong := r.d.opt.Definitions.Answered(r.a.Server, r.a.Name, m.Result())
+	if wrong == "" {
+		return end
+	}
+	bad := failed(schemas.FailBadAnswer, fmt.Sprintf("the result does not fit the tool's output schema: %s", wrong))
+	bad.release = end.release
+	return bad
+}
+
+// learning is who lists what of a server, one at a time for each list, and when it
+// was last done: a name that is not there is not looked for again at once, however
+// often it is called.
+type learning struct {
+	mu   sync.Mutex
+	held map[string]chan struct{}
+	last map[string]time.Time
+}
+
+// learnAgain is how soon a list is asked for again for a name that was not there.
+const learnAgain = 5 * time.Second
+
+func newLearning() *learning {
+	return &learning{held: map[string]chan struct{}{}, last: map[string]time.Time{}}
+}
+
+// enter waits for its turn; leave says whether the whole list was read.
+func (l *learning) enter(ctx context.Context, key string) (leave func(listed bool, at time.Time), err error) {
+	l.mu.Lock()
+	turn := l.held[key]
+	if turn == nil { // as many as there are servers and kinds of lists
+		turn = make(chan struct{}, 1)
+		l.held[key] = turn
+	}
+	l.mu.Unlock()
+	select {
+	case turn <- struct{}{}:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	return func(listed bool, at time.Time) {
+		if listed {
+			l.mu.Lock()
+			l.last[key] = at
+			l.mu.Unlock()
+		}
+		<-turn
+	}, nil
+}
+
+// recent tells whether the list was read a moment ago.
+func (l *learning) recent(key string, now time.Time) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return now.Sub(l.last[key]) < learnAgain
+}
