@@ -50,11 +50,12 @@ var writes = map[Role][]schemas.Kind{
 // records is the table of kinds of records ([System]) that a role may store.
 // Who may store any may store contents too, which count only by their digest.
 //
-// A grant is an operator's alone: policy cannot approve what it holds.
+// A grant is an operator's alone: policy cannot approve what it holds, nor dispatch
+// a definition that it has seen.
 var records = map[Role][]string{
 	RolePolicy:   {"policy", "use"},
 	RoleDispatch: {"tool"},
-	RoleOperator: {"policy", "approval", "tool"},
+	RoleOperator: {"policy", "approval", "pin"},
 }
 
 // durables are the consumers that a role works through. Nobody else may pull

@@ -209,7 +209,7 @@ func TestSystemRights(t *testing.T) {
 	w.system(bus.Options{Role: bus.RoleObserver})
 	may := map[bus.Role][]string{
 		bus.RolePolicy: {"policy", "content"}, bus.RoleDispatch: {"tool", "content"},
-		bus.RoleOperator: {"policy", "approval", "tool", "content"},
+		bus.RoleOperator: {"policy", "approval", "pin", "content"},
 	}
 	for _, role := range []bus.Role{bus.RoleEdge, bus.RolePolicy, bus.RoleDispatch, bus.RoleProject, bus.RoleOperator, bus.RoleObserver} {
 		denied := make(chan error, 64)
@@ -218,7 +218,7 @@ func TestSystemRights(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer nc.Close()
-		for _, kind := range []string{"policy", "approval", "tool", "content"} {
+		for _, kind := range []string{"policy", "approval", "tool", "pin", "content"} {
 			want := slices.Contains(may[role], kind)
 			reply := nc.NewInbox()
 			sub, err := nc.SubscribeSync(reply)

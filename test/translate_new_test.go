@@ -66,7 +66,7 @@ var requestState = regexp.MustCompile(`"requestState":"wb1\.[A-Za-z0-9_-]+"`)
 func TestNewClientZeroLoss(t *testing.T) {
 	const result = `{"protocolVersion":"2025-11-25","capabilities":{"tools":{},"resources":{}},"serverInfo":{"name":"raw","version":"1","x":1E400}}`
 	up := newRawServer(t)
-	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("raw", up.url(), "")))
+	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("raw", up.url(), "approve: none")))
 	golden(t, "testdata/translated_new.txt", "got", func(t *testing.T, _ string, section map[string]string) string {
 		head, body := split(strings.TrimSuffix(section["request"], "\n"))
 		sent, wantUp := unmark(body)

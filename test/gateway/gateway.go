@@ -133,10 +133,14 @@ func Config(more string) string {
 
 // Native is the line of a server that is spoken to as whoever calls speaks: one
 // that serves the revisions with sessions and those without, and is to be heard
-// in its own words.
+// in its own words, whatever these are: unless more says otherwise, nothing of it
+// is pinned.
 func Native(name, url, more string) string {
 	if more != "" {
 		more = ", " + more
+	}
+	if !strings.Contains(more, "approve:") {
+		more += ", approve: none"
 	}
 	return fmt.Sprintf("  - {name: %s, mcp: {url: %q, era: client}%s}\n", name, url, more)
 }

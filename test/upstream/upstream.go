@@ -21,6 +21,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -200,6 +201,18 @@ func (s *server) observe(w http.ResponseWriter, r *http.Request) {
 	s.witness, s.claimed = witness, o.Claimed
 }
 
+// listed are the definitions of its tools.
+func listed(session bool) string {
+	names := []string{"count", "read"}
+	if session {
+		names = append(names, "notify", "ask")
+	}
+	for i, name := range names {
+		names[i] = fmt.Sprintf(`{"name":%q,"inputSchema":{"type":"object","properties":{"key":{"type":"string"},"wait":{"type":"integer"},"progress":{"type":"integer"},"pad":{"type":"string"}}}}`, name)
+	}
+	return strings.Join(names, ",")
+}
+
 func (s *server) mcp(w http.ResponseWriter, r *http.Request) {
 	at := time.Now() // before anything else: what is stored later, was stored too late
 	var m struct {
@@ -236,6 +249,11 @@ func (s *server) mcp(w http.ResponseWriter, r *http.Request) {
 			w.WriteHeader(http.StatusAccepted)
 			return
 		}
+	}
+	if m.Method == "tools/list" {
+		w.Header().Set("Content-Type", "application/json")
+		_, _ = fmt.Fprintf(w, `{"jsonrpc":"2.0","id":%s,"result":{"resultType":"complete","ttlMs":0,"cacheScope":"public","tools":[%s]}}`, m.ID, listed(in != nil))
+		return
 	}
 	if known := []string{"count", "read", "notify", "ask"}; m.Method != "tools/call" || !slices.Contains(known[:2], tool) && (in == nil || !slices.Contains(known, tool)) {
 		w.Header().Set("Content-Type", "application/json")

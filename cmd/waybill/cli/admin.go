@@ -44,6 +44,8 @@ import (
 //	GET /api/v1/approvals           token; ?all=  what waits for an approval, one per line
 //	POST /api/v1/approvals/ID       token; {"said": "granted" or "refused", "by", "for": seconds, "uses", "note"}
 //	GET /api/v1/sessions/S/export   token; ?from=&redact=&rows=  the session with its proofs, as a file has it (export_file.go)
+//	GET /api/v1/tools               token; ?definitions=  what is known of the servers' tools, prompts, resources and instructions, one registry.Entry per line
+//	POST /api/v1/tools              token; a registry.Word: {"server", "kind", "name", "said": "approved" or "quarantined", "sha256", "by", "note"}
 //	GET /api/v1/events              token; ?tenant=&session=&kind=  the same, live, until the client leaves
 //	GET /api/v1/audit/lines         token; all that `waybill audit verify` reads, one audit.Line per line
 //	GET /api/v1/audit/checkpoint    token; the newest checkpoint and the public keys
@@ -103,6 +105,8 @@ func (g *gateway) addAdmin(ctx context.Context, ln net.Listener) error {
 		"GET /api/v1/approvals":                 people.list,
 		"GET /api/v1/traffic":                   a.traffic,
 		"POST /api/v1/approvals/{id}":           people.say,
+		"GET /api/v1/tools":                     people.tools,
+		"POST /api/v1/tools":                    people.pin,
 		"GET /api/v1/query":                     a.query,
 		"POST /api/v1/rebuild":                  a.rebuild,
 		"GET /api/v1/audit/lines":               a.auditLines,

@@ -49,6 +49,7 @@ func commands() []command {
 		{"policy test", "[--config FILE] [-v] [--json]", "run the tests that stand beside the rules", policyTest},
 		{"policy explain", "CALL | --agent A --server S --tool T [--args A]", "say which rule decides a call, and why", policyExplain},
 		{"approvals", "[list | grant ID | refuse ID] [--by NAME]", "list the calls that wait for a person, grant or refuse one", approvalsCommand},
+		{"tools", "[list | diff NAME | approve NAME | quarantine NAME]", "list what servers offer, show what has changed, approve or quarantine it", toolsCommand},
 		{"erase", "SESSION [--reason TEXT] [--json]", "destroy what was said in a session; its digests stay", erase},
 		{"rebuild", "[--from FILE]... [--dry-run] [--accept-gaps] [--json]", "make the derived tables of the record anew beside those in use, and exchange them", rebuildCommand},
 		{"connect", "[--server NAME] [--url URL]", "be a stdio MCP server: the running gateway's, or one of its servers", connect},
@@ -61,7 +62,7 @@ func commands() []command {
 // mistake of theirs.
 func later() []string {
 	return []string{
-		"tools", "agents",
+		"agents",
 	}
 }
 

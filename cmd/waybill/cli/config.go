@@ -33,6 +33,7 @@ import (
 	"waybill.dev/schemas"
 	"waybill.dev/workers/dispatch"
 	"waybill.dev/workers/policy"
+	"waybill.dev/workers/registry"
 )
 
 // Config is the configuration file: strict YAML, in which an unknown key is an
@@ -105,11 +106,11 @@ type ServerConfig struct {
 	Name       string         `yaml:"name" json:"name"`
 	MCP        *MCPConfig     `yaml:"mcp" json:"mcp,omitempty"`
 	OpenAPI    *OpenAPIConfig `yaml:"openapi" json:"openapi,omitempty"`                     // a REST API, instead of mcp
-	Approve    string         `yaml:"approve" json:"approve,omitempty"`                     // first-use or manual; takes effect with the registry
+	Approve    string         `yaml:"approve" json:"approve,omitempty"`                     // of its definitions that are seen for the first time: first-use, the default, or manual; none: they are not pinned
 	Idempotent []string       `yaml:"idempotent" json:"idempotent,omitempty"`               // tools (* stands for any run) that may be called again when the outcome is unknown
 	Tasks      []string       `yaml:"tasks" json:"tasks,omitempty"`                         // tools whose calls become tasks when they take long, for clients that take a task for an answer
 	ActsAs     []string       `yaml:"acts_as" json:"acts_as,omitempty"`                     // agents as which the server itself calls the gateway: what they call for a call of this server is put under that
-	Trust      bool           `yaml:"trust_annotations" json:"trust_annotations,omitempty"` // not built yet
+	Trust      bool           `yaml:"trust_annotations" json:"trust_annotations,omitempty"` // rules may rely on what it says of its tools: tool.read_only and the like
 	Deadline   Duration       `yaml:"deadline" json:"deadline,omitzero"`                    // of one call; default limits.deadline
 	Concurrent int            `yaml:"concurrency" json:"concurrency,omitempty"`             // calls at once; default 64
 	Queue      int            `yaml:"queue" json:"queue,omitempty"`                         // calls waiting for their turn; default 256; more are refused
@@ -477,9 +478,8 @@ func (c *Config) check() error {
 				bad("%s.acts_as: %q is not one of the agents", key, a)
 			}
 		}
-		notBuilt(key+".trust_annotations", s.Trust)
-		if s.Approve != "" && s.Approve != "first-use" && s.Approve != "manual" {
-			bad("%s.approve: %q is neither first-use nor manual", key, s.Approve)
+		if s.Approve != "" && s.Approve != approveNone && s.Approve != string(registry.FirstUse) && s.Approve != string(registry.Manual) {
+			bad("%s.approve: %q is neither first-use nor manual, nor none", key, s.Approve)
 		}
 		badly(key+".deadline", s.Deadline)
 		if s.Deadline.Duration < 0 || s.Concurrent < 0 || s.Queue < 0 {

@@ -63,6 +63,7 @@ func (g *gateway) addPolicy(ctx context.Context, _ net.Listener) error {
 			return groups[a]
 		},
 		Session: (&counted{l: l, of: map[sessionOf]*countedSession{}}).session,
+		Defined: g.pins.defined,
 		Load:    l.Load, Store: l.Publish,
 		Claim: func(ctx context.Context, id string, use []byte, last uint64) (uint64, error) {
 			return sys.AppendAfter(ctx, policy.UseKind, id, use, last)
@@ -98,6 +99,9 @@ func (g *gateway) addPolicy(ctx context.Context, _ net.Listener) error {
 			case <-ctx.Done():
 				return nil
 			case <-r.known:
+			}
+			if !g.pins.await(ctx) {
+				return nil
 			}
 			return l.Run(ctx, bus.Work{
 				Name: "policy", Kinds: []schemas.Kind{schemas.KindRequested}, InFlight: 256,
@@ -481,15 +485,16 @@ func (r *rules) look() string {
 // judge tells of single tools whether a list may show them, as the bundle says by
 // which the list was permitted.
 type judge struct {
-	sys *bus.System
+	sys  *bus.System
+	pins *pins
 
 	mu      sync.Mutex
 	bundles map[string]*policy.Bundle // some of them, by digest
 }
 
-func newJudge(ctx context.Context, l *bus.Log) (*judge, error) {
+func newJudge(ctx context.Context, l *bus.Log, p *pins) (*judge, error) {
 	sys, err := l.System(ctx)
-	return &judge{sys: sys, bundles: map[string]*policy.Bundle{}}, err
+	return &judge{sys: sys, pins: p, bundles: map[string]*policy.Bundle{}}, err
 }
 
 // shows is dispatch.Options.Shows.
@@ -507,7 +512,11 @@ func (j *judge) shows(ctx context.Context, authorized schemas.Event) (func(strin
 		return nil, fmt.Errorf("call %s: %w", authorized.Call, err)
 	}
 	authorized.Stored = a.RequestedAt // the time that its request was decided on
-	return func(name string) bool { return b.Shows(authorized, facts, name) }, nil
+	return func(name string) bool {
+		facts := facts
+		facts.Tool = j.pins.facts(a.Server, name)
+		return b.Shows(authorized, facts, name)
+	}, nil
 }
 
 func (j *judge) bundle(ctx context.Context, digest string) (*policy.Bundle, error) {

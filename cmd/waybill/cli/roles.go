@@ -48,6 +48,7 @@ type gateway struct {
 	agents         *mcp.Adapter
 	dispatcher     *dispatch.Dispatcher
 	policy         *rules // nil without that role
+	pins           *pins
 	metrics        *metrics
 	server         projections.Server      // of the record; nil without
 	engine         *projections.Engine     // the server, where it is the one inside
@@ -90,6 +91,9 @@ func (g *gateway) run(ctx context.Context, started func(*gateway, net.Addr, net.
 		return err
 	}
 
+	if err := g.addPins(ctx); err != nil {
+		return fmt.Errorf("registry: %w", err)
+	}
 	public, admin, err := g.listeners()
 	if err != nil {
 		return err
@@ -302,12 +306,16 @@ func (g *gateway) addDispatch(ctx context.Context, _ net.Listener) error {
 	if err != nil {
 		return err
 	}
-	judge, err := newJudge(ctx, l)
+	judge, err := newJudge(ctx, l, g.pins)
 	if err != nil {
 		return err
 	}
+	if err := g.pins.storeWith(ctx, l); err != nil {
+		return err
+	}
 	d, err := dispatch.New(dispatch.Options{
-		StateKey: stateKey, Owners: owners, Flags: g.traceFlags(), Traced: g.c.Traces.on(g.env.Getenv),
+		Definitions: g.pins.definitions(),
+		StateKey:    stateKey, Owners: owners, Flags: g.traceFlags(), Traced: g.c.Traces.on(g.env.Getenv),
 		Servers: servers, Load: l.Load, Past: l.Past, Latest: l.Latest, Store: l.Publish,
 		Scan: func(ctx context.Context, t schemas.Tenant, s schemas.SessionKey, k schemas.Kind) iter.Seq2[schemas.Event, error] {
 			return l.Read(ctx, bus.Filter{Tenant: t, Session: s, Kinds: []schemas.Kind{k}}, 1)
@@ -342,6 +350,9 @@ func (g *gateway) addDispatch(ctx context.Context, _ net.Listener) error {
 			defer letGo()
 			defer d.Close()
 			defer context.AfterFunc(ctx, d.Drain)()
+			if !g.pins.await(ctx) {
+				return nil
+			}
 			return l.Run(ctx, bus.Work{
 				Name: "dispatch", Kinds: []schemas.Kind{schemas.KindAuthorized}, InFlight: 4096,
 				Drain: g.c.Limits.Drain.Duration, Up: ready.Store,
