@@ -22,6 +22,7 @@ const (
 	// The upstream acted, or at least answered.
 	FailBadAnswer Failure = "bad_answer" // what it said is not the protocol
 	FailTooLarge  Failure = "too_large"  // its answer passes the limit
+	FailWithheld  Failure = "withheld"   // its answer is kept back: a rule for answers, or a guard, says so
 
 	FailInternal Failure = "internal" // a fault of the gateway, after which it gave up
 )
@@ -30,6 +31,6 @@ const (
 func Failures() []Failure {
 	return []Failure{
 		FailExpired, FailUnavailable, FailOverloaded, FailInvalid, FailUndecodable,
-		FailTimeout, FailUnknown, FailBadAnswer, FailTooLarge, FailInternal,
+		FailTimeout, FailUnknown, FailBadAnswer, FailTooLarge, FailWithheld, FailInternal,
 	}
 }

@@ -226,6 +226,8 @@ func (d docs) value(t reflect.Type) *jsonschema.Schema {
 		return &jsonschema.Schema{Type: "boolean"}
 	case reflect.Slice:
 		return &jsonschema.Schema{Type: "array", Items: d.value(t.Elem())}
+	case reflect.Struct:
+		return d.object(t)
 	case reflect.Map:
 		return &jsonschema.Schema{Type: "object", AdditionalProperties: d.value(t.Elem())}
 	}

@@ -58,6 +58,7 @@ func (p *Requested) Within(e Event) bool { return e.Parent != "" && !p.Back }
 type Authorized struct {
 	Requested
 	Decision
+	Orders
 	RequestedSeq uint64    `json:"requested_seq"`         // where the log has the request
 	RequestedAt  time.Time `json:"requested_at"`          // when the log had it
 	BodySize     int       `json:"body_size,omitempty"`   // set when the body stayed behind
@@ -65,6 +66,51 @@ type Authorized struct {
 	Only         []string  `json:"only,omitzero"`         // patterns ([Match]) of what a list may show the caller; nil: all of it; empty: nothing
 	Each         bool      `json:"each,omitempty"`        // of these, only what the policy that decided says of each name may be shown
 }
+
+// Orders are what rules order for the answer of a call that they let go on.
+type Orders struct {
+	RedactResult []string     `json:"redact_result,omitempty"` // what to take out of the result, by path: structuredContent.iban, content.*.text
+	MaxResult    int          `json:"max_result,omitempty"`    // bytes that the answer may have; 0: as many as any
+	Labels       []string     `json:"labels,omitempty"`        // what the session carries from now on: untrusted
+	Guards       []GuardOrder `json:"guards,omitempty"`        // who is asked about the answer before it is stored
+}
+
+// GuardOrder has a guard asked about an answer.
+type GuardOrder struct {
+	Guard string `json:"guard"`          // as the operator's config names it
+	Open  bool   `json:"open,omitempty"` // an answer of which the guard says nothing passes
+}
+
+// Screened says what became of what an upstream said before it was stored: the
+// body is what is left. What was taken out stands nowhere.
+type Screened struct {
+	Found     []Finding `json:"found,omitempty"`      // at most 16
+	FoundMore int       `json:"found_more,omitempty"` // how many besides
+	Checks    []Check   `json:"checks,omitempty"`     // what guards said of it, in the order in which they were asked
+}
+
+// Finding is what one rule for answers found.
+type Finding struct {
+	Rule  string   `json:"rule"`            // ansi, control, bidi, tags, invisible, secret NAME, redact PATH
+	Did   string   `json:"did"`             // stripped, redacted, reported, or rejected: the whole
+	Count int      `json:"count"`           // how often
+	Where []string `json:"where,omitempty"` // JSON pointers into the body, the first few of them
+}
+
+// Check is what a guard said.
+type Check struct {
+	Guard  string `json:"guard"`
+	Said   string `json:"said"`             // allow, deny, or failed: it said nothing that counts
+	Reason string `json:"reason,omitempty"` // its own, or why it failed
+	Millis int    `json:"ms"`               // how long it took
+}
+
+// What a guard says.
+const (
+	CheckAllow  = "allow"
+	CheckDeny   = "deny"
+	CheckFailed = "failed"
+)
 
 // InlineBody is the size in bytes up to which a request's body travels with
 // its authorization. Every stored copy of a byte costs about 2 ns of CPU.
@@ -116,8 +162,9 @@ type Started struct {
 }
 
 // Progressed is something the upstream said before its answer. Body: that
-// message, verbatim.
+// message, verbatim but for what [Screened] says.
 type Progressed struct {
+	Screened
 	Index int    `json:"index"` // 0, 1, 2 … within the call
 	By    string `json:"by"`    // the claimant that saw it
 }
@@ -130,6 +177,7 @@ type Progressed struct {
 // that the call takes long.
 type Tasked struct {
 	Target
+	Screened
 	Index       int       `json:"index"`
 	By          string    `json:"by"`              // the claimant
 	Status      string    `json:"status"`          // working or input_required
@@ -164,9 +212,13 @@ type Summary struct {
 }
 
 // Completed: the upstream answered, be it with an error of its own.
-// Body: the answer, verbatim; none for a one-way call.
+// Body: the answer, verbatim but for what [Screened] and Removed say; none for a
+// one-way call.
 type Completed struct {
 	Summary
+	Screened
+	Labels []string `json:"labels,omitempty"` // that rules put on the answer ([Orders])
+
 	Status    int    `json:"status,omitempty"`     // the upstream's HTTP status
 	ErrorCode int    `json:"error_code,omitempty"` // of the protocol, when the answer is an error
 	Result    string `json:"result,omitempty"`     // its result type, when it is not "complete"
@@ -178,9 +230,10 @@ type Completed struct {
 	RemovedMore int      `json:"removed_more,omitempty"` // how many were taken out besides those named
 }
 
-// Failed: the gateway could not get an answer.
+// Failed: the gateway could not get an answer, or keeps it back.
 type Failed struct {
 	Summary
+	Screened
 	Code   Failure `json:"code"`
 	Detail string  `json:"detail,omitempty"` // for operators; never shown to the caller
 
@@ -209,9 +262,11 @@ type Caused struct {
 	Agent   Agent      `json:"agent,omitempty"` // as which the server called
 }
 
-// Late keeps an answer that came after the call's ending. Body: the answer.
+// Late keeps an answer that came after the call's ending. Body: the answer; none
+// if it was to be kept back.
 type Late struct {
 	Target
+	Screened
 	By string `json:"by"`
 }
 
@@ -258,6 +313,7 @@ type Attached struct {
 // behalf of this one. The latest for a server counts. Body: what the upstream
 // answered to initialize.
 type Connected struct {
+	Screened
 	Server   string `json:"server"`
 	Upstream string `json:"upstream,omitempty"` // the upstream's session ID; "" where it has none
 	Revision string `json:"revision"`           // of the protocol, as the upstream agreed
@@ -267,9 +323,10 @@ type Connected struct {
 // Asked: the upstream wants something of the agent, within a call or outside of
 // any. Body: its request, verbatim.
 type Asked struct {
-	Target        // Method: what it asks, sampling/createMessage
-	ID     string `json:"id"`              // unique within the session, by whoever heard it
-	Event  string `json:"event,omitempty"` // its id in the server's stream, outside of calls: what comes after it can be asked for
+	Target // Method: what it asks, sampling/createMessage
+	Screened
+	ID    string `json:"id"`              // unique within the session, by whoever heard it
+	Event string `json:"event,omitempty"` // its id in the server's stream, outside of calls: what comes after it can be asked for
 }
 
 // Answered is the agent's answer to Asked of the same ID; the first counts.
@@ -285,6 +342,7 @@ type Answered struct {
 // Notified is a message outside any call. Body: the message.
 type Notified struct {
 	Target
+	Screened
 	ID       string `json:"id"`              // unique within the session, by whoever saw it
 	Event    string `json:"event,omitempty"` // its id in the server's stream: what comes after it can be asked for
 	ToServer bool   `json:"to_server,omitempty"`

@@ -47,6 +47,8 @@ var failures = map[schemas.Failure]reply{
 		message: "The server was called, but its answer does not follow the protocol and was not passed on."},
 	schemas.FailTooLarge: {status: 200, code: jsonrpc.CodeInternalError,
 		message: "The server was called, but its answer is larger than the gateway passes on."},
+	schemas.FailWithheld: {status: 200, code: jsonrpc.CodeInternalError,
+		message: "The server was called, but a rule keeps its answer back. Trying again will not help."},
 	schemas.FailInternal: {status: 200, code: jsonrpc.CodeInternalError,
 		message: "The gateway failed at this call. Whether it was carried out is not certain; name the call to the operator."},
 }
