@@ -170,6 +170,10 @@ func (s *session) notify(msg *jsonrpc.Message, event string) error {
 // server will not say it again. It tries for as long as the log is away, within
 // limits.
 func (s *session) store(ctx context.Context, e schemas.Event) error {
+	e, err := s.t.opt.answers.screenedEvent(s.m.name, e)
+	if err != nil {
+		return err
+	}
 	ctx, cancel := sure(ctx, s.t.timing.store)
 	defer cancel()
 	pauses := backoff.NewExponentialBackOff(backoff.WithInitialInterval(100*time.Millisecond), backoff.WithMaxInterval(5*time.Second))

@@ -86,6 +86,8 @@ type Server struct {
 	// Deadline is what a call may take that a front makes to the server; 0: as
 	// long as the call for which it is made.
 	Deadline time.Duration
+
+	Answers Answers // rules for what it says, where they differ from those for all
 }
 
 // Options are what a [Dispatcher] works with. Servers, Load and Past are
@@ -136,6 +138,17 @@ type Options struct {
 	// they show passes as it is.
 	Definitions *Definitions
 
+	// Answers are the rules for what servers say, where they differ from
+	// [DefaultAnswers]; SecretRules the secrets that are looked for, nil: those built
+	// in.
+	Answers     Answers
+	SecretRules []SecretRule
+
+	// Guard asks the guard of a name about what the server has said to a call, whose
+	// authorized event is given, and returns within the time that it has for that.
+	// nil: there is none, so that each has failed.
+	Guard func(ctx context.Context, name string, authorized schemas.Event, said []byte) schemas.Check
+
 	// Lost tells whether an event was stored before an unclean boot, after
 	// which later events of its call may be gone. nil: never.
 	Lost func(schemas.Event) bool
@@ -170,6 +183,7 @@ type Options struct {
 
 	sessions *sessions // made by New, for the upstreams that have some
 	parking  *parking  // likewise
+	answers  *answers  // likewise
 }
 
 const (
@@ -202,6 +216,7 @@ type Dispatcher struct {
 	calls     calls
 	routes    routes
 	sessions  *sessions
+	answers   *answers
 	tasks     tasks
 	learning  *learning
 }
@@ -234,9 +249,13 @@ func New(opt Options) (*Dispatcher, error) {
 	// claim for its own.
 	d.name = opt.Instance + "." + rand.Text()[:13] + "."
 	d.tasks.draining = make(chan struct{})
+	var err error
+	if d.answers, err = newAnswers(opt); err != nil {
+		return nil, fmt.Errorf("dispatch: %w", err)
+	}
+	opt.answers, d.opt.answers = d.answers, d.answers
 	d.sessions = newSessions(opt, d.name)
 	opt.sessions, d.opt.sessions = d.sessions, d.sessions
-	var err error
 	parker := d.name
 	if opt.Owners != nil {
 		parker = opt.Owners.Name() // others find it by that
@@ -741,7 +760,11 @@ func (r *run) call(ctx context.Context, body []byte) (ending, error) {
 			code, again = v.harmless, v.repeat && (r.repeatable || fault.Kind == Unsent)
 		}
 		if !again {
-			return failed(code, fault.Error()), nil
+			end := failed(code, fault.Error())
+			if w := new(withheld); errors.As(fault, &w) {
+				end.data.(*schemas.Failed).Screened = w.screened
+			}
+			return end, nil
 		}
 		if pauses == nil {
 			pauses = backoff.WithMaxRetries(backoff.NewExponentialBackOff(
@@ -892,6 +915,7 @@ func (r *run) never(ctx context.Context, code schemas.Failure, detail string) (e
 
 // finish stores the ending. It does so even when ctx has ended, for a while.
 func (r *run) finish(ctx context.Context, end ending) error {
+	end = r.screened(ctx, end)
 	ctx, cancel := sure(ctx, r.d.endTime())
 	defer cancel()
 
@@ -935,7 +959,7 @@ func (r *run) end(ctx context.Context, end ending) (schemas.Receipt, error) {
 	case *schemas.Completed:
 		p.Summary = s
 	case *schemas.Failed:
-		p.Summary = s
+		p.Summary, p.Detail = s, r.d.answers.words(r.a.Server, p.Detail)
 	case *schemas.Cancelled:
 		p.Summary = s
 	}
@@ -958,7 +982,7 @@ func (r *run) keep(ctx context.Context, first schemas.Event, end ending) error {
 	if _, answered := end.data.(*schemas.Completed); !answered || endedBy(first) == r.by {
 		return nil
 	}
-	_, err := r.emit(ctx, r.next(&schemas.Late{Target: r.a.Target, By: r.by}, end.body))
+	_, err := r.emit(ctx, r.next(&schemas.Late{Target: r.a.Target, Screened: end.data.(*schemas.Completed).Screened, By: r.by}, end.body))
 	if refused(err) {
 		// The call has its ending. Delivered again it would only be asked again.
 		r.d.opt.Log.Error("a late answer is lost", "session", r.e.Session, "call", r.e.Call, "kind", schemas.KindLate, "error", err)
@@ -981,6 +1005,10 @@ func (r *run) progress(ctx context.Context, msg []byte) error {
 	if r.said += len(msg); !r.a.Stream && (r.chunks >= maxChunks || r.said > maxSaid) {
 		return &Fault{Kind: TooLarge, Err: fmt.Errorf("more than %d messages or %d MiB before the answer", maxChunks, maxSaid>>20)}
 	}
+	msg, screened, err := r.clean(ctx, msg)
+	if err != nil {
+		return err
+	}
 	ctx, cancel := sure(ctx, r.d.endTime())
 	defer cancel()
 	for {
@@ -991,7 +1019,7 @@ func (r *run) progress(ctx context.Context, msg []byte) error {
 				return err
 			}
 		}
-		receipt, err := r.emit(ctx, r.next(&schemas.Progressed{Index: r.chunks, By: r.by}, msg))
+		receipt, err := r.emit(ctx, r.next(&schemas.Progressed{Screened: screened, Index: r.chunks, By: r.by}, msg))
 		if refused(err) {
 			return faultf(refusedAs(err), "message %d of the upstream: %w", r.chunks, err)
 		}

@@ -421,7 +421,10 @@ func (s *session) discover(ctx context.Context, c Call) (Answer, error) {
 	answer.Result = ""
 	store, cancel := sure(ctx, endTime)
 	defer cancel()
-	_, err = s.t.opt.Store(store, s.base.Next(&schemas.Connected{Server: s.m.name, Revision: mcpRevision, By: s.by}, answer.Body))
+	e, err := s.t.opt.answers.screenedEvent(s.m.name, s.base.Next(&schemas.Connected{Server: s.m.name, Revision: mcpRevision, By: s.by}, answer.Body))
+	if err == nil {
+		_, err = s.t.opt.Store(store, e)
+	}
 	if err != nil {
 		kind := Broken
 		if refused(err) {

@@ -637,9 +637,13 @@ func (s *session) initialize(ctx context.Context, c Call, body []byte, progress 
 		s.revision = revision
 		ctx, cancel := sure(ctx, endTime)
 		defer cancel()
-		_, err = s.t.opt.Store(ctx, s.base.Next(&schemas.Connected{
+		var e schemas.Event
+		e, err = s.t.opt.answers.screenedEvent(s.m.name, s.base.Next(&schemas.Connected{
 			Server: s.m.name, Upstream: s.upstream, Revision: revision, By: s.by,
 		}, answer.Body))
+		if err == nil {
+			_, err = s.t.opt.Store(ctx, e)
+		}
 		if err != nil {
 			err = faultf(Broken, "storing the session at the server: %w", err)
 			if refused(err) {

@@ -150,7 +150,7 @@ func (r *run) mayTask(parent context.Context, ctx context.Context) (done func())
 	if r.up != nil && r.up.tasks(r.a.Name) && !r.a.TaskNow {
 		stop = time.AfterFunc(r.d.opt.TaskPatience, func() {
 			if ctx.Err() == nil {
-				_, _ = r.tell(ctx, working, nil)
+				_, _ = r.tell(ctx, working, schemas.Screened{}, nil)
 			}
 		}).Stop
 	}
@@ -172,6 +172,10 @@ func (r *run) atOnce(ctx context.Context) (ending, error) {
 		return ending{}, nil
 	}
 	if !r.ownTask(ctx) {
+		if ordered(&r.a.Orders) {
+			// The result would be fetched by a call of its own, which has other orders.
+			return r.never(ctx, schemas.FailInvalid, "rules order what is to be done with the result, which cannot be done of a task that is the server's own")
+		}
 		r.task.close()
 		r.task = nil
 		return ending{}, nil
@@ -179,7 +183,7 @@ func (r *run) atOnce(ctx context.Context) (ending, error) {
 	if ctx.Err() != nil || !r.a.Deadline.IsZero() && r.d.opt.Now().After(r.a.Deadline) {
 		return ending{}, nil // it will not be carried out, and there is no use for a task
 	}
-	is, err := r.tell(ctx, working, nil)
+	is, err := r.tell(ctx, working, schemas.Screened{}, nil)
 	if err == nil && !is {
 		return r.never(ctx, schemas.FailOverloaded, "too many calls are tasks already")
 	}
@@ -209,7 +213,7 @@ func (r *run) away(ctx context.Context) (back func()) {
 		t.away, t.due = false, false
 		t.mu.Unlock()
 		if due && ctx.Err() == nil {
-			_, _ = r.tell(ctx, working, nil) // its error is kept
+			_, _ = r.tell(ctx, working, schemas.Screened{}, nil) // its error is kept
 		}
 	}
 }
@@ -234,7 +238,7 @@ func (t *task) close() bool {
 
 // tell makes the call a task, if it is none yet and may become one: from then on
 // its client has the task, and the call has the time of one.
-func (r *run) tell(ctx context.Context, status string, body []byte) (bool, error) {
+func (r *run) tell(ctx context.Context, status string, screened schemas.Screened, body []byte) (bool, error) {
 	t := r.task
 	if t == nil {
 		return false, nil
@@ -254,7 +258,9 @@ func (r *run) tell(ctx context.Context, status string, body []byte) (bool, error
 	}
 	ctx, cancel := sure(ctx, r.d.endTime())
 	defer cancel()
-	if _, err := r.emit(ctx, r.e.Next(r.tasked(status, 0), body)); err != nil {
+	word := r.tasked(status, 0)
+	word.Screened = screened
+	if _, err := r.emit(ctx, r.e.Next(word, body)); err != nil {
 		r.d.tasks.dismiss(r.e.Tenant)
 		t.err = fmt.Errorf("making the call a task: %w", err)
 		return false, t.err
@@ -277,13 +283,19 @@ func (r *run) stands(ctx context.Context, status string, round int, body []byte)
 	if r.said += len(body); r.task.index >= maxChunks || r.said > maxSaid {
 		return &Fault{Kind: TooLarge, Err: fmt.Errorf("more than %d messages or %d MiB of a task", maxChunks, maxSaid>>20)}
 	}
+	body, screened, err := r.clean(ctx, body)
+	if err != nil {
+		return err
+	}
 	ctx, cancel := sure(ctx, r.d.endTime())
 	defer cancel()
 	t := r.task
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	word := r.tasked(status, round)
+	word.Screened = screened
 	// Another run may have stored some since this one looked: its word stands.
-	_, err := r.emit(ctx, r.e.Next(r.tasked(status, round), body).Task())
+	_, err = r.emit(ctx, r.e.Next(word, body).Task())
 	if refused(err) {
 		return faultf(refusedAs(err), "how the task stands: %w", err)
 	}
@@ -478,7 +490,12 @@ func (r *run) becomes(ctx context.Context, a Answer) error {
 		t := r.task
 		already := t.isTask()
 		t.in = a.Session
-		is, err := r.tell(ctx, working, a.Body)
+		said, screened, err := r.clean(ctx, a.Body)
+		if err != nil {
+			r.revoke(ctx, id, a.Session)
+			return err
+		}
+		is, err := r.tell(ctx, working, screened, said)
 		switch {
 		case err != nil:
 			r.lastLog = err

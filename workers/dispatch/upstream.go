@@ -123,6 +123,7 @@ const (
 	Crashed                   // the upstream failed without an answer of the protocol: other 5xx
 	Garbled                   // it said something, which is not the protocol
 	TooLarge                  // its answer passes the limit
+	Withheld                  // its answer is kept back ([Answers])
 )
 
 // verdicts is what becomes of a fault. The left half is for calls that may
@@ -145,4 +146,5 @@ var verdicts = [...]struct {
 	Crashed:  {schemas.FailUnknown, false, schemas.FailBadAnswer, false, false},
 	Garbled:  {schemas.FailBadAnswer, false, schemas.FailBadAnswer, false, false},
 	TooLarge: {schemas.FailTooLarge, false, schemas.FailTooLarge, false, false},
+	Withheld: {schemas.FailWithheld, false, schemas.FailWithheld, false, false},
 }
