@@ -45,7 +45,7 @@ func held(e schemas.Event, q *schemas.Requested, v Verdict, word schemas.Decisio
 // if it was held before.
 func granted(e schemas.Event, q *schemas.Requested, v Verdict, word schemas.Decision, again time.Time) (schemas.Payload, []byte) {
 	a := &schemas.Authorized{
-		Requested: *q, Decision: word, RequestedSeq: e.Seq, RequestedAt: e.Stored, Only: v.Only, Each: v.Each,
+		Requested: *q, Decision: word, Orders: v.Obligations.Orders(), RequestedSeq: e.Seq, RequestedAt: e.Stored, Only: v.Only, Each: v.Each,
 	}
 	if word.N > 1 {
 		// The times are not about persons: the call has those that it had.

@@ -23,6 +23,8 @@ type Source struct {
 	Fronts  []string `json:"fronts"`  // endpoints that show several servers as one
 	Allow   []Allow  `json:"allow"`
 	Files   []File   `json:"files"` // of rules
+
+	Guards []string `json:"guards,omitempty"` // whom rules may have asked
 }
 
 // File is a file of rules.
@@ -108,6 +110,17 @@ func (s Source) rules() ([]Rule, error) {
 		rules = append(rules, r)
 	}
 	written, err := rulesOf(s.Files)
+	var errs []error
+	for _, r := range written {
+		for _, g := range r.Obligations.Guards {
+			if !slices.Contains(s.Guards, g.Name) {
+				errs = append(errs, fmt.Errorf("%s: rule %s: obligations.guards: no guard is called %q", r.where, r.ID, g.Name))
+			}
+		}
+	}
+	if len(errs) > 0 {
+		err = errors.Join(append([]error{err}, errs...)...)
+	}
 	return append(rules, written...), err
 }
 
@@ -196,6 +209,3 @@ func (b *Bundle) Rules() int { return len(b.rules) }
 
 // Limits tells whether any rule limits, so that calls have to be counted.
 func (b *Bundle) Limits() bool { return b.limits }
-
-// errAnswer is for what the answer's side will do, and does not yet.
-var errAnswer = errors.New("not built yet: nobody carries out obligations on answers")

@@ -50,7 +50,7 @@ func variables() []cel.EnvOption {
 		{"server", cel.StringType}, {"method", cel.StringType}, {"name", cel.StringType},
 		{"args", cel.DynType}, {"time", cel.TimestampType},
 		{"session.id", cel.StringType}, {"session.calls", cel.IntType}, {"session.denied", cel.IntType},
-		{"session.tools", cel.ListType(cel.StringType)},
+		{"session.tools", cel.ListType(cel.StringType)}, {"session.labels", cel.ListType(cel.StringType)},
 		{"tool.digest", cel.StringType}, {"tool.read_only", cel.BoolType}, {"tool.destructive", cel.BoolType},
 		{"tool.idempotent", cel.BoolType}, {"tool.open_world", cel.BoolType},
 	} {
@@ -228,6 +228,8 @@ func (in *Input) ResolveName(name string) (any, bool) {
 			return types.Int(s.Denied), true
 		case "session.tools":
 			return s.Tools, true
+		case "session.labels":
+			return append([]string{}, s.Labels...), true
 		}
 	}
 	if t := in.Facts.Tool; t != nil {
@@ -285,7 +287,7 @@ func (in *Input) values() int {
 	in.arguments()
 	n := in.size + len(in.Facts.Groups)
 	if in.Facts.Session != nil {
-		n += len(in.Facts.Session.Tools)
+		n += len(in.Facts.Session.Tools) + len(in.Facts.Session.Labels)
 	}
 	return n
 }

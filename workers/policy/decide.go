@@ -93,6 +93,7 @@ type Match struct {
 type Verdict struct {
 	Permit bool
 	Hold   bool     // it would be permitted, if a person approved
+	Ask    []string // it would be permitted or held, depending on what these guards say
 	Rule   string   // the rule that decided, the first in order; "" for default deny
 	Reason string   // of a denial or a hold, for operators; a permit's reason is its rule
 	Only   []string // what a permitted tools/list may show; nil: all of it
@@ -251,6 +252,14 @@ func (b *Bundle) conclude(in *Input, s voices) Verdict {
 		}
 	}
 	v.Obligations.order()
+	ask, by, reason := v.guarded(slices.Concat(permits, approves, obliges), facts)
+	switch {
+	case by != nil:
+		return deny(by, reason)
+	case len(ask) > 0:
+		v.Ask, v.Reason = ask, "it depends on guards, which were not asked: "+strings.Join(ask, ", ")
+		return v
+	}
 	said, _, _ := strings.Cut(facts.Approval, " ")
 	said = strings.TrimSuffix(said, ":")
 	switch {

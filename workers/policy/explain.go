@@ -70,6 +70,8 @@ func (v Verdict) Outcome() string {
 		return "permit"
 	case v.Hold:
 		return "hold"
+	case len(v.Ask) > 0:
+		return "ask a guard"
 	}
 	return "deny"
 }

@@ -23,6 +23,8 @@ type Facts struct {
 	Counts   map[string]int // of calls within the window of each limit, by [Limit].key
 	Approval string         // "" before it was asked for; else it begins with one of the words below
 
+	Guards map[string]schemas.Check // what guards say of the request, by their name
+
 	// Of the registry, before any rule is asked: why what the request names must not
 	// be called, and what is wrong with the arguments. "": nothing.
 	Refused, Arguments string
@@ -48,6 +50,7 @@ type SessionFacts struct {
 	Calls  int      // tools/call that were authorized
 	Denied int      // requests that were denied
 	Tools  []string // server/tool of those authorized, sorted
+	Labels []string // that rules have put on what was authorized, sorted
 }
 
 // ToolFacts are what the registry knows of a tool.
@@ -86,6 +89,9 @@ func (f Facts) Record() map[string]string {
 	if s := f.Session; s != nil {
 		m["session.calls"], m["session.denied"] = strconv.Itoa(s.Calls), strconv.Itoa(s.Denied)
 		m["session.tools"] = list(s.Tools)
+		if len(s.Labels) > 0 {
+			m["session.labels"] = list(s.Labels)
+		}
 	}
 	if t := f.Tool; t != nil {
 		m["tool.digest"] = t.SHA256
@@ -103,6 +109,9 @@ func (f Facts) Record() map[string]string {
 	}
 	if f.Arguments != "" {
 		m["registry.arguments"] = f.Arguments
+	}
+	for name, c := range f.Guards {
+		m[guardFact+name] = guardText(c)
 	}
 	if len(m) == 0 {
 		return nil
@@ -142,12 +151,25 @@ func FactsOf(m map[string]string) (Facts, error) {
 			}
 			f.Counts[rest] = number(key)
 		}
+		if name, ok := strings.CutPrefix(key, guardFact); ok {
+			c, e := guardWord(name, m[key])
+			if e != nil && err == nil {
+				err = e
+			}
+			if f.Guards == nil {
+				f.Guards = map[string]schemas.Check{}
+			}
+			f.Guards[name] = c
+		}
 	}
 	if _, ok := m["agent.groups"]; ok {
 		f.Groups = list("agent.groups")
 	}
 	if _, ok := m["session.calls"]; ok {
 		f.Session = &SessionFacts{Calls: number("session.calls"), Denied: number("session.denied"), Tools: list("session.tools")}
+		if _, ok := m["session.labels"]; ok {
+			f.Session.Labels = list("session.labels")
+		}
 	}
 	if digest, ok := m["tool.digest"]; ok {
 		f.Tool = &ToolFacts{

@@ -33,6 +33,11 @@ import (
 //	      tags: [money]
 //	      deadline: 10s
 //	      limit: {calls: 60, per: 1m, by: [agent, tool]}
+//	      redact_result: [structuredContent.iban, content.*.text]   # of the result
+//	      max_result: 65536        # bytes that the server may say
+//	      labels: [untrusted]      # session.labels of what is asked in the session later
+//	      guards:                  # of the configuration, whom to ask
+//	        - {name: shield, on: [request, answer], failure: deny}
 //	    wait: 5m                     # of require_approval: how long it waits
 //
 // All rules are asked; default deny; forbid over require_approval over permit. A
@@ -70,8 +75,16 @@ type obligationsYAML struct {
 	Deadline written    `yaml:"deadline"`
 	Limit    *limitYAML `yaml:"limit"`
 
-	RedactResult any `yaml:"redact_result"`
-	MaxResult    any `yaml:"max_result"`
+	RedactResult []string    `yaml:"redact_result"`
+	MaxResult    *int        `yaml:"max_result"`
+	Labels       []string    `yaml:"labels"`
+	Guards       []guardYAML `yaml:"guards"`
+}
+
+type guardYAML struct {
+	Name    written  `yaml:"name"`
+	On      []string `yaml:"on"`
+	Failure string   `yaml:"failure"`
 }
 
 type limitYAML struct {
@@ -300,21 +313,56 @@ func (w *ruleYAML) obligations(r *Rule, bad func(int, string, ...any)) (o Obliga
 	if r.Effect == Forbid {
 		bad(w.line, "obligations: a forbid lets nothing go on that they could be for")
 	}
-	if y.RedactResult != nil {
-		bad(w.line, "obligations.redact_result: %v", errAnswer)
-	}
-	if y.MaxResult != nil {
-		bad(w.line, "obligations.max_result: %v", errAnswer)
-	}
-	for _, p := range y.Redact {
-		if p == "" || len(p) > 200 || slices.Contains(strings.Split(p, "."), "") {
-			bad(w.line, "obligations.redact: %q is no path such as to.iban or items.*.note", p)
+	paths := func(key string, list []string, such string) {
+		for _, p := range list {
+			if p == "" || len(p) > 200 || slices.Contains(strings.Split(p, "."), "") {
+				bad(w.line, "obligations.%s: %q is no path such as %s", key, p, such)
+			}
 		}
 	}
-	for _, t := range y.Tags {
-		if !ruleID.MatchString(t) {
-			bad(w.line, "obligations.tags: %q is not 1 to 64 letters, digits, dots, hyphens and underscores", t)
+	paths("redact", y.Redact, "to.iban or items.*.note")
+	paths("redact_result", y.RedactResult, "structuredContent.iban or content.*.text")
+	words := func(key string, list []string) {
+		for _, t := range list {
+			if !ruleID.MatchString(t) {
+				bad(w.line, "obligations.%s: %q is not 1 to 64 letters, digits, dots, hyphens and underscores", key, t)
+			}
 		}
+	}
+	words("tags", y.Tags)
+	words("labels", y.Labels)
+	o.RedactResult, o.Labels = slices.Clone(y.RedactResult), slices.Clone(y.Labels)
+	if m := y.MaxResult; m != nil {
+		if *m < 1 || *m > maxResult {
+			bad(w.line, "obligations.max_result: %d is not between 1 and %d bytes", *m, maxResult)
+		}
+		o.MaxResult = *m
+	}
+	for _, g := range y.Guards {
+		if !ruleID.MatchString(g.Name.text) {
+			bad(g.Name.line, "obligations.guards: %q is not the name of a guard", g.Name.text)
+		}
+		it := Guard{Name: g.Name.text, Request: g.On == nil, Answer: g.On == nil, Open: g.Failure == "allow"}
+		for _, on := range g.On {
+			switch on {
+			case "request":
+				it.Request = true
+			case "answer":
+				it.Answer = true
+			default:
+				bad(g.Name.line, "obligations.guards: on: %q is neither request nor answer", on)
+			}
+		}
+		if !it.Request && !it.Answer {
+			bad(g.Name.line, "obligations.guards: %s is asked about nothing; leave `on` out for both", g.Name.text)
+		}
+		if g.Failure != "" && g.Failure != "deny" && g.Failure != "allow" {
+			bad(g.Name.line, "obligations.guards: failure: %q is neither deny nor allow", g.Failure)
+		}
+		o.Guards = append(o.Guards, it)
+	}
+	if len(y.Guards) > maxGuards {
+		bad(w.line, "obligations.guards: %d, may be %d", len(y.Guards), maxGuards)
 	}
 	o.Redact, o.Tags = slices.Clone(y.Redact), slices.Clone(y.Tags)
 	if y.Deadline.line > 0 {
@@ -347,6 +395,12 @@ func (w *ruleYAML) obligations(r *Rule, bad func(int, string, ...any)) (o Obliga
 
 // maxLimit bounds the calls of a limit: the time of each is kept while it counts.
 const maxLimit = 10_000
+
+// Bounds of what rules order for answers.
+const (
+	maxResult = 4 << 20 // bytes; more is not passed on in any case
+	maxGuards = 4       // of one rule
+)
 
 func duration(text string, least, most time.Duration) (time.Duration, error) {
 	d, err := time.ParseDuration(text)
@@ -452,7 +506,7 @@ func (s *selectors) matcher(effect Effect) func(*Input) (Match, error) {
 func (s *selectors) needs(r *Rule) func(*Input) needs {
 	fixed := needs{
 		groups:  s.byGroup || s.when.usesAny("agent.groups"),
-		session: s.when.usesAny("session.calls", "session.denied", "session.tools"),
+		session: s.when.usesAny("session.calls", "session.denied", "session.tools", "session.labels"),
 		tool:    s.when.usesAny("tool.digest", "tool.read_only", "tool.destructive", "tool.idempotent", "tool.open_world"),
 	}
 	r.asks = fixed

@@ -24,7 +24,7 @@ func bundle(t testing.TB, text string) *Bundle {
 }
 
 func tryBundle(files ...File) (*Bundle, error) {
-	encoded, err := Source{Servers: []string{"files", "mail"}, Files: files}.Encode()
+	encoded, err := Source{Servers: []string{"files", "mail"}, Files: files, Guards: []string{"lamp", "shield"}}.Encode()
 	if err != nil {
 		return nil, err
 	}
@@ -216,8 +216,14 @@ func TestFileErrors(t *testing.T) {
 		{"a clock", "rules:\n  - id: a\n    effect: forbid\n    when: now() > time\n", "undeclared reference to 'now'"},
 		{"args of anything", "rules:\n  - id: a\n    effect: forbid\n    when: args.a == 1\n", "needs tools or methods"},
 		{"obliged forbid", "rules:\n  - id: a\n    effect: forbid\n    obligations: {tags: [x]}\n", "obligations: a forbid"},
-		{"redact results", "rules:\n  - id: a\n    effect: oblige\n    obligations: {redact_result: [x]}\n", "not built yet"},
-		{"cap results", "rules:\n  - id: a\n    effect: oblige\n    obligations: {max_result: 1kB}\n", "not built yet"},
+		{"redact no path of a result", "rules:\n  - id: a\n    effect: oblige\n    obligations: {redact_result: [a..b]}\n", "obligations.redact_result: \"a..b\" is no path"},
+		{"cap results at nothing", "rules:\n  - id: a\n    effect: oblige\n    obligations: {max_result: 0}\n", "obligations.max_result: 0"},
+		{"cap results in words", "rules:\n  - id: a\n    effect: oblige\n    obligations: {max_result: 1kB}\n", "rules.yaml:4"},
+		{"a label of two words", "rules:\n  - id: a\n    effect: oblige\n    obligations: {labels: [not trusted]}\n", "obligations.labels"},
+		{"a guard that is not configured", "rules:\n  - id: a\n    effect: oblige\n    obligations: {guards: [{name: other}]}\n", "rules.yaml:2: rule a: obligations.guards: no guard is called \"other\""},
+		{"a guard of the moon", "rules:\n  - id: a\n    effect: oblige\n    obligations: {guards: [{name: other, on: [moon]}]}\n", "\"moon\" is neither request nor answer"},
+		{"a guard of nothing", "rules:\n  - id: a\n    effect: oblige\n    obligations: {guards: [{name: other, on: []}]}\n", "is asked about nothing"},
+		{"a guard that may fail perhaps", "rules:\n  - id: a\n    effect: oblige\n    obligations: {guards: [{name: other, failure: perhaps}]}\n", "neither deny nor allow"},
 		{"wait of a permit", "rules:\n  - id: a\n    effect: permit\n    wait: 1m\n", "rules.yaml:4: rule a: wait: is for require_approval"},
 		{"long wait", "rules:\n  - id: a\n    effect: require_approval\n    wait: 48h\n", "rules.yaml:4: rule a: wait"},
 		{"limit of nobody", "rules:\n  - id: a\n    effect: permit\n    obligations: {limit: {calls: 3, per: 1m}}\n", "limit.by"},

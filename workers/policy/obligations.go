@@ -20,6 +20,11 @@ type Obligations struct {
 	Deadline time.Duration // of the call, after its request; 0: its own
 	Wait     time.Duration // how long an approval is waited for; 0: to the call's deadline
 
+	RedactResult []string // of the result, by path: structuredContent.iban, content.*.text
+	MaxResult    int      // bytes of the answer; 0: as many as any
+	Labels       []string // that the session carries from now on
+	Guards       []Guard  // who is asked
+
 	limit *limitRule // of one rule; see Rule.limit
 }
 
@@ -39,13 +44,31 @@ func (o *Obligations) add(more *Obligations) {
 		return a
 	}
 	o.Redact, o.Tags = append(o.Redact, more.Redact...), append(o.Tags, more.Tags...)
+	o.RedactResult, o.Labels = append(o.RedactResult, more.RedactResult...), append(o.Labels, more.Labels...)
+	o.Guards = append(o.Guards, more.Guards...)
+	if o.MaxResult == 0 || more.MaxResult != 0 && more.MaxResult < o.MaxResult {
+		o.MaxResult = more.MaxResult
+	}
 	o.Deadline, o.Wait = least(o.Deadline, more.Deadline), least(o.Wait, more.Wait)
 }
 
 func (o *Obligations) order() {
-	slices.Sort(o.Redact)
-	slices.Sort(o.Tags)
-	o.Redact, o.Tags = slices.Compact(o.Redact), slices.Compact(o.Tags)
+	for _, l := range []*[]string{&o.Redact, &o.Tags, &o.RedactResult, &o.Labels} {
+		slices.Sort(*l)
+		*l = slices.Compact(*l)
+	}
+	o.Guards = together(o.Guards)
+}
+
+// Orders are those for the answer, as dispatch takes them.
+func (o Obligations) Orders() schemas.Orders {
+	orders := schemas.Orders{RedactResult: o.RedactResult, MaxResult: o.MaxResult, Labels: o.Labels}
+	for _, g := range o.Guards {
+		if g.Answer {
+			orders.Guards = append(orders.Guards, schemas.GuardOrder{Guard: g.Name, Open: g.Open})
+		}
+	}
+	return orders
 }
 
 // Record writes them as a decision holds them.
@@ -59,6 +82,18 @@ func (o Obligations) Record() []string {
 	}
 	if o.Deadline > 0 {
 		all = append(all, "deadline "+o.Deadline.String())
+	}
+	for _, p := range o.RedactResult {
+		all = append(all, "redact_result "+p)
+	}
+	if o.MaxResult > 0 {
+		all = append(all, fmt.Sprintf("max_result %d", o.MaxResult))
+	}
+	for _, l := range o.Labels {
+		all = append(all, "label "+l)
+	}
+	for _, g := range o.Guards {
+		all = append(all, g.String())
 	}
 	return all
 }

@@ -57,6 +57,11 @@ type Options struct {
 	// arguments, as the request has them. nil: nothing is pinned. It asks nobody.
 	Defined func(q *schemas.Requested, arguments []byte) Defined
 
+	// Guard asks the guard of a name about a request, of which said is what may be
+	// shown to it, and returns within the time that it has for that. nil: there is
+	// none, so that each has failed.
+	Guard func(ctx context.Context, name string, request schemas.Event, said []byte) schemas.Check
+
 	// What is held is asked for, and decided on again, with these; without them
 	// it is denied.
 	Load  func(ctx context.Context, seq uint64) (schemas.Event, error)
@@ -186,6 +191,13 @@ func (p *Policy) decide(ctx context.Context, e schemas.Event, q *schemas.Request
 		})
 	}
 	v, release := decide()
+	if len(v.Ask) > 0 {
+		facts.Guards = p.askGuards(ctx, e, q, v)
+		if err := ctx.Err(); err != nil {
+			return fmt.Errorf("asking guards about call %s: %w", e.Call, err)
+		}
+		v, release = decide()
+	}
 	if v.Hold {
 		word.Approval = approvalID(e, q, word)
 		if facts.Approval, err = p.approval(ctx, e, word.Approval); err != nil {
@@ -224,6 +236,33 @@ func (p *Policy) at(e schemas.Event, n int) time.Time {
 		return p.o.Now()
 	}
 	return e.Stored
+}
+
+// askGuards asks those on whom a verdict depends, one after the other, until one
+// says no. They see of the request what its server would.
+func (p *Policy) askGuards(ctx context.Context, e schemas.Event, q *schemas.Requested, v Verdict) map[string]schemas.Check {
+	said := map[string]schemas.Check{}
+	body, err := e.Body, error(nil)
+	if len(v.Obligations.Redact) > 0 {
+		body, err = redact(q, e.Body, v.Obligations.Redact)
+	}
+	for _, name := range v.Ask {
+		c := schemas.Check{Guard: name, Said: schemas.CheckFailed, Reason: "nobody can ask it"}
+		switch {
+		case err != nil:
+			c.Reason = brief(err)
+		case p.o.Guard != nil:
+			c = p.o.Guard(ctx, name, e, body)
+		}
+		// As the decision will record it, so that who decides again has the same.
+		if c, err := guardWord(name, guardText(c)); err == nil {
+			said[name] = c
+		}
+		if c.Said == schemas.CheckDeny {
+			break
+		}
+	}
+	return said
 }
 
 // facts finds out what the rules may need to know.

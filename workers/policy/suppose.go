@@ -2,6 +2,7 @@ package policy
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -28,6 +29,7 @@ type Supposed struct {
 	Session  *SessionFacts // default: nothing before
 	Tool     *ToolFacts    // default: not known
 	Approval string
+	Guards   map[string]string // what they say: allow, deny or failed; default allow
 }
 
 // Event is the request that the call would make, and the facts of its decision.
@@ -59,6 +61,12 @@ func (s Supposed) Event(b *Bundle) (schemas.Event, Facts) {
 			f.Counts = map[string]int{}
 		}
 		f.Counts[l.key()] = s.Calls
+	}
+	for _, name := range b.Source.Guards {
+		if f.Guards == nil {
+			f.Guards = map[string]schemas.Check{}
+		}
+		f.Guards[name] = schemas.Check{Guard: name, Said: cmp.Or(s.Guards[name], schemas.CheckAllow), Reason: "as is supposed"}
 	}
 	return e, f
 }
@@ -93,10 +101,13 @@ type callYAML struct {
 	Time     string   `yaml:"time"`
 	Calls    int      `yaml:"calls"`    // that each limit has counted
 	Approval string   `yaml:"approval"` // granted or refused
-	Session  *struct {
+
+	Guards  map[string]string `yaml:"guards"` // what they say of the request: allow, the default, deny or failed
+	Session *struct {
 		Calls  int      `yaml:"calls"`
 		Denied int      `yaml:"denied"`
 		Tools  []string `yaml:"tools"`
+		Labels []string `yaml:"labels"`
 	} `yaml:"session"`
 }
 
@@ -133,13 +144,13 @@ func (b *Bundle) Test(f File) ([]Result, error) {
 		}
 		s := Supposed{
 			Tenant: schemas.Tenant(t.Call.Tenant), Agent: schemas.Agent(t.Call.Agent), Groups: t.Call.Groups,
-			Server: t.Call.Server, Method: t.Call.Method, Name: t.Call.Name, Args: t.Call.Args, Calls: t.Call.Calls, Approval: t.Call.Approval,
+			Server: t.Call.Server, Method: t.Call.Method, Name: t.Call.Name, Args: t.Call.Args, Calls: t.Call.Calls, Approval: t.Call.Approval, Guards: t.Call.Guards,
 		}
 		if t.Call.Tool != "" {
 			s.Method, s.Name = toolsCall, t.Call.Tool
 		}
 		if x := t.Call.Session; x != nil {
-			s.Session = &SessionFacts{Calls: x.Calls, Denied: x.Denied, Tools: append([]string{}, x.Tools...)}
+			s.Session = &SessionFacts{Calls: x.Calls, Denied: x.Denied, Tools: append([]string{}, x.Tools...), Labels: x.Labels}
 		}
 		if t.Call.Time != "" {
 			var err error

@@ -96,6 +96,9 @@ func (b *Bundle) decideAgain(in *Input) (v Verdict, missing []string) {
 	}
 	in.open.touched, in.open.lenient = nil, true
 	best := b.conclude(in, sure.or(maybe, true))
+	if len(best.Ask) > 0 {
+		return Verdict{}, unasked(best) // at their best for the caller
+	}
 	if len(maybe) == 0 && len(in.open.touched) == 0 && !in.open.list {
 		return best, nil
 	}
@@ -105,12 +108,23 @@ func (b *Bundle) decideAgain(in *Input) (v Verdict, missing []string) {
 	if o := worst.Outcome(); o == best.Outcome() && (o == "deny" || !open) {
 		return worst, nil
 	}
+	missing = append(missing, unasked(worst)...)
 	if in.open.list {
 		missing = append(missing, groupsFact)
 	}
 	missing = append(missing, in.open.touched...)
 	slices.Sort(missing)
 	return Verdict{}, slices.Compact(missing)
+}
+
+// unasked are the facts of the guards on which a verdict depends and that nobody
+// has asked: that is not for who decides again to do.
+func unasked(v Verdict) []string {
+	var facts []string
+	for _, name := range v.Ask {
+		facts = append(facts, guardFact+name)
+	}
+	return facts
 }
 
 // or is s with rules of which it is not known whether they apply, at their best for
@@ -141,5 +155,5 @@ func (s voices) or(maybe []*Rule, best bool) voices {
 // orders tells whether the rule orders something for the calls that it lets go on.
 func (r *Rule) orders() bool {
 	o := r.Obligations
-	return len(o.Redact)+len(o.Tags) > 0 || o.Deadline > 0 || o.Wait > 0
+	return len(o.Redact)+len(o.Tags)+len(o.RedactResult)+len(o.Labels)+len(o.Guards) > 0 || o.Deadline > 0 || o.Wait > 0 || o.MaxResult > 0
 }
