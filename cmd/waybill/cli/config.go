@@ -60,6 +60,9 @@ type Config struct {
 	Fanout     FanoutConfig   `yaml:"fanout" json:"fanout,omitzero"`
 	Audit      AuditConfig    `yaml:"audit" json:"audit"` // audit_role.go
 
+	Answers AnswersConfig `yaml:"answers" json:"answers,omitzero"` // rules for what servers say; answers.go
+	Guards  []GuardConfig `yaml:"guards" json:"guards,omitempty"`  // checks outside of the gateway that rules may have asked
+
 	Policies []string `yaml:"policies" json:"policies,omitempty"` // files of rules, * and ? stand for characters of a name; beside them may lie tests, *_test.yaml
 
 	dir string // of the file
@@ -114,6 +117,7 @@ type ServerConfig struct {
 	Deadline   Duration       `yaml:"deadline" json:"deadline,omitzero"`                    // of one call; default limits.deadline
 	Concurrent int            `yaml:"concurrency" json:"concurrency,omitempty"`             // calls at once; default 64
 	Queue      int            `yaml:"queue" json:"queue,omitempty"`                         // calls waiting for their turn; default 256; more are refused
+	Answers    AnswersConfig  `yaml:"answers" json:"answers,omitzero"`                      // rules for what it says, where they differ from those for all
 }
 
 // MCPConfig says how to reach an MCP server: at a url, or as a process that is
@@ -237,7 +241,8 @@ func defaults() Config {
 			Streams:      4096, StreamsTenant: 2048, SessionIdle: Duration{Duration: time.Hour},
 			SessionsPerAgent: 1000, SessionsPerTenant: 10000,
 		},
-		Audit: AuditConfig{Keep: Duration{Duration: 90 * 24 * time.Hour}, MaxBytes: 8 << 30},
+		Audit:   AuditConfig{Keep: Duration{Duration: 90 * 24 * time.Hour}, MaxBytes: 8 << 30},
+		Answers: defaultAnswers(),
 	}
 }
 
@@ -312,7 +317,7 @@ func parseConfig(b []byte, dir string) (*Config, error) {
 	if c.Limits.Task == (Duration{}) && c.Bus.MaxAge.bad == nil {
 		c.Limits.Task.Duration = min(time.Hour, c.Bus.MaxAge.Duration)
 	}
-	for _, p := range []*string{&c.Data, &c.Bus.Creds, &c.ClickHouse.Launcher} {
+	for _, p := range []*string{&c.Data, &c.Bus.Creds, &c.ClickHouse.Launcher, &c.Answers.Rules} {
 		*p = c.path(*p)
 	}
 	if e := c.Bus.Embedded; e != nil {
@@ -539,6 +544,7 @@ func (c *Config) check() error {
 		}
 	}
 	c.checkViews(names, bad)
+	c.checkAnswers(bad)
 	for i, a := range c.Allow {
 		if len(a.Agents) == 0 || len(a.Servers) == 0 || len(a.Tools)+len(a.Methods) == 0 {
 			bad("allow[%d]: needs agents, servers, and tools or methods; as it is it allows nothing", i)
@@ -665,6 +671,7 @@ func (c *Config) build() error {
 	}
 	d, err := dispatch.New(dispatch.Options{
 		Servers: servers, Fronts: c.fronts(), Fanout: c.fanout(),
+		Answers: c.Answers.rules(), SecretRules: []dispatch.SecretRule{}, // those are read when they are needed
 		Ask:  func(context.Context, schemas.Event, schemas.Emit) error { return errors.ErrUnsupported },
 		Load: func(context.Context, uint64) (e schemas.Event, err error) { return e, errors.ErrUnsupported },
 		Past: func(context.Context, schemas.Event) ([]schemas.Event, error) { return nil, errors.ErrUnsupported },
@@ -679,7 +686,7 @@ func (c *Config) build() error {
 // policySource is the policy as it is written. Every place where rules are written
 // stands in this list.
 func (c *Config) policySource() (policy.Source, error) {
-	s := policy.Source{Servers: c.frontNames(), Fronts: c.frontNames()}
+	s := policy.Source{Servers: c.frontNames(), Fronts: c.frontNames(), Guards: c.guardNames()}
 	for _, up := range c.Servers {
 		s.Servers = append(s.Servers, up.Name)
 	}
@@ -793,7 +800,7 @@ func (c *Config) principals() (tokens map[[32]byte]edge.Principal, anonymous *ed
 func (c *Config) upstreams(getenv func(string) string, secret func(Secret) (string, error)) ([]dispatch.Server, error) {
 	var servers []dispatch.Server
 	for _, s := range c.Servers {
-		up := dispatch.Server{Name: s.Name, Idempotent: s.Idempotent, Tasks: s.Tasks, Concurrency: s.Concurrent, Queue: s.Queue, Deadline: s.Deadline.Duration}
+		up := dispatch.Server{Name: s.Name, Idempotent: s.Idempotent, Tasks: s.Tasks, Concurrency: s.Concurrent, Queue: s.Queue, Deadline: s.Deadline.Duration, Answers: s.Answers.rules()}
 		var err error
 		switch {
 		case s.OpenAPI != nil:
@@ -974,6 +981,9 @@ func configCheck(_ context.Context, env Env, args []string) error {
 	c, err := loadConfig(*file)
 	if err == nil {
 		_, _, err = c.compilePolicy()
+	}
+	if err == nil {
+		_, err = c.secretRules()
 	}
 	if err != nil {
 		return err

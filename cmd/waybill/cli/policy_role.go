@@ -64,6 +64,7 @@ func (g *gateway) addPolicy(ctx context.Context, _ net.Listener) error {
 		},
 		Session: (&counted{l: l, of: map[sessionOf]*countedSession{}}).session,
 		Defined: g.pins.defined,
+		Guard:   g.guards.ask("request"),
 		Load:    l.Load, Store: l.Publish,
 		Claim: func(ctx context.Context, id string, use []byte, last uint64) (uint64, error) {
 			return sys.AppendAfter(ctx, policy.UseKind, id, use, last)
@@ -161,20 +162,29 @@ func (c *counted) session(ctx context.Context, e schemas.Event) (*policy.Session
 		s.upTo = e.Seq
 		switch d := e.Data.(type) {
 		case *schemas.Authorized:
+			for _, label := range d.Labels {
+				s.facts.Labels = with(s.facts.Labels, label)
+			}
 			if d.Method == "tools/call" {
 				s.facts.Calls++
-				tool := d.Server + "/" + d.Name
-				if at, found := slices.BinarySearch(s.facts.Tools, tool); !found {
-					s.facts.Tools = slices.Insert(s.facts.Tools, at, tool)
-				}
+				s.facts.Tools = with(s.facts.Tools, d.Server+"/"+d.Name)
 			}
 		case *schemas.Denied:
 			s.facts.Denied++
 		}
 	}
 	f := s.facts
-	f.Tools = append([]string{}, f.Tools...)
+	f.Tools, f.Labels = append([]string{}, f.Tools...), slices.Clone(f.Labels)
 	return &f, nil
+}
+
+// with is a sorted list with a value that it has once.
+func with(sorted []string, value string) []string {
+	at, found := slices.BinarySearch(sorted, value)
+	if found {
+		return sorted
+	}
+	return slices.Insert(sorted, at, value)
 }
 
 // rules keeps the policy of one process: its files, and what is in force.

@@ -55,6 +55,7 @@ type gateway struct {
 	record         *projections.Writer     // nil in a process that does not write it
 	ready          map[string]*atomic.Bool // fixed before anything runs
 
+	guards   guards   // who is asked about requests and answers
 	guard    []string // what must have read the log before it may forget
 	auditKey string   // the public key that signs
 	keyring  auditKeyring
@@ -90,6 +91,10 @@ func (g *gateway) run(ctx context.Context, started func(*gateway, net.Addr, net.
 	if g.metrics, err = newMetrics(g); err != nil {
 		return err
 	}
+	if g.guards, err = g.c.openGuards(g.c.secret(g.env.Getenv)); err != nil {
+		return err
+	}
+	defer g.guards.close()
 
 	if err := g.addPins(ctx); err != nil {
 		return fmt.Errorf("registry: %w", err)
@@ -313,6 +318,10 @@ func (g *gateway) addDispatch(ctx context.Context, _ net.Listener) error {
 	if err := g.pins.storeWith(ctx, l); err != nil {
 		return err
 	}
+	secrets, err := g.c.secretRules()
+	if err != nil {
+		return err
+	}
 	d, err := dispatch.New(dispatch.Options{
 		Definitions: g.pins.definitions(),
 		StateKey:    stateKey, Owners: owners, Flags: g.traceFlags(), Traced: g.c.Traces.on(g.env.Getenv),
@@ -320,6 +329,7 @@ func (g *gateway) addDispatch(ctx context.Context, _ net.Listener) error {
 		Scan: func(ctx context.Context, t schemas.Tenant, s schemas.SessionKey, k schemas.Kind) iter.Seq2[schemas.Event, error] {
 			return l.Read(ctx, bus.Filter{Tenant: t, Session: s, Kinds: []schemas.Kind{k}}, 1)
 		},
+		Answers: g.c.Answers.rules(), SecretRules: secrets, Guard: g.guards.ask("answer"),
 		Ask: ask, Fronts: g.c.fronts(), Fanout: g.c.fanout(), Version: programVersion(),
 		// A tenant has half of them: with one server, one for each session it may have.
 		TaskPatience: g.c.Limits.TaskPatience.Duration,
