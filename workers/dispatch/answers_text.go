@@ -239,6 +239,22 @@ func (t *reading) read(raw []byte, depth int) error {
 		t.text = nil
 	}
 	t.text = t.text[:0]
+	return t.more(raw, depth, 0)
+}
+
+// maxQuoted is how often JSON may be quoted in a string of JSON and is still looked
+// into: a tool's answer often is a text that is JSON.
+const maxQuoted = 3
+
+// quotes tells whether a text may be JSON that has escapes of its own, in which
+// something may stand that is not seen in the text itself.
+func quotes(text []byte) bool {
+	at := bytes.TrimLeft(text, " \t\r\n")
+	return len(at) > 1 && (at[0] == '{' || at[0] == '[') && bytes.IndexByte(at, '\\') >= 0
+}
+
+// more reads on, in JSON that is quoted as often as quoted says.
+func (t *reading) more(raw []byte, depth, quoted int) error {
 	deep := 0
 	for i := 0; i < len(raw); i++ {
 		switch raw[i] {
@@ -253,6 +269,7 @@ func (t *reading) read(raw []byte, depth int) error {
 			if end < 0 {
 				return errJSON
 			}
+			begin := len(t.text)
 			if plain {
 				t.text = append(t.text, raw[i+1:end-1]...)
 			} else {
@@ -264,7 +281,11 @@ func (t *reading) read(raw []byte, depth int) error {
 					at += size
 				}
 			}
+			inner := t.text[begin:]
 			t.text = append(t.text, '\n')
+			if quoted < maxQuoted && quotes(inner) {
+				_ = t.more(inner, len(inner), quoted+1) // what is no JSON has been read as the text that it is
+			}
 			i = end - 1
 		}
 	}
@@ -394,6 +415,16 @@ type level struct {
 // finds, and counts it. The error is that of find, or says that a rule rejects the
 // message.
 func rewrite(raw []byte, found *findings, find func(text []byte, cuts []cut) ([]cut, error)) ([]byte, error) {
+	out, err := rewriteIn(raw, "", 0, found, find)
+	if err == nil {
+		err = found.rejected()
+	}
+	return out, err
+}
+
+// rewriteIn is rewrite of JSON that is quoted as often as quoted says, in the string
+// at within, and does not yet look whether something is to be rejected.
+func rewriteIn(raw []byte, within string, quoted int, found *findings, find func(text []byte, cuts []cut) ([]cut, error)) ([]byte, error) {
 	var out []byte // nil: nothing was taken out so far
 	var levels []level
 	var text []byte
@@ -437,6 +468,22 @@ func rewrite(raw []byte, found *findings, find func(text []byte, cuts []cut) ([]
 				at += size
 			}
 			name := n > 0 && levels[n-1].object && !levels[n-1].value
+			if !name && quoted < maxQuoted && quotes(text) && valid(text) && !opaque[pointer(levels)] {
+				where := within
+				if quoted == 0 {
+					where = pointer(levels)
+				}
+				inner, err := rewriteIn(bytes.Clone(text), where, quoted+1, found, find)
+				if err != nil {
+					return nil, err
+				}
+				if !bytes.Equal(inner, text) {
+					out = append(append(out, raw[copied:i]...), jsonrpc.Quote(string(inner))...)
+					copied = end
+				}
+				i = end - 1
+				continue
+			}
 			var err error
 			if cuts, err = find(text, cuts[:0]); err != nil {
 				return nil, err
@@ -453,7 +500,9 @@ func rewrite(raw []byte, found *findings, find func(text []byte, cuts []cut) ([]
 				continue
 			}
 			at := pointer(levels)
-			if opaque[at] && !name {
+			if quoted > 0 {
+				at = within
+			} else if opaque[at] && !name {
 				i = end - 1
 				continue
 			}
@@ -474,20 +523,21 @@ func rewrite(raw []byte, found *findings, find func(text []byte, cuts []cut) ([]
 			i = end - 1
 		}
 	}
-	if err := found.rejected(); err != nil {
-		return nil, err
-	}
 	if out == nil {
 		return raw, nil
 	}
 	out = append(out, raw[copied:]...)
-	if named {
+	if named && !valid(out) {
 		// Names that differed only by what nobody sees are one now.
-		if _, err := jsonrpc.Parse(out, jsonrpc.Limits{Bytes: len(out), Depth: answerDepth, AllowCaseVariants: true}); err != nil {
-			return nil, fmt.Errorf("what is left cannot be read: %w", err)
-		}
+		return nil, errors.New("two names are one without what nobody sees, or what is secret")
 	}
 	return out, nil
+}
+
+// valid tells whether a text is JSON that everybody reads alike.
+func valid(text []byte) bool {
+	_, err := jsonrpc.Parse(text, jsonrpc.Limits{Bytes: max(len(text), 1), Depth: answerDepth, AllowCaseVariants: true})
+	return err == nil
 }
 
 // without is a name as a pointer may have it, without what was found in it, which
