@@ -108,6 +108,7 @@ func TestAnswerRules(t *testing.T) {
 		{"in JSON in JSON in a text", nil, result(`[\"{\\\"a\\\":\\\"\\\\u202e\\\"}\"]`), result(`[\"{\\\"a\\\":\\\"\\\"}\"]`), "bidi stripped 1 at " + at},
 		{"after an escape in a text that is no JSON", nil, result(`{\"a\":\"\\n` + github + `\" and so on`), result(`{\"a\":\"\\n[redacted: github-token]\" and so on`), "secret github-token redacted 1 at " + at},
 		{"JSON in a text that is clean", nil, result(`{\"a\":\"caf\\u00e9\\n\"}`), "same", ""},
+		{"in colour", only(Answers{ANSI: Allow}), result(`\u001b[31m` + github), result(`\u001b[31m[redacted: github-token]`), "secret github-token redacted 1 at " + at},
 		{"rejected secret", only(Answers{Secrets: Reject}), result(github), "", "secret github-token rejected 1 at " + at},
 		{"too deep", only(Answers{Depth: 4}), `{"jsonrpc":"2.0","id":1,"result":{"a":[[[]]]}}`, "", ""},
 		{"deep enough", only(Answers{Depth: 5}), `{"jsonrpc":"2.0","id":1,"result":{"a":[[[]]]}}`, "same", ""},
