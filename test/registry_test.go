@@ -111,6 +111,12 @@ func TestRegistry(t *testing.T) {
 		if !strings.Contains(unknown, `unknown tool \"no_such\"`) {
 			t.Errorf("an unknown tool: %s", unknown)
 		}
+		for _, e := range g.Events() {
+			// It was the gateway that said so.
+			if f, ok := e.Data.(*schemas.Failed); e.Kind().Ends() && strings.Contains(string(e.Body), "no_such") || ok && !f.Unlisted {
+				t.Errorf("%s ended as %+v %s", e.Call, e.Data, e.Body)
+			}
+		}
 	})
 
 	t.Run("arguments", func(t *testing.T) {

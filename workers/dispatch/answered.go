@@ -153,6 +153,7 @@ func (s *session) notify(msg *jsonrpc.Message, event string) error {
 		s.tools = nil
 		s.mu.Unlock()
 	}
+	s.t.opt.learning.says(s.m.name, msg.Method())
 	if s.guest != nil {
 		s.guest.notified(s, msg)
 		return nil

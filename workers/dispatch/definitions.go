@@ -34,8 +34,8 @@ type Definitions struct {
 	// it. It asks nobody.
 	Admit func(q *schemas.Requested, sha256 string, body []byte) (why string, unlisted bool)
 
-	// Answered says what is wrong with the result of a tool; "": nothing.
-	Answered func(server, name string, result jsonrpc.Value) string
+	// Answered says what is wrong with the answer of a tool; "": nothing.
+	Answered func(server, name string, answer []byte) string
 }
 
 // listing says by which method a thing is listed that a method names.
@@ -53,7 +53,10 @@ func (r *run) withheld(body []byte) *schemas.Failed {
 	if !r.pinned() {
 		return nil
 	}
-	why, _ := r.d.opt.Definitions.Admit(&r.a.Requested, r.a.ToolSHA256, body)
+	why, unlisted := r.d.opt.Definitions.Admit(&r.a.Requested, r.a.ToolSHA256, body)
+	if why == "" && unlisted {
+		why = "the server lists nothing of this name"
+	}
 	if why == "" {
 		return nil
 	}
@@ -61,41 +64,48 @@ func (r *run) withheld(body []byte) *schemas.Failed {
 }
 
 // learn lists what the call's server has, if nothing is known of what the call
-// names: who calls a tool by its name need not have asked for the list. The list is
-// that of the call's own session, and goes through Listed as any other.
+// names, or the server has said that it has changed: who calls a tool by its name
+// need not have asked for the list. The list is that of the call's own session, and
+// goes through Listed as any other.
 func (r *run) learn(ctx context.Context, body []byte) *Fault {
 	method := listingOf[r.a.Method]
 	if method == "" || !r.pinned() {
 		return nil
 	}
+	l, key := r.d.opt.learning, r.a.Server+" "+method
 	unlisted := func() bool {
 		_, is := r.d.opt.Definitions.Admit(&r.a.Requested, r.a.ToolSHA256, body)
 		return is
 	}
-	if !unlisted() {
+	if !unlisted() && !l.stale(key) {
 		return nil
 	}
-	leave, err := r.d.learning.enter(ctx, r.a.Server+" "+method)
+	leave, err := l.enter(ctx, key)
 	if err != nil {
 		return faultf(Broken, "it waited for the server's list: %w", err)
 	}
-	listed := false
-	defer func() { leave(listed, r.d.opt.Now()) }()
-	if !unlisted() || r.d.learning.recent(r.a.Server+" "+method, r.d.opt.Now()) {
+	began, whole := r.d.opt.Now(), false
+	defer func() { leave(whole, began) }()
+	missing := unlisted()
+	if !missing && !l.stale(key) || l.recent(key, began, missing) {
 		return nil
 	}
 	cursor := ""
 	for range maxPages {
 		next, fault := r.learnPage(ctx, method, cursor, body)
-		if fault != nil {
+		if fault != nil && missing {
 			return fault
 		}
-		if next == "" || next == cursor || len(next) > maxCursor || !unlisted() {
+		if fault != nil {
+			r.d.opt.Log.Warn("a server has said that its list has changed, and does not give it", "server", r.a.Server, "call", r.e.Call, "error", fault)
+			return nil
+		}
+		if next == "" || next == cursor || len(next) > maxCursor {
 			break
 		}
 		cursor = next
 	}
-	listed = true
+	whole = true
 	return nil
 }
 
@@ -178,11 +188,7 @@ func (r *run) conforms(end ending) ending {
 	if !ok || done.ErrorCode != 0 || done.Result != "" || r.a.Method != "tools/call" || !r.pinned() {
 		return end
 	}
-	m, err := jsonrpc.Decode(end.body, jsonrpc.Limits{Bytes: len(end.body), Depth: answerDepth, AllowCaseVariants: true})
-	if err != nil {
-		return end // what becomes of it is decided elsewhere
-	}
-	wrong := r.d.opt.Definitions.Answered(r.a.Server, r.a.Name, m.Result())
+	wrong := r.d.opt.Definitions.Answered(r.a.Server, r.a.Name, end.body)
 	if wrong == "" {
 		return end
 	}
@@ -193,22 +199,28 @@ func (r *run) conforms(end ending) ending {
 
 // learning is who lists what of a server, one at a time for each list, and when it
 // was last done: a name that is not there is not looked for again at once, however
-// often it is called.
+// often it is called. Keys are server and method.
 type learning struct {
-	mu   sync.Mutex
-	held map[string]chan struct{}
-	last map[string]time.Time
+	mu      sync.Mutex
+	held    map[string]chan struct{}
+	last    map[string]time.Time
+	changed map[string]int // how often the server has said so since it was listed
 }
 
-// learnAgain is how soon a list is asked for again for a name that was not there.
-const learnAgain = 5 * time.Second
+// How soon a list is asked for again: for a name that was not there, and because
+// the server has said that it has changed.
+const (
+	learnAgain = 5 * time.Second
+	staleAgain = time.Second
+)
 
 func newLearning() *learning {
-	return &learning{held: map[string]chan struct{}{}, last: map[string]time.Time{}}
+	return &learning{held: map[string]chan struct{}{}, last: map[string]time.Time{}, changed: map[string]int{}}
 }
 
-// enter waits for its turn; leave says whether the whole list was read.
-func (l *learning) enter(ctx context.Context, key string) (leave func(listed bool, at time.Time), err error) {
+// enter waits for its turn; leave says whether the whole list was read, and when
+// that was begun.
+func (l *learning) enter(ctx context.Context, key string) (leave func(whole bool, began time.Time), err error) {
 	l.mu.Lock()
 	turn := l.held[key]
 	if turn == nil { // as many as there are servers and kinds of lists
@@ -221,19 +233,50 @@ func (l *learning) enter(ctx context.Context, key string) (leave func(listed boo
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
-	return func(listed bool, at time.Time) {
-		if listed {
+	l.mu.Lock()
+	said := l.changed[key]
+	l.mu.Unlock()
+	return func(whole bool, began time.Time) {
+		if whole {
 			l.mu.Lock()
-			l.last[key] = at
+			l.last[key] = began
+			l.changed[key] -= said // what it has said since counts
 			l.mu.Unlock()
 		}
 		<-turn
 	}, nil
 }
 
-// recent tells whether the list was read a moment ago.
-func (l *learning) recent(key string, now time.Time) bool {
+// says hears what a server says by itself.
+func (l *learning) says(server, method string) {
+	var list string
+	switch method {
+	case "notifications/tools/list_changed":
+		list = "tools/list"
+	case "notifications/prompts/list_changed":
+		list = "prompts/list"
+	default:
+		return
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return now.Sub(l.last[key]) < learnAgain
+	l.changed[server+" "+list]++
+}
+
+// stale tells whether the server has said that the list has changed.
+func (l *learning) stale(key string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.changed[key] > 0
+}
+
+// recent tells whether the list was read a moment ago.
+func (l *learning) recent(key string, now time.Time, missing bool) bool {
+	again := staleAgain
+	if missing {
+		again = learnAgain
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return !l.last[key].IsZero() && now.Sub(l.last[key]) < again
 }

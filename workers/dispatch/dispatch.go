@@ -13,6 +13,7 @@
 package dispatch
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -32,6 +33,7 @@ import (
 	"github.com/cenkalti/backoff/v4"
 
 	"waybill.dev/schemas"
+	"waybill.dev/schemas/jsonrpc"
 )
 
 // kinds lists the ways of calling an upstream, by the protocol it speaks.
@@ -181,7 +183,8 @@ type Options struct {
 	// these may come to. Default: one of its own.
 	StateKey []byte
 
-	sessions *sessions // made by New, for the upstreams that have some
+	learning *learning // made by New
+	sessions *sessions // likewise, for the upstreams that have some
 	parking  *parking  // likewise
 	answers  *answers  // likewise
 }
@@ -218,7 +221,6 @@ type Dispatcher struct {
 	sessions  *sessions
 	answers   *answers
 	tasks     tasks
-	learning  *learning
 }
 
 // New makes a Dispatcher. The caller runs Close when no Handle runs any more.
@@ -242,8 +244,9 @@ func New(opt Options) (*Dispatcher, error) {
 	opt.TaskPatience = positive(opt.TaskPatience, 5*time.Second)
 	opt.Pause = positive(opt.Pause, 100*time.Millisecond)
 	opt.Breaker = opt.Breaker.withDefaults()
+	opt.learning = newLearning()
 
-	d := &Dispatcher{opt: opt, upstreams: make(map[string]*upstream), began: opt.Now(), learning: newLearning()}
+	d := &Dispatcher{opt: opt, upstreams: make(map[string]*upstream), began: opt.Now()}
 	// The random part tells two processes of one name apart, and a process
 	// from what it was before a restart: nobody may take a dead claimant's
 	// claim for its own.
@@ -1002,6 +1005,11 @@ func (r *run) keep(ctx context.Context, first schemas.Event, end ending) error {
 // is not below the ending's Chunks; they are not part of the answer, and
 // readers leave them out.
 func (r *run) progress(ctx context.Context, msg []byte) error {
+	if r.pinned() && bytes.Contains(msg, []byte("list_changed")) {
+		if m, err := jsonrpc.Decode(msg, jsonrpc.Limits{Bytes: len(msg), Depth: answerDepth, AllowCaseVariants: true}); err == nil {
+			r.d.opt.learning.says(r.a.Server, m.Method())
+		}
+	}
 	if r.said += len(msg); !r.a.Stream && (r.chunks >= maxChunks || r.said > maxSaid) {
 		return &Fault{Kind: TooLarge, Err: fmt.Errorf("more than %d messages or %d MiB before the answer", maxChunks, maxSaid>>20)}
 	}

@@ -471,14 +471,10 @@ func fits(template, uri string) bool {
 	return true
 }
 
-// Answered says what is wrong with what a tool has answered, the result of
+// Answered says what is wrong with what a tool has answered, the whole answer to
 // tools/call; "": nothing. Only what is there is held against the output schema: a
 // client of an older revision gets its text alone.
-func (r *Registry) Answered(server, name string, result jsonrpc.Value) string {
-	content := result.Get("structuredContent")
-	if is, _ := result.Get("isError").Bool(); is || content.Kind() <= jsonrpc.Null || !r.Pins(server) {
-		return ""
-	}
+func (r *Registry) Answered(server, name string, answer []byte) string {
 	r.mu.RLock()
 	p := r.pin(Ref{server, Tool, name})
 	var checkers func() (input, output *checker)
@@ -493,8 +489,19 @@ func (r *Registry) Answered(server, name string, result jsonrpc.Value) string {
 	if output == nil {
 		return ""
 	}
+	m, err := jsonrpc.Decode(answer, jsonrpc.Limits{Bytes: len(answer), Depth: answerDepth, AllowCaseVariants: true})
+	if err != nil {
+		return "it cannot be read"
+	}
+	content := m.Result().Get("structuredContent")
+	if is, _ := m.Result().Get("isError").Bool(); is || content.Kind() <= jsonrpc.Null {
+		return ""
+	}
 	return output.check(content.Raw())
 }
+
+// answerDepth is how deep an answer may be nested, as in dispatch.
+const answerDepth = 512
 
 // Find is an entry by what people write: SERVER/NAME, or SERVER__NAME, or the NAME
 // alone where there is one; * stands for any run of characters.
