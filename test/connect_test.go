@@ -243,7 +243,7 @@ func TestConnectBytes(t *testing.T) {
 		}
 		_, _ = fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\n%sContent-Length: %d\r\n\r\n%s", head, len(body), body)
 	})
-	g := gateway.Start(t, gateway.Config(fmt.Sprintf("servers:\n  - {name: legacy, mcp: {url: %q, era: legacy}}\n  - {name: modern, mcp: {url: %q, era: modern}}\n", up.url(), up.url())))
+	g := gateway.Start(t, gateway.Config(fmt.Sprintf("servers:\n  - {name: legacy, mcp: {url: %q, era: legacy}, approve: none}\n  - {name: modern, mcp: {url: %q, era: modern}, approve: none}\n", up.url(), up.url())))
 	for _, era := range []struct{ name, meta string }{{"legacy", `"_meta":{"k":1.10}`}, {"modern", gateway.Meta}} {
 		t.Run(era.name, func(t *testing.T) {
 			p := pipe(t, g.URL+"/mcp/"+era.name)

@@ -37,7 +37,7 @@ var update = flag.Bool("update", false, "rewrite the golden sections of testdata
 func TestZeroLoss(t *testing.T) {
 	up := newRawServer(t)
 	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Native("raw", up.url(), "")+
-		`  - {name: modern, mcp: {url: "`+up.url()+`", era: modern}}`+"\n"))
+		`  - {name: modern, mcp: {url: "`+up.url()+`", era: modern}, approve: none}`+"\n"))
 	files, err := filepath.Glob("testdata/zeroloss/*.txt")
 	if err != nil || len(files) == 0 {
 		t.Fatal("no files", err)

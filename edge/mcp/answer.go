@@ -104,7 +104,10 @@ func (c *caller) emit(ctx context.Context, e schemas.Event) (schemas.Receipt, er
 	case *schemas.Completed:
 		return schemas.Receipt{}, c.complete(d, e.Body)
 	case *schemas.Denied:
-		return schemas.Receipt{}, c.fail(denials(asWritten(c.request), d))
+		if d.Arguments != "" {
+			return schemas.Receipt{}, c.complete(misfit(e, d, c.request.Revision))
+		}
+		return schemas.Receipt{}, c.fail(deniedReply(asWritten(c.request)))
 	case *schemas.Failed:
 		if d.Unlisted {
 			return schemas.Receipt{}, c.fail(deniedReply(asWritten(c.request)))

@@ -3,6 +3,7 @@ package mcp
 import (
 	"bytes"
 	"net/http"
+	"slices"
 	"strconv"
 
 	"waybill.dev/edge"
@@ -94,14 +95,16 @@ func deniedReply(t schemas.Target) reply {
 	return unknown
 }
 
-// denials is deniedReply for a decision. What is wrong with the arguments of a tool
-// that the caller may list is said, so that whoever chose them can mend them.
-func denials(t schemas.Target, d *schemas.Denied) reply {
-	r := deniedReply(t)
-	if d.Arguments != "" {
-		r.message = "Invalid arguments: " + d.Arguments + ". The call was not carried out."
+// misfit is the answer to a call whose arguments do not fit, of a tool that the
+// caller may list: a result, so that whoever chose them reads it and mends them (MCP,
+// server/tools, "Error Handling").
+func misfit(e schemas.Event, d *schemas.Denied, revision string) (*schemas.Completed, []byte) {
+	text := jsonrpc.Quote("Invalid arguments: " + d.Arguments + ". The call was not carried out.")
+	result := slices.Concat([]byte(`{"content":[{"type":"text","text":`), text, []byte(`}],"isError":true`))
+	if revision == "" || revision >= "2026-07-28" {
+		result = append(result, `,"resultType":"complete"`...)
 	}
-	return r
+	return &schemas.Completed{Status: http.StatusOK}, jsonrpc.ResultResponse(jsonrpc.Quote(string(e.Call)), append(result, '}'))
 }
 
 // refuse puts a refusal of the shell into the form of an error response. It has

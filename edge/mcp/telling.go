@@ -150,10 +150,15 @@ func (c *telling) emit(ctx context.Context, e schemas.Event) (schemas.Receipt, e
 	case *schemas.Completed:
 		err = c.complete(e.Seq, d, e.Body)
 	case *schemas.Denied:
-		err = c.denied(e.Seq, denials(asWritten(c.request), d))
+		if d.Arguments != "" {
+			done, body := misfit(e, d, c.request.Revision)
+			err = c.complete(e.Seq, done, body)
+			break
+		}
+		err = c.denied(e.Seq)
 	case *schemas.Failed:
 		if d.Unlisted {
-			err = c.denied(e.Seq, deniedReply(asWritten(c.request)))
+			err = c.denied(e.Seq)
 			break
 		}
 		f, ok := failures[d.Code]
@@ -302,13 +307,13 @@ func (s *lasting) agreeOn(version string) {
 
 // denied answers like a server that has no such thing; an unknown notification
 // every server accepts.
-func (c *telling) denied(seq uint64, r reply) error {
+func (c *telling) denied(seq uint64) error {
 	if c.request.OneWay {
 		c.ended = true
 		c.w.WriteHeader(http.StatusAccepted)
 		return nil
 	}
-	return c.fail(seq, ofCall(r))
+	return c.fail(seq, ofCall(deniedReply(asWritten(c.request))))
 }
 
 // ofCall is how a session's client is told what became of a call: with an error
