@@ -55,6 +55,9 @@ func listen(ctx context.Context, h http.Handler) error {
 
 var idMember = regexp.MustCompile(`"id":("[^"]*"|[0-9]+)`)
 
+// introduction answers server/discover and tools/list alike.
+const introduction = `{"jsonrpc":"2.0","id":%s,"result":{"resultType":"complete","supportedVersions":["2026-07-28"],"capabilities":{"tools":{}},"tools":[{"name":"echo","inputSchema":{"type":"object","properties":{"text":{"type":"string"}},"required":["text"]}}],"ttlMs":0,"cacheScope":"private"}}`
+
 // upstream answers every request with its arguments, as cheaply as net/http can.
 func upstream(ctx context.Context) error {
 	return listen(ctx, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -63,9 +66,9 @@ func upstream(ctx context.Context) error {
 			return
 		}
 		id := idMember.FindSubmatch(body)
-		if id != nil && r.Header.Get("Mcp-Method") == "server/discover" {
+		if m := r.Header.Get("Mcp-Method"); id != nil && (m == "server/discover" || m == "tools/list") {
 			w.Header().Set("Content-Type", "application/json")
-			_, _ = fmt.Fprintf(w, `{"jsonrpc":"2.0","id":%s,"result":{"resultType":"complete","supportedVersions":["2026-07-28"],"capabilities":{"tools":{}},"ttlMs":0,"cacheScope":"private"}}`, id[1])
+			_, _ = fmt.Fprintf(w, introduction, id[1])
 			return
 		}
 		i := bytes.Index(body, []byte(`"text":"`))
@@ -92,7 +95,7 @@ func stdioUpstream(context.Context) error {
 		case id == nil:
 			return fmt.Errorf("no request: %s", body)
 		case i < 0:
-			fmt.Printf(`{"jsonrpc":"2.0","id":%s,"result":{"resultType":"complete","supportedVersions":["2026-07-28"],"capabilities":{"tools":{}},"ttlMs":0,"cacheScope":"private"}}`+"\n", id[1])
+			fmt.Printf(introduction+"\n", id[1])
 		default:
 			text := body[i+8:]
 			text = text[:bytes.IndexByte(text, '"')]
