@@ -367,9 +367,17 @@ func alteredFiles(t *testing.T, g *gateway.Gateway, file string) {
 	late := sealed(slices.DeleteFunc(slices.Clone(lines), func(l string) bool {
 		return strings.Contains(l, `"kind":"opened"`) || strings.Contains(l, `\"a\"`) && strings.Contains(l, `"kind":"requested"`)
 	}))
-	if v, exit := remake(t, g, "--from", write(t, late)); exit != 0 || len(v.Notes) != 1 || !strings.Contains(v.Notes[0], "the beginning of the session is not there any more") || len(v.Left) == 0 {
+	if v, exit := remake(t, g, "--from", write(t, late)); exit != 0 || len(v.Notes) != 2 || !strings.Contains(v.Notes[0]+v.Notes[1], "the beginning of the session is not there any more") || len(v.Left) == 0 {
 		t.Errorf("without its beginning: exit %d, %+v", exit, v)
 	}
+	// The signature is of all that was there.
+	resealed := func(lines []string) []string {
+		out := sealed(lines)
+		was := regexp.MustCompile(`"signed":".*"`).FindString(lines[len(lines)-1])
+		out[len(out)-1] = strings.Replace(out[len(out)-1], `"}}`, `",`+was+`}}`, 1)
+		return out
+	}
+	denied := regexp.MustCompile(`"id":"(c\w+)/decision/1".*not this one`).FindStringSubmatch(string(text))[1]
 	drop := slices.DeleteFunc(slices.Clone(lines), func(l string) bool { return strings.Contains(l, `"kind":"requested"`) && strings.Contains(l, `\"a\"`) })
 	for _, c := range []struct {
 		name  string
@@ -380,6 +388,10 @@ func alteredFiles(t *testing.T, g *gateway.Gateway, file string) {
 		{"cut off in the middle of a line", append(slices.Clone(lines[:4]), lines[4][:20]), "it breaks off"},
 		{"altered", change(t, `"kind":"completed"`, `"status":200`, `"status":201`), "it was altered"},
 		{"without an event", sealed(drop), "no request of the call before it"},
+		{"without a proof", sealed(change(t, `"kind":"completed"`, `,"proof":.*`, "}")), "recorded none, recomputed it is in no signed tree"},
+		{"without a checkpoint", sealed(slices.DeleteFunc(slices.Clone(lines), func(l string) bool { return strings.HasPrefix(l, `{"checkpoint"`) })), "nothing proves what this says"},
+		{"with a hole", sealed(change(t, `"kind":"completed"`, `^.*"proof":(.*)\}`, `{"missing":$1}`)), "recorded it was signed, recomputed it is not there"},
+		{"without a call, signed", resealed(slices.DeleteFunc(slices.Clone(lines), func(l string) bool { return strings.Contains(l, string(denied)) })), "waybill export"},
 		{"more behind it", append(slices.Clone(lines), lines[2]), "more behind its end"},
 		{"of a newer version", sealed(change(t, `{"waybill":`, `"version":1`, `"version":2`)), "it is of version 2"},
 		{"with a newer event", sealed(change(t, `"kind":"completed"`, `"event":\{"v":1`, `"event":{"v":2`)), "envelope version 2, this program reads 1"},

@@ -60,7 +60,7 @@ func exportCommand(ctx context.Context, env Env, args []string) error {
 	}
 	var v *verification
 	err = writeFile(*out, func(w io.Writer) (err error) {
-		v, err = verifyExport(exportLines(kept(raw, w)), keys)
+		v, err = verifyExport(exportLines(kept(raw, w)), keys, true)
 		return err
 	})
 	if err != nil {
@@ -140,7 +140,7 @@ func importCommand(_ context.Context, env Env, args []string) error {
 	if err != nil {
 		return err
 	}
-	v, err := verifyExport(exported(rest[0]), keys)
+	v, err := verifyExport(exported(rest[0]), keys, true)
 	if err != nil {
 		return err
 	}

@@ -216,9 +216,6 @@ func (x *exporter) write(ctx context.Context, out *exportWriter) error {
 	if x.proofs, err = x.prover(ctx, last); err != nil {
 		return err
 	}
-	if x.proofs.c.Text == "" {
-		head.Unproven = "nothing is signed yet"
-	}
 	if err := out.write(exportLine{Head: &head}); err != nil {
 		return err
 	}
@@ -253,7 +250,7 @@ func (x *exporter) write(ctx context.Context, out *exportWriter) error {
 			return err
 		}
 	}
-	return out.end()
+	return out.end(x.key, x.keys.Signers)
 }
 
 func (x *exporter) writeSession(ctx context.Context, r exportRange, out *exportWriter) error {

@@ -14,6 +14,8 @@ import (
 	"os"
 	"time"
 
+	"golang.org/x/mod/sumdb/note"
+
 	"waybill.dev/projections"
 	"waybill.dev/projections/audit"
 	"waybill.dev/schemas"
@@ -28,7 +30,8 @@ import (
 //	{"event": …, "proof": …}  in the order of the log: the event, and its leaf with the way to the checkpoint
 //	{"missing": …}     a leaf of the session whose event was not there
 //	{"row": …}         what the record has of the session, only where it is asked for
-//	{"end": …}         last: how many events, and the SHA-256 of every byte before this line
+//	{"end": …}         last: how many events, and the SHA-256 of every byte before this line, signed by
+//	                   the key of the checkpoints: what no proof shows is that no event was left out
 //
 // The admin API writes the same, so that there is one verification for what lies in
 // a file and for what the gateway says.
@@ -55,7 +58,6 @@ type exportHead struct {
 	Keys     []string           `json:"keys"`               // public keys; a verifier should know them from elsewhere
 	Redacted bool               `json:"redacted,omitempty"` // what was said is left out
 	Rows     bool               `json:"rows,omitempty"`     // the record's rows are in it
-	Unproven string             `json:"unproven,omitempty"` // why there are no proofs
 }
 
 type exportPolicy struct {
@@ -78,6 +80,12 @@ type exportProof struct {
 type exportEnd struct {
 	Events int    `json:"events"`
 	SHA256 string `json:"sha256"`
+	Signed string `json:"signed,omitempty"` // a signed note of what text says
+}
+
+// text is what is signed. It is no checkpoint, whose second line is a number.
+func (e exportEnd) text(of schemas.SessionKey) string {
+	return fmt.Sprintf("waybill export\n%s\n%d\n%s\n", of, e.Events, e.SHA256)
 }
 
 // Errors of files.
@@ -111,8 +119,14 @@ func (w *exportWriter) write(l exportLine) error {
 }
 
 // end writes the last line.
-func (w *exportWriter) end() error {
-	return w.write(exportLine{End: &exportEnd{w.events, hex.EncodeToString(w.digest.Sum(nil))}})
+func (w *exportWriter) end(of schemas.SessionKey, keys []note.Signer) error {
+	e := exportEnd{Events: w.events, SHA256: hex.EncodeToString(w.digest.Sum(nil))}
+	text, err := note.Sign(&note.Note{Text: e.text(of)}, keys...)
+	if err != nil {
+		return fmt.Errorf("sign the export: %w", err)
+	}
+	e.Signed = string(text)
+	return w.write(exportLine{End: &e})
 }
 
 // exportLines reads lines and holds them against the last of them. An error is the

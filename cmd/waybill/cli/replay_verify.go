@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 
+	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
 
 	"waybill.dev/bus"
@@ -55,7 +56,7 @@ func (r *replaying) verified(ctx context.Context, env Env) error {
 	if err != nil {
 		return err
 	}
-	v, err := verifyExport(lines, keys)
+	v, err := verifyExport(lines, keys, r.file())
 	if err != nil {
 		return err
 	}
@@ -172,9 +173,9 @@ func (v *verification) print(env Env) error {
 		p.line("%s and %d more", p.paint(red, "✗"), v.More)
 	}
 	if len(v.Differences) == 0 {
-		text := "verified      everything that is there is as it was recorded"
-		if len(v.Left) == 0 && v.Size > 0 {
-			text = "verified      everything is as it was recorded"
+		text := "verified      everything is as it was recorded"
+		if len(v.Left) > 0 {
+			text += ", but for what is named above"
 		}
 		p.line("%s", text)
 	}
@@ -195,7 +196,9 @@ type verifier struct {
 	erased   uint64
 	why      string
 	missing  []replay.Difference
-	unsigned int
+	unproven []replay.Difference
+	file     bool
+	unsealed bool // it is said already that the checkpoint is none
 	first    schemas.Kind
 	recorded uint64 // the newest event that the record has
 }
@@ -207,10 +210,10 @@ type rowKey struct {
 
 // verifyExport verifies what a file or the gateway says of a session. The keys are
 // those that are trusted; without any, those in the lines are, which is noted. An
-// error means that it could not be read.
-func verifyExport(lines iter.Seq2[exportLine, error], keys []string) (*verification, error) {
+// error means that it could not be read. Of a file everything has to be proven.
+func verifyExport(lines iter.Seq2[exportLine, error], keys []string, file bool) (*verification, error) {
 	v := &verifier{
-		keys: keys, sources: map[string]string{}, bundles: map[string]*policy.Bundle{},
+		keys: keys, file: file, sources: map[string]string{}, bundles: map[string]*policy.Bundle{},
 		rows: map[rowKey]map[string]string{}, events: map[uint64]replay.Recorded{},
 	}
 	for l, err := range lines {
@@ -234,6 +237,8 @@ func verifyExport(lines iter.Seq2[exportLine, error], keys []string) (*verificat
 			v.lost(l.Missing)
 		case l.Row != nil:
 			v.row(*l.Row)
+		case l.End != nil:
+			err = v.sealed(*l.End)
 		}
 		if err != nil {
 			return nil, err
@@ -262,9 +267,6 @@ func (v *verifier) begin(h exportHead) error {
 		v.keys = h.Keys
 		v.v.Notes = append(v.v.Notes, "the public keys are the file's own word: name the one that you know with --key")
 	}
-	if h.Unproven != "" {
-		v.v.Notes = append(v.v.Notes, "no proofs: "+h.Unproven)
-	}
 	return nil
 }
 
@@ -275,10 +277,32 @@ func (v *verifier) checkpoint(text string) {
 		c, err = audit.OpenCheckpoint(text, known)
 	}
 	if err != nil {
+		v.unsealed = true
 		v.add(replay.Difference{Field: "checkpoint", Recorded: strings.TrimSpace(text), Recomputed: err.Error()})
 		return
 	}
 	v.c, v.v.Size = c, c.Size
+}
+
+// sealed holds the end against its signature: that nothing was left out is the
+// word of who exported it.
+func (v *verifier) sealed(e exportEnd) error {
+	if e.Signed == "" {
+		v.v.Notes = append(v.v.Notes, "nobody has signed the whole of it: whether events were left out cannot be told")
+		return nil
+	}
+	known, err := audit.Known(v.keys)
+	if err != nil {
+		return err
+	}
+	n, err := note.Open([]byte(e.Signed), known)
+	switch text := e.text(v.head.Session); {
+	case err != nil:
+		v.add(replay.Difference{Field: "end", Recorded: strings.TrimSpace(e.Signed), Recomputed: err.Error()})
+	case n.Text != text:
+		v.add(replay.Difference{Field: "end", Recorded: n.Text, Recomputed: text})
+	}
+	return nil
 }
 
 // decide makes a decision again, under the policy that it names.
@@ -386,12 +410,19 @@ func (v *verifier) leaf(of replay.Recorded, p *exportProof) []replay.Difference 
 		return []replay.Difference{{Seq: of.Seq, ID: of.ID, Field: field, Recorded: recorded, Recomputed: recomputed}}
 	}
 	if p == nil {
-		v.unsigned++
+		v.unproven = append(v.unproven, differs("proof", "none", "it is in no signed tree")...)
 		return nil
 	}
 	if v.c.Text == "" {
 		return nil // said of the checkpoint
 	}
+	// What the tree has of the log is the log's beginning.
+	v.unproven = slices.DeleteFunc(v.unproven, func(d replay.Difference) bool {
+		if d.Seq < of.Seq {
+			v.add(d)
+		}
+		return d.Seq < of.Seq
+	})
 	l, err := v.proven(p)
 	if err != nil {
 		return differs("leaf", fmt.Sprintf("leaf %d of the tree of %d", p.Leaf, v.v.Size), err.Error())
@@ -560,8 +591,14 @@ func (v *verifier) end() {
 			v.h.Left[leftRows] = len(late)
 		}
 	}
-	if v.unsigned > 0 {
-		v.h.Left[leftUnproof] = v.unsigned
+	if v.c.Text == "" && !v.unsealed {
+		v.add(replay.Difference{Field: "checkpoint", Recorded: "none", Recomputed: "the tree is signed within seconds: nothing proves what this says"})
+	}
+	switch {
+	case v.file:
+		v.add(v.unproven...)
+	case len(v.unproven) > 0:
+		v.h.Left[leftUnproof] = len(v.unproven)
 	}
 	switch {
 	case v.erased > 0:
