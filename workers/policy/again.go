@@ -30,6 +30,14 @@ func refusal(e schemas.Event, q *schemas.Requested, word schemas.Decision) *sche
 	return &schemas.Denied{Summary: summary(e, q), Decision: word}
 }
 
+// told is what a caller is told of its arguments: of a tool that it may list.
+func (b *Bundle) told(e schemas.Event, q *schemas.Requested, facts Facts) string {
+	if facts.Arguments != "" && facts.Refused == "" && b.Shows(e, facts, q.Name) {
+		return facts.Arguments
+	}
+	return ""
+}
+
 // held is the payload of a request that a person has to approve.
 func held(e schemas.Event, q *schemas.Requested, v Verdict, word schemas.Decision) *schemas.Held {
 	expires := q.Deadline
@@ -120,7 +128,8 @@ func (b *Bundle) Again(request, was schemas.Event) (schemas.Event, error) {
 	if err != nil {
 		return schemas.Event{}, fmt.Errorf("the facts of decision %d: %w", d.N, err)
 	}
-	word := schemas.Decision{N: d.N, PolicySHA256: b.Digest}
+	// Which definition was pinned is what the registry said, and a fact.
+	word := schemas.Decision{N: d.N, PolicySHA256: b.Digest, ToolSHA256: d.ToolSHA256}
 	if t := facts.Tool; t != nil {
 		word.ToolSHA256 = t.SHA256
 	}
@@ -142,7 +151,9 @@ func (b *Bundle) Again(request, was schemas.Event) (schemas.Event, error) {
 		}
 		return request.Next(held(request, q, v, word), nil), nil
 	case !v.Permit:
-		return request.Next(refusal(request, q, word), nil), nil
+		r := refusal(request, q, word)
+		r.Arguments = b.told(request, q, facts)
+		return request.Next(r, nil), nil
 	}
 	data, body := granted(request, q, v, word, was.Time)
 	if a, ok := data.(*schemas.Authorized); ok && d.N > 1 {

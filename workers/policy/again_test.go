@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"bytes"
 	"errors"
 	"strings"
 	"testing"
@@ -58,6 +59,15 @@ rules:
 `
 	synctest.Test(t, func(t *testing.T) {
 		d := newDesk(t, rules)
+		d.p.o.Defined = func(_ *schemas.Requested, args []byte) Defined {
+			switch {
+			case bytes.Contains(args, []byte("quarantined")):
+				return Defined{SHA256: "ab", Refused: "it has changed"}
+			case bytes.Contains(args, []byte("misfit")):
+				return Defined{SHA256: "ab", Arguments: "misfit: not a member"}
+			}
+			return Defined{SHA256: "ab"}
+		}
 		hand := func(call schemas.CallID, args string) schemas.Event {
 			e := d.request(call, args)
 			if err := d.p.Handle(t.Context(), e, d.store); err != nil {
@@ -73,6 +83,8 @@ rules:
 		for _, call := range []schemas.CallID{"c5", "c6", "c7", "c8"} {
 			hand(call, `{"n":9}`) // the last is over the limit
 		}
+		hand("c9", `{"n":9,"quarantined":1}`)
+		hand("c10", `{"n":9,"misfit":1}`)
 		held := d.events[len(d.events)-1]
 		for _, e := range d.events {
 			if e.Call == "c1" && e.Kind() == schemas.KindHeld {
@@ -93,7 +105,7 @@ rules:
 				t.Errorf("%s: %s", e.ID(), what)
 			}
 		}
-		if kinds[schemas.KindDenied] < 4 || kinds[schemas.KindHeld] != 1 || kinds[schemas.KindAuthorized] < 3 {
+		if kinds[schemas.KindDenied] < 6 || kinds[schemas.KindHeld] != 1 || kinds[schemas.KindAuthorized] < 3 {
 			t.Errorf("decided: %v", kinds)
 		}
 

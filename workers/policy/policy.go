@@ -213,8 +213,8 @@ func (p *Policy) decide(ctx context.Context, e schemas.Event, q *schemas.Request
 	}
 	word = spoken(word, v, facts)
 	data, body := p.payload(e, q, v, word)
-	if d, ok := data.(*schemas.Denied); ok && facts.Arguments != "" && facts.Refused == "" && b.Shows(e, facts, q.Name) {
-		d.Arguments = facts.Arguments
+	if d, ok := data.(*schemas.Denied); ok {
+		d.Arguments = b.told(e, q, facts)
 	}
 	err = p.store(ctx, e, q, data, body, emit)
 	if err != nil || data.Kind() != schemas.KindAuthorized {
