@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -477,6 +478,19 @@ func TestTraces(t *testing.T) {
 			}
 			if tt.found && !strings.Contains(out, "in session "+string(back.Session)) {
 				t.Errorf("%+v: no word of session %s in\n%s", tt, back.Session, out)
+			}
+			// Both sessions are made again, and a file has what was called in the other.
+			file := filepath.Join(t.TempDir(), "caused.waybill")
+			if _, errs, exit := g.CLI("export", string(of1.Session), "-o", file); exit != 0 {
+				t.Errorf("%+v: export: %s", tt, errs)
+			}
+			if again, errs, _ := g.CLI("replay", string(of1.Session), "--from", file); again != out {
+				t.Errorf("%+v: from a file %s\n%s\nfrom the log\n%s", tt, errs, again, out)
+			}
+			for _, args := range [][]string{{string(of1.Session)}, {string(back.Session)}, {"--from", file}} {
+				if v, exit := remake(t, g, args...); exit != 0 {
+					t.Errorf("%+v: %v is not made again: %+v", tt, args, v.Differences)
+				}
 			}
 		}
 	})
