@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -130,6 +131,60 @@ func TestServedFromTheRecord(t *testing.T) {
 	})
 	if n := asked.Load(); n != 0 {
 		t.Errorf("the server was called %d times", n)
+	}
+}
+
+// Tasks are served again, of both eras: with new ids, asked and answered, ended and
+// cancelled as they were; here at a view, to an agent that brings its token.
+func TestTasksServedFromTheRecord(t *testing.T) {
+	t.Parallel() // it mostly waits
+	awayFromTheHour(t)
+	const token = "token one of many"
+	g := gateway.Start(t, gateway.Config(twoAgents+"auth: {anonymous: two}\nviews:\n  - {name: some, from: {everything: ['"+research+"', trigger-elicitation-request]}}\n"+
+		"servers:\n"+gateway.Server("everything", peers.ServerEverything(t), "")))
+	legacy := func(url string) (texts []string) {
+		s := peers.RunCoreTasks(t, peers.Endpoint{URL: url, Token: token},
+			peers.CoreTask{Tool: research, Args: map[string]any{"topic": "gateways", "ambiguous": true}},
+			peers.CoreTask{Tool: research, Args: map[string]any{"topic": "nothing"}, Cancel: true},
+			peers.CoreTask{Tool: "trigger-elicitation-request", Args: map[string]any{}},
+		)
+		if c := s.Calls[0]; !strings.Contains(c.Text, "# Research Report: gateways (") || len(c.Asked) != 1 || c.Related != c.Task {
+			t.Errorf("%s: %+v", url, c)
+		}
+		if c := s.Calls[1]; c.Statuses[0] != "cancelled" || c.Again != -32602 {
+			t.Errorf("%s: cancelled: %+v", url, c)
+		}
+		if c := s.Calls[2]; c.Text == "" || len(c.Asked) != 1 || len(s.Listed) < 3 || s.Unknown != -32602 {
+			t.Errorf("%s: %+v, %d listed, an unknown one is %d", url, c, len(s.Listed), s.Unknown)
+		}
+		for _, c := range s.Calls {
+			texts = append(texts, c.Text)
+		}
+		return texts
+	}
+	modern := func(url string) (texts []string) {
+		for _, r := range peers.RunTasks(t, url, peers.TaskCall{Tool: research, Args: map[string]any{"topic": "official", "ambiguous": true}}) {
+			if r.Error != "" || r.Kind != "task" || r.Outcome.Status != "completed" || len(r.Asked) != 1 || !strings.Contains(r.Text(), "# Research Report: official (") {
+				t.Errorf("%s: %+v", url, r)
+			}
+			texts = append(texts, r.Text())
+		}
+		return texts
+	}
+	said := [][]string{legacy(g.URL + "/mcp/some"), modern(g.URL + "/mcp/everything")}
+	events := g.Events()
+	for i, again := range []func(string) []string{legacy, modern} {
+		session, n := sessionAt(events, []string{"some", "everything"}[i], "")
+		if n != 1 {
+			t.Fatalf("%d sessions were recorded", n)
+		}
+		p, at := serveRecord(t, g, session, "--fast")
+		if texts := again(at); !slices.Equal(texts, said[i]) {
+			t.Errorf("%s, then %s", texts, said[i])
+		}
+		if err := p.Stop(); err != nil || !strings.Contains(p.Output(), "0 differences") {
+			t.Errorf("%v\n%s", err, p.Output())
+		}
 	}
 }
 
