@@ -89,6 +89,9 @@ type Screened struct {
 	Checks    []Check   `json:"checks,omitempty"`     // what guards said of it, in the order in which they were asked
 }
 
+// Screening is the part of a payload that says it.
+func (s Screened) Screening() Screened { return s }
+
 // Finding is what one rule for answers found.
 type Finding struct {
 	Rule  string   `json:"rule"`            // ansi, control, bidi, tags, invisible, secret NAME, redact PATH

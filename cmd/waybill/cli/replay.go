@@ -541,6 +541,32 @@ func target(t schemas.Target) string {
 
 // detail is what a line says beyond kind, time and size.
 func detail(e schemas.Event) string {
+	if of, ok := e.Data.(interface{ Screening() schemas.Screened }); ok {
+		return join(ofKind(e), screened(of.Screening()))
+	}
+	return ofKind(e)
+}
+
+// screened says what was found in what a server said, and what guards said of it.
+func screened(s schemas.Screened) string {
+	var all []string
+	for _, f := range s.Found {
+		all = append(all, visible(f.Rule)+" "+visible(f.Did)+" "+count(f.Count, "time"))
+	}
+	if s.FoundMore > 0 {
+		all = append(all, count(s.FoundMore, "finding")+" more")
+	}
+	for _, c := range s.Checks {
+		word := "guard " + visible(c.Guard) + " says " + visible(c.Said) + " after " + strconv.Itoa(c.Millis) + " ms"
+		if c.Reason != "" {
+			word += ": " + visible(c.Reason)
+		}
+		all = append(all, word)
+	}
+	return join(all...)
+}
+
+func ofKind(e schemas.Event) string {
 	switch d := e.Data.(type) {
 	case *schemas.Requested:
 		alias, back := "", ""
