@@ -165,7 +165,8 @@ func plain(s string) int {
 	return len(s)
 }
 
-// readHeader reads what header writes, unless a string needed escapes.
+// readHeader reads what header writes, unless a string needed other escapes than
+// those of quotes, which facts have.
 func readHeader(s string) (w written, ok bool) {
 	t := text(s)
 	if !t.next("{") || !t.members(&w.envelope, ofEnvelope) || w.V != Version || kinds[w.Kind] == nil {
@@ -225,14 +226,33 @@ func (t *text) members(p any, all []member) bool {
 	return true
 }
 
-// string reads a string that is plain.
+// string reads a string that is plain but for quotes.
 func (t *text) string() (s string, ok bool) {
 	if !t.next(`"`) {
 		return "", false
 	}
 	s = string((*t)[:plain(string(*t))])
 	*t = (*t)[len(s):]
-	return s, t.next(`"`)
+	if t.next(`"`) {
+		return s, true
+	}
+	b := make([]byte, 0, 2*len(s)+64)
+	for b = append(b, s...); !t.next(`"`); {
+		switch {
+		case t.next(`\"`):
+			b = append(b, '"')
+		case t.next(`\\`):
+			b = append(b, '\\')
+		default:
+			n := plain(string(*t))
+			if n == 0 {
+				return "", false
+			}
+			b = append(b, (*t)[:n]...)
+			*t = (*t)[n:]
+		}
+	}
+	return string(b), true
 }
 
 // digits reads a number without fraction and exponent; "" if there is none.
