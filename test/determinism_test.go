@@ -38,9 +38,11 @@ var detRoots = []string{
 	"schemas/jsonrpc.Decode",
 	// Decisions.
 	"workers/policy.Compile", "workers/policy.Source.Encode", "workers/policy.Bundle.Decide", "workers/policy.Bundle.decide", "workers/policy.Bundle.Shows",
-	"workers/policy.Bundle.Explain", "workers/policy.Bundle.NeedsOf", "workers/policy.Bundle.DecideAgain", "workers/policy.Rerun.Decide",
+	"workers/policy.Bundle.Explain", "workers/policy.Bundle.NeedsOf", "workers/policy.Bundle.DecideAgain", "workers/policy.Bundle.Again", "workers/policy.Rerun.Decide",
 	"workers/policy.FactsOf", "workers/policy.Facts.Record", "workers/policy.Verdict.Differs",
 	"workers/policy.approvalID", "workers/policy.redact", "workers/policy.read.digest",
+	// What replay --verify makes again of a session.
+	"replay.New", "replay.Compare", "replay.History.Check",
 	// Rows and leaves.
 	"projections.Tables",
 	"projections/audit.Record", "projections/audit.Salt", "projections/audit.ReadRecord", "projections/audit.hashOf", "projections/audit.gapRecord",
@@ -57,6 +59,7 @@ var detExceptions = map[string]string{
 	"schemas/jsonrpc.seed":           "hashes find names that may be equal, and equal is what their bytes are",
 	"schemas/jsonrpc.scanner.hash":   "the same",
 	"schemas/jsonrpc.document.check": "a scanner is empty when it comes from the pool",
+	"replay.found.compare":           "the names are sorted before they are used",
 }
 
 // detForbidden are packages of the standard library of which nothing may be used,
