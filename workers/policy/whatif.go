@@ -81,16 +81,23 @@ func (b *Bundle) decideAgain(in *Input) (v Verdict, missing []string) {
 		missing = append(missing, in.open.touched...)
 		sure.tools, sure.each = append(sure.tools, m.Tools...), sure.each || m.Each
 	}
-	// A forbid that applies is the last word, and of permits that order nothing the
-	// first says all.
+	// A forbid that applies is the last word; of permits that order nothing the first
+	// says all, and without any the rest has nothing to say.
 	all := b.concerning(in.Request)
 	for _, r := range all {
 		if r.Effect == Forbid && (list || len(sure.forbids) == 0) {
 			ask(r)
 		}
 	}
+	forbidden := !list && len(sure.forbids) > 0
 	for _, r := range all {
-		if r.Effect != Forbid && len(sure.forbids) == 0 && (list || r.Effect != Permit || len(sure.permits) == 0 || !r.plain) {
+		if r.Effect == Permit && !forbidden && (list || len(sure.permits) == 0 || !r.plain) {
+			ask(r)
+		}
+	}
+	permits := len(sure.permits) > 0 || slices.ContainsFunc(maybe, func(r *Rule) bool { return r.Effect == Permit })
+	for _, r := range all {
+		if r.Effect > Forbid && !forbidden && permits {
 			ask(r)
 		}
 	}
