@@ -92,6 +92,16 @@ func (m *Message) Decode() {
 	}
 }
 
+// Header is what the log has of an event beside its body, nil for what it would not
+// take.
+func Header(e schemas.Event) map[string][]string {
+	m, err := encode(e)
+	if err != nil {
+		return nil
+	}
+	return m.Header
+}
+
 // Subject is where the log has an event.
 func Subject(e schemas.Event) string { return subject(e) }
 

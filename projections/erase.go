@@ -3,7 +3,6 @@ package projections
 import (
 	"context"
 	"fmt"
-	"iter"
 	"maps"
 	"slices"
 	"strings"
@@ -87,74 +86,4 @@ func (w *Writer) forget(ctx context.Context, tables []string, look func() error)
 		case <-again.C:
 		}
 	}
-}
-
-// rowsAtOnce is how many events are read with one question.
-const rowsAtOnce = 10_000
-
-// Rows are the events of a log that the record has: from which sequence to which,
-// and all of them in its order. Of a sequence that the log has given twice
-// (place.go) it is the later one, which the log has. A body that has gone by its
-// age is absent.
-func Rows(ctx context.Context, s Server, log string) (first, last uint64, events iter.Seq2[schemas.Event, error], err error) {
-	conn, err := open(ctx, s, true)
-	if err != nil {
-		return 0, 0, nil, fmt.Errorf("events in the record: %w", err)
-	}
-	var count uint64
-	err = conn.QueryRow(ctx, "SELECT count(), min(seq), max(seq) FROM "+main+" WHERE log = ? OR startsWith(log, ?)", log, log+"#").Scan(&count, &first, &last)
-	if err != nil {
-		_ = conn.Close()
-		return 0, 0, nil, fmt.Errorf("events in the record: %w", refusal(err))
-	}
-	if count == 0 {
-		first, last = 1, 0
-	}
-	return first, last, func(yield func(schemas.Event, error) bool) {
-		defer func() { _ = conn.Close() }()
-		ctx, cancel := timeless(ctx)
-		defer cancel()
-		for from := first; from <= last; from += rowsAtOnce {
-			if !someRows(ctx, conn, log, from, yield) {
-				return
-			}
-		}
-	}, nil
-}
-
-// someRows yields the events of one question; it is false when that was the end.
-func someRows(ctx context.Context, conn clickhouse.Conn, log string, from uint64, yield func(schemas.Event, error) bool) bool {
-	fail := func(err error) bool {
-		yield(schemas.Event{}, fmt.Errorf("events in the record from %d on: %w", from, err))
-		return false
-	}
-	rows, err := conn.Query(ctx, "SELECT seq, stored, envelope, body FROM "+main+" WHERE (log = ? OR startsWith(log, ?)) AND seq >= ? AND seq < ? ORDER BY seq, log DESC LIMIT 1 BY seq", log, log+"#", from, from+rowsAtOnce)
-	if err != nil {
-		return fail(refusal(err))
-	}
-	defer func() { _ = rows.Close() }()
-	for rows.Next() {
-		var e schemas.Event
-		var seq uint64
-		var stored time.Time
-		var envelope string
-		var body []byte
-		if err := rows.Scan(&seq, &stored, &envelope, &body); err != nil {
-			return fail(err)
-		}
-		// What cannot be read is no event, and is told from what was signed by
-		// whoever compares.
-		_ = e.UnmarshalString(envelope)
-		e.Seq, e.Stored = seq, stored.UTC()
-		if len(body) > 0 {
-			e.Body = body
-		}
-		if !yield(e, nil) {
-			return false
-		}
-	}
-	if err := rows.Err(); err != nil {
-		return fail(refusal(err))
-	}
-	return true
 }

@@ -81,6 +81,11 @@ const starting = 10 * time.Second
 
 // open connects.
 func open(ctx context.Context, s Server, readOnly bool) (clickhouse.Conn, error) {
+	return openSome(ctx, s, readOnly, 1)
+}
+
+// openSome opens a pool of so many connections.
+func openSome(ctx context.Context, s Server, readOnly bool, conns int) (clickhouse.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, starting)
 	defer cancel()
 	o, err := s.Options(ctx, readOnly)
@@ -91,7 +96,7 @@ func open(ctx context.Context, s Server, readOnly bool) (clickhouse.Conn, error)
 		o.ReadTimeout = queryTime
 		o.TransportFunc = func(t *http.Transport) (http.RoundTripper, error) { return unset{t}, nil }
 	}
-	return dial(o, 1)
+	return dial(o, conns)
 }
 
 // queryTime is how long a server may be silent over what it is asked.

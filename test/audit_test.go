@@ -199,6 +199,11 @@ func TestAudit(t *testing.T) {
 
 	// A row that is changed, or dropped.
 	write := writer(t, g)
+	write("ALTER TABLE waybill.calls_v1 UPDATE rule = concat(rule, 'x') WHERE 1 SETTINGS mutations_sync = 1")
+	if r, exit = verify(t, g); exit != 1 || len(r.Problems) != 8 || !strings.Contains(first(r), "calls_v1: the column rule is not what the event says") {
+		t.Errorf("a changed row of another table: exit %d, %v", exit, r.Problems)
+	}
+	write("ALTER TABLE waybill.calls_v1 UPDATE rule = substring(rule, 1, length(rule) - 1) WHERE 1 SETTINGS mutations_sync = 1")
 	write("ALTER TABLE waybill.events_v1 UPDATE body = 'other' WHERE seq = 3 SETTINGS mutations_sync = 1")
 	if r, exit = verify(t, g); exit != 1 || !strings.HasPrefix(first(r), "EVENTS 3: ") || !strings.Contains(first(r), "the row's body was changed") {
 		t.Errorf("a changed row: exit %d, %s", exit, first(r))

@@ -3,6 +3,7 @@ package audit
 import (
 	"context"
 	"encoding/base64"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -407,6 +408,100 @@ func TestErasure(t *testing.T) {
 	if r = m.verify(t, m.lines(nil, map[uint64]schemas.Event{2: changed, 4: rows[4]})); r.OK() || !strings.Contains(r.Problems[0].String(), "EVENTS 2: leaf 1: the row's body was changed") {
 		t.Errorf("%+v", r.Problems)
 	}
+}
+
+// What is said of the record's rows is told, where there is a leaf and where there is
+// none.
+func TestRows(t *testing.T) {
+	m := newMemory()
+	b := m.builder(t, nil)
+	for i := range 6 {
+		m.say("s1", &schemas.Failed{Code: schemas.FailUnknown, Detail: fmt.Sprint("why ", i)}, "said")
+	}
+	m.store(Events, "ev.acme.s1.requested._", schemas.Event{}, []byte("no event")) // 7
+	if err := errors.Join(b.Restore(t.Context()), m.all(b)); err != nil {
+		t.Fatal(err)
+	}
+	lines := func(change func(w *Witness)) []Line {
+		rows := map[uint64]schemas.Event{}
+		for seq, e := range m.log[Events] {
+			if e.Event.Data != nil {
+				rows[seq] = e.Event
+			}
+		}
+		lines := m.lines(nil, rows)
+		for _, l := range lines {
+			if l.Leaf != nil && l.Leaf.Number == 3 {
+				change(l.Leaf)
+			}
+		}
+		return lines
+	}
+	header := func(e schemas.Event) map[string][]string {
+		text, _ := e.MarshalString()
+		return map[string][]string{"Waybill-Event": {text}}
+	}
+	verify := func(lines []Line) Report {
+		t.Helper()
+		r, err := Verify(t.Context(), each(lines), Check{Keys: keysOf(t, 1).Verifiers, Decode: decode, Header: header})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r
+	}
+	other := func(w *Witness) {
+		e := *w.Row
+		e.Data = &schemas.Failed{Code: schemas.FailUnknown, Detail: "another reason"}
+		w.Row = &e
+	}
+	for name, tt := range map[string]struct {
+		change func(w *Witness)
+		want   string // "" for nothing
+	}{
+		"nothing":                     {func(*Witness) {}, ""},
+		"no body, whose time is over": {func(w *Witness) { e := *w.Row; e.Body = nil; w.Row, w.RowGone = &e, 4 }, ""},
+		"no body, of another size":    {func(w *Witness) { e := *w.Row; e.Body = nil; w.Row, w.RowGone = &e, 5 }, "the row's body was changed"},
+		"a time":                      {func(w *Witness) { e := *w.Row; e.Stored = e.Stored.Add(1); w.Row = &e }, "the row was changed"},
+		"what is not open":            {other, "the row was changed, in what is not open"},
+		"the same, aged out":          {func(w *Witness) { w.Record = string(Record(*w.Entry, saltOf(w))); w.Entry = nil; other(w) }, "the row was changed, in what is not open"},
+		"a column":                    {func(w *Witness) { w.RowWrong = []string{"calls_v1: the column x"} }, "the record is not what was signed: calls_v1: the column x: c1/end of session s1"},
+		"a row that cannot be read":   {func(w *Witness) { w.Row, w.RowWrong = nil, []string{"no event"} }, "the record is not what was signed: no event"},
+		"rows twice, and older ones":  {func(w *Witness) { w.RowsTwice, w.RowsOlder = 1, 2 }, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := verify(lines(tt.change))
+			if tt.want == "" {
+				if len(r.Problems) > 0 && !strings.Contains(name, "aged") || r.Rows != 6 {
+					t.Errorf("%+v", r)
+				}
+				return
+			}
+			if len(r.Problems) == 0 || !slices.ContainsFunc(r.Problems, func(p Problem) bool { return p.Seq == 4 && strings.Contains(p.Text, tt.want) }) {
+				t.Errorf("found %v, want %s", r.Problems, tt.want)
+			}
+		})
+	}
+	for seq, want := range map[uint64]string{1000: "EVENTS 1000: there is a row of it, and it was never in the log", 7: ""} {
+		all := lines(func(*Witness) {})
+		all = slices.Insert(all, len(all)-1, Line{Stray: &Stray{Seq: seq}})
+		if seq == 7 { // for which there is a leaf, of no event
+			for _, l := range all {
+				if l.Leaf != nil && l.Leaf.Number == 6 {
+					l.Leaf.Row = &schemas.Event{Tenant: "acme", Session: "s1", Seq: 7, Data: &schemas.Failed{}}
+				}
+			}
+			want = "EVENTS 7: leaf 6: it is no event, and there is a row of it"
+		}
+		if r := verify(all); len(r.Problems) == 0 || !slices.ContainsFunc(r.Problems, func(p Problem) bool { return strings.HasPrefix(p.String(), want) }) {
+			t.Errorf("found %v, want %s", r.Problems, want)
+		}
+	}
+}
+
+// saltOf is the salt that a witness has.
+func saltOf(w *Witness) []byte {
+	b, _ := hex.DecodeString(w.Salt)
+	return b
 }
 
 // A gap is a leaf of its own: what the log lost before the tree saw it is told.

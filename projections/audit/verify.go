@@ -24,6 +24,7 @@ type Line struct {
 	Tile       string   `json:"tile,omitempty"` // its path: tile/8/0/000
 	Data       []byte   `json:"data,omitempty"` // of the tile
 	Leaf       *Witness `json:"leaf,omitempty"`
+	Stray      *Stray   `json:"stray,omitempty"` // before the leaf that follows it
 	Beyond     *Entry   `json:"beyond,omitempty"`
 	Last       bool     `json:"last,omitempty"`
 }
@@ -31,11 +32,17 @@ type Line struct {
 // Held says what is held.
 type Held struct {
 	Origin  string           `json:"origin"`
-	Keys    []string         `json:"keys"`           // public keys; a verifier should know them from elsewhere
-	Leaves  uint64           `json:"leaves"`         // that the feed has had
-	First   uint64           `json:"first"`          // the first that it still has
-	Streams map[string]Range `json:"streams"`        // what the log holds
-	Rows    *Range           `json:"rows,omitempty"` // of EVENTS as rows; absent where there are none
+	Keys    []string         `json:"keys"`             // public keys; a verifier should know them from elsewhere
+	Leaves  uint64           `json:"leaves"`           // that the feed has had
+	First   uint64           `json:"first"`            // the first that it still has
+	Streams map[string]Range `json:"streams"`          // what the log holds
+	Rows    *Range           `json:"rows,omitempty"`   // of EVENTS as rows; absent where there are none
+	Others  uint64           `json:"others,omitempty"` // rows of other logs
+}
+
+// Stray says that there are rows of a sequence of EVENTS for which there is no leaf.
+type Stray struct {
+	Seq uint64 `json:"seq"`
 }
 
 // Range is from one sequence to another, both included; First is above Last where
@@ -54,6 +61,13 @@ type Witness struct {
 	Salt   string         `json:"salt,omitempty"`   // hex; "" where it was erased
 	Entry  *Entry         `json:"entry,omitempty"`  // the log's message; absent where it has none
 	Row    *schemas.Event `json:"row,omitempty"`    // the same in another store
+
+	// What is known of that store. Whoever has read it has held its rows against each
+	// other, and says what does not fit: a verifier could not know more of it.
+	RowWrong  []string `json:"row_wrong,omitempty"`  // what of the rows is not as Row makes it
+	RowGone   int      `json:"row_gone,omitempty"`   // bytes of Row's body, which is kept no more
+	RowsTwice int      `json:"rows_twice,omitempty"` // rows that are there again, all the same
+	RowsOlder int      `json:"rows_older,omitempty"` // rows of another event, which had this sequence before the log lost it
 }
 
 // Problem is one thing that is not as it was signed.
@@ -83,6 +97,11 @@ type Report struct {
 	Messages    uint64    `json:"messages"`         // of the log that are as they were signed
 	Rows        uint64    `json:"rows"`             // the same of rows
 	Bodiless    uint64    `json:"bodiless"`         // of the rows, those without the body, whose time is over
+	Twice       uint64    `json:"twice"`            // rows that are there again, all the same
+	Older       uint64    `json:"older"`            // rows of events that the log has lost, and whose sequences it has given again
+	Unled       uint64    `json:"unled"`            // sequences of which there are rows, and no leaf to hold them against
+	Before      uint64    `json:"before"`           // events of before the first row
+	Others      uint64    `json:"others"`           // rows of other logs
 	Erased      uint64    `json:"erased"`           // leaves whose body was erased, as an erasure in the tree says
 	Aged        uint64    `json:"aged"`             // leaves whose messages are older than the log
 	Unsigned    uint64    `json:"unsigned"`         // messages that no checkpoint covers yet
@@ -108,6 +127,9 @@ type Check struct {
 	Against []string
 	// Decode reads Entry.Event as the tree's builder had it.
 	Decode func(*Entry)
+	// Header is what the log has of an event as headers; may be nil. It is for rows
+	// whose message the log has no more.
+	Header func(schemas.Event) map[string][]string
 }
 
 // Verify holds lines against the checkpoints in them, and those against the
@@ -138,7 +160,7 @@ func Verify(_ context.Context, lines iter.Seq2[Line, error], c Check) (Report, e
 			if v.held.Streams == nil {
 				v.held.Streams = map[string]Range{}
 			}
-			v.next, v.r.Unfed = v.held.First, v.held.First
+			v.next, v.r.Unfed, v.r.Others = v.held.First, v.held.First, v.held.Others
 		case l.Checkpoint != "":
 			cp, err := OpenCheckpoint(l.Checkpoint, known)
 			switch {
@@ -164,6 +186,8 @@ func Verify(_ context.Context, lines iter.Seq2[Line, error], c Check) (Report, e
 				v.trees()
 			}
 			v.leaf(*l.Leaf)
+		case l.Stray != nil:
+			v.stray(l.Stray.Seq)
 		case l.Beyond != nil:
 			v.beyond(*l.Beyond)
 		case l.Last:
@@ -192,6 +216,7 @@ type verifier struct {
 
 	next    uint64            // number of the next leaf
 	at      Position          // last sequence of each stream in the tree; none before the first leaf
+	gap     Range             // of EVENTS, the last
 	missing []lost            // leaves whose messages the log should have
 	erased  map[string]uint64 // by session: the last erasure's place
 }
@@ -367,6 +392,12 @@ func (v *verifier) leaf(w Witness) {
 	v.at[l.Stream] = max(l.Seq, l.To)
 	if l.To != 0 {
 		v.r.Gaps += l.To - l.Seq + 1
+		if l.Stream == Events {
+			v.gap = Range{l.Seq, l.To}
+		}
+		if w.Row != nil || len(w.RowWrong) > 0 {
+			v.r.Unled++
+		}
 		return
 	}
 	if isEvent && open.Kind() == schemas.KindErased {
@@ -412,33 +443,79 @@ func (v *verifier) leaf(w Witness) {
 
 // row holds a row against its leaf.
 func (v *verifier) row(w Witness, l Leaf, open schemas.Event, isEvent bool, about, session string) {
-	if l.Stream != Events || !isEvent || open.Kind() == schemas.KindErased && w.Row == nil {
+	if l.Stream != Events {
 		return
 	}
 	n := w.Number
-	if w.Row == nil {
-		if v.held.Rows.has(l.Seq) {
+	say := func(text string) { v.problem(Problem{&n, l.Stream, l.Seq, text + ": " + about}) }
+	v.r.Twice += uint64(w.RowsTwice)
+	v.r.Older += uint64(w.RowsOlder)
+	defer func() { // what the event of it itself is comes first
+		for _, what := range w.RowWrong {
+			say("the record is not what was signed: " + what)
+		}
+	}()
+	switch {
+	case w.Row == nil && (!isEvent || len(w.RowWrong) > 0):
+		return
+	case !isEvent:
+		say("it is no event, and there is a row of it")
+		return
+	case w.Row == nil && l.Seq < v.held.Rows.First:
+		v.r.Before++
+		return
+	case w.Row == nil:
+		if v.held.Rows.has(l.Seq) && open.Kind() != schemas.KindErased {
 			v.missing = append(v.missing, lost{Problem{&n, l.Stream, l.Seq, "its row is missing: " + about}, session, row})
 		}
 		return
 	}
 	salt, err := hex.DecodeString(w.Salt)
-	text := ""
-	if w.Row.Data != nil {
-		text, _ = w.Row.Open().MarshalString()
+	if w.Salt == "" {
+		err = ErrRecord
 	}
+	text, _ := w.Row.Open().MarshalString()
 	switch {
-	case text != string(l.Event):
-		v.problem(Problem{&n, l.Stream, l.Seq, "the row was changed: " + about})
-	case err != nil || w.Salt == "":
-		v.problem(Problem{&n, l.Stream, l.Seq, "the row's salt is gone, and the row is not: " + about})
-	case len(w.Row.Body) == 0 && l.Size > 0:
+	case text != string(l.Event), !w.Row.Stored.Equal(l.Stored):
+		say("the row was changed")
+	case err != nil:
+		say("the row's salt is gone, and the row is not")
+	case !v.whole(w, l, salt):
+		say("the row was changed, in what is not open")
+	case w.RowGone > 0 && w.RowGone == l.Size:
 		v.r.Rows++
 		v.r.Bodiless++
 	case hex.EncodeToString(bodyDigest(salt, w.Row.Body)) != l.Body:
-		v.problem(Problem{&n, l.Stream, l.Seq, "the row's body was changed: " + about})
+		say("the row's body was changed")
 	default:
 		v.r.Rows++
+	}
+}
+
+// whole tells whether all of a row but its body is as it was signed, also what is
+// not open.
+func (v *verifier) whole(w Witness, l Leaf, salt []byte) bool {
+	if w.Entry != nil && w.Entry.Event.Data != nil {
+		is, _ := w.Row.MarshalString()
+		was, _ := w.Entry.Event.MarshalString()
+		return is == was
+	}
+	if v.c.Header == nil || w.Row.Kind() == schemas.KindErased { // which has a header that is not the event's
+		return true
+	}
+	return hex.EncodeToString(headDigest(salt, v.c.Header(*w.Row))) == l.Head
+}
+
+// stray looks at rows for which there is no leaf.
+func (v *verifier) stray(seq uint64) {
+	at, any := v.at[Events]
+	switch {
+	case v.gap.has(seq), !any && v.held.First > 0:
+		v.r.Unled++ // the log had lost it when the tree came, or the feed has lost its leaf
+	case any && seq > at && seq <= v.held.Streams[Events].Last:
+		// Too new to have one.
+	default:
+		v.problem(Problem{Stream: Events, Seq: seq, Text: "there is a row of it, and it was never in the log"})
 	}
 }
 

@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"iter"
 	"net/http"
 	"strconv"
 	"strings"
@@ -78,13 +77,19 @@ func (a *admin) auditRows(l *bus.Log) rowsOf {
 	if a.g.server == nil {
 		return nil
 	}
-	return func(ctx context.Context) (audit.Range, iter.Seq2[schemas.Event, error], error) {
+	return func(ctx context.Context) (projections.Rows, error) {
 		identity, err := l.Identity(ctx)
 		if err != nil {
-			return audit.Range{}, nil, err
+			return projections.Rows{}, err
 		}
-		first, last, events, err := projections.Rows(ctx, a.g.server, identity)
-		return audit.Range{First: first, Last: last}, events, err
+		// What the record has acknowledged it has, or has lost.
+		floor, err := l.Floor(ctx, consumer)
+		if err != nil {
+			return projections.Rows{}, err
+		}
+		r, err := projections.OpenRows(ctx, a.g.server, identity)
+		r.Last = max(r.Last, floor)
+		return r, err
 	}
 }
 

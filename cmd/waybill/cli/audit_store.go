@@ -7,6 +7,7 @@ import (
 	"golang.org/x/mod/sumdb/tlog"
 
 	"waybill.dev/bus"
+	"waybill.dev/projections"
 	"waybill.dev/projections/audit"
 	"waybill.dev/schemas"
 )
@@ -98,6 +99,9 @@ func (s auditStore) Erase(ctx context.Context, t schemas.Tenant, k schemas.Sessi
 	return s.a.Erase(ctx, t, k, before, func(payload []byte) ([]byte, bool) { return audit.Unsaid(payload, k, before) })
 }
 
+// headerOf is what the log has of an event beside its body.
+func headerOf(e schemas.Event) map[string][]string { return bus.Header(e) }
+
 // decodeEntry reads an entry's event as the log does.
 func decodeEntry(e *audit.Entry) {
 	m := bus.Message(*e)
@@ -114,9 +118,8 @@ func everyAuditLine(ctx context.Context, a *bus.Audit, keys []string, rows rowsO
 	}
 }
 
-// rowsOf reads the same events from another store: those of EVENTS in the order
-// of their sequence, and from which to which there are some. It may be nil.
-type rowsOf func(ctx context.Context) (audit.Range, iter.Seq2[schemas.Event, error], error)
+// rowsOf opens the rows that the record has of EVENTS. It may be nil.
+type rowsOf func(ctx context.Context) (projections.Rows, error)
 
 // writeAudit writes the lines that audit.Verify reads. It ends early where yield
 // wants no more.
@@ -136,7 +139,18 @@ func writeAudit(ctx context.Context, a *bus.Audit, keys []string, rows rowsOf, y
 	if held.Leaves, _, err = a.Head(ctx); err != nil {
 		return err
 	}
-	// The tree first: what is stored meanwhile is in the log, and not in the tree.
+	// The rows before the log: what they are of, that has.
+	var recorded projections.Rows
+	var row *cursor[projections.Recorded]
+	if rows != nil {
+		if recorded, err = rows(ctx); err != nil {
+			return err
+		}
+		held.Rows, held.Others = &audit.Range{First: recorded.First, Last: recorded.Last}, recorded.Others
+		row = newCursor(recorded.All)
+		defer row.stop()
+	}
+	// The tree before it: what is stored meanwhile is in the log, and not in the tree.
 	cursors := map[string]*cursor[bus.Message]{}
 	for _, stream := range []string{audit.Events, audit.System} {
 		var r audit.Range
@@ -147,15 +161,6 @@ func writeAudit(ctx context.Context, a *bus.Audit, keys []string, rows rowsOf, y
 		c := newCursor(a.Messages(ctx, stream, r.First))
 		defer c.stop()
 		cursors[stream] = c
-	}
-	var row *cursor[schemas.Event]
-	if rows != nil {
-		r, all, err := rows(ctx)
-		if err != nil {
-			return err
-		}
-		held.Rows, row = &r, newCursor(all)
-		defer row.stop()
 	}
 	if !yield(audit.Line{Log: &held}) {
 		return nil
@@ -197,14 +202,22 @@ func writeAudit(ctx context.Context, a *bus.Audit, keys []string, rows rowsOf, y
 				w.Entry = &e
 			}
 		}
-		var event *schemas.Event
 		if row != nil && stream == audit.Events {
-			if event, err = row.upTo(seq, func(e schemas.Event) uint64 { return e.Seq }); err != nil {
+			at := func(r projections.Recorded) uint64 { return r.Seq }
+			for r := row.before(seq, at); r != nil; r = row.before(seq, at) {
+				if !yield(audit.Line{Stray: &audit.Stray{Seq: r.Seq}}) {
+					return nil
+				}
+			}
+			r, err := row.upTo(seq, at)
+			if err != nil {
 				return err
 			}
-			w.Row = event
+			if r != nil && (r.Main || r.Seq <= recorded.Last) { // what follows it is being written
+				rowOf(&w, *r, record)
+			}
 		}
-		salt, err := salts.of(ctx, w.Entry, event)
+		salt, err := salts.of(ctx, w.Entry, w.Row)
 		if err != nil {
 			return err
 		}
@@ -214,6 +227,16 @@ func writeAudit(ctx context.Context, a *bus.Audit, keys []string, rows rowsOf, y
 		}
 		if !yield(audit.Line{Leaf: &w}) {
 			return nil
+		}
+	}
+	if row != nil {
+		for r, err := range row.rest() {
+			if err != nil {
+				return err
+			}
+			if !yield(audit.Line{Stray: &audit.Stray{Seq: r.Seq}}) {
+				return nil
+			}
 		}
 	}
 	for _, stream := range []string{audit.Events, audit.System} {
@@ -229,6 +252,26 @@ func writeAudit(ctx context.Context, a *bus.Audit, keys []string, rows rowsOf, y
 	}
 	yield(audit.Line{Last: true})
 	return nil
+}
+
+// rowOf adds to what is known of a leaf what the record has of it.
+func rowOf(w *audit.Witness, r projections.Recorded, record []byte) {
+	w.RowWrong, w.RowsTwice, w.RowsOlder, w.RowGone = r.Wrong, r.Twice, r.Older, r.Gone
+	if r.Main {
+		if r.Event.Data != nil {
+			w.Row = &r.Event
+		}
+		return
+	}
+	l, err := audit.ReadRecord(record)
+	if err != nil {
+		return // as is said of the record
+	}
+	if e, ok := l.Opened(); ok {
+		w.RowWrong = r.Erased(e, l.Size)
+	} else {
+		w.RowWrong = []string{"there is a row of it, and it is no event"}
+	}
 }
 
 // saltReader reads the salts of messages. It is used by one goroutine.
@@ -311,6 +354,16 @@ func (c *cursor[T]) upTo(seq uint64, at func(T) uint64) (*T, error) {
 			return v, nil
 		}
 	}
+}
+
+// before is the next element if it is before a sequence, and nil if it is not.
+func (c *cursor[T]) before(seq uint64, at func(T) uint64) *T {
+	v := c.peek()
+	if v == nil || at(*v) >= seq {
+		return nil
+	}
+	c.ahead = nil
+	return v
 }
 
 // rest yields what is left.

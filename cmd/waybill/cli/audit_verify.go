@@ -27,7 +27,7 @@ import (
 func auditVerify(ctx context.Context, env Env, args []string) error {
 	fs := flag.NewFlagSet("audit verify", flag.ContinueOnError)
 	connect := clientFlags(fs)
-	check := audit.Check{Decode: decodeEntry}
+	check := audit.Check{Decode: decodeEntry, Header: headerOf}
 	var against, keys []string
 	fs.Func("against", "`FILE` with checkpoints of earlier, as `waybill audit checkpoint` printed them; may be repeated", func(s string) error {
 		against = append(against, s)
@@ -221,13 +221,18 @@ func printReport(env Env, r audit.Report, own bool) error {
 	p.line("checkpoints   %d, signed and each of a tree that grew from the one before; the newest of %d leaves", r.Checkpoints, r.Signed)
 	p.line("messages      %d as they were signed", r.Messages)
 	if r.Rows > 0 {
-		p.line("rows          %d as they were signed", r.Rows)
+		p.line("rows          %d as they were signed, in all tables", r.Rows)
 	}
 	for _, n := range []struct {
 		n    uint64
 		text string
 	}{
 		{r.Bodiless, "of the rows without their bodies, whose time is over"},
+		{r.Twice, "rows are there again, all the same, until ClickHouse merges them"},
+		{r.Older, "rows of events that the log has lost, and has given their numbers again: no leaf is of them"},
+		{r.Unled, "rows whose leaves the feed or the log does not have any more: nothing to hold them against"},
+		{r.Before, "of the events are older than the first row"},
+		{r.Others, "rows are of other logs, and not verified"},
 		{r.Erased, "body erased, as an erasure in the log says"},
 		{r.Aged, "older than what the log keeps; their leaves are in the tree"},
 		{r.Unsigned, "too new to be signed"},
