@@ -311,14 +311,19 @@ func (a *Audit) Find(ctx context.Context, stream string, seq uint64) (uint64, er
 	if err != nil {
 		return 0, err
 	}
+	return a.find(ctx, stream, seq, first, end)
+}
+
+// find is Find among the leaves from one number up to another.
+func (a *Audit) find(ctx context.Context, stream string, seq, first, end uint64) (uint64, error) {
 	last := end
 	for first < last { // the first that has it
 		mid := first + (last-first)/2
-		r, err := a.Record(ctx, mid)
+		has, err := a.covers(ctx, mid, stream, seq)
 		if err != nil {
 			return 0, err
 		}
-		if reached(r.Position, stream) >= seq {
+		if has {
 			last = mid
 		} else {
 			first = mid + 1
@@ -328,6 +333,56 @@ func (a *Audit) Find(ctx context.Context, stream string, seq uint64) (uint64, er
 		return 0, fmt.Errorf("leaf of %s %d: %w", stream, seq, schemas.ErrNotFound)
 	}
 	return first, nil
+}
+
+// covers tells whether the tree has a message when it has a leaf.
+func (a *Audit) covers(ctx context.Context, n uint64, stream string, seq uint64) (bool, error) {
+	r, err := a.Record(ctx, n)
+	return reached(r.Position, stream) >= seq, err
+}
+
+// leaves yields the numbers of the leaves of messages of EVENTS, whose sequences are
+// in their order, as far as the feed has them. Most often one lies as far behind the
+// one before as in the log, so that it costs little to find.
+func (a *Audit) leaves(ctx context.Context, seqs []uint64) iter.Seq2[uint64, error] {
+	return func(yield func(uint64, error) bool) {
+		first, err := a.First(ctx)
+		if err != nil {
+			yield(0, err)
+			return
+		}
+		end, _, err := a.Head(ctx)
+		if err != nil {
+			yield(0, err)
+			return
+		}
+		before := uint64(0)
+		for i, seq := range seqs {
+			n := first
+			if i > 0 {
+				n = before + seq - seqs[i-1]
+			}
+			there, earlier := false, false
+			if n > first && n < end && i > 0 {
+				if there, err = a.covers(ctx, n, events, seq); err == nil && there {
+					earlier, err = a.covers(ctx, n-1, events, seq)
+				}
+			}
+			if err == nil && (!there || earlier) {
+				n, err = a.find(ctx, events, seq, first, end)
+			}
+			if errors.Is(err, schemas.ErrNotFound) {
+				return // it is too old, or too new, and so is what follows: nothing of either is in the feed
+			}
+			if err != nil {
+				yield(0, err)
+				return
+			}
+			if before = n; !yield(n, nil) {
+				return
+			}
+		}
+	}
 }
 
 // reached is how far a position is in a stream.
@@ -798,8 +853,13 @@ func (a *Audit) Erase(ctx context.Context, t schemas.Tenant, s schemas.SessionKe
 		}
 	}
 	// The feed first: its records are made of what else is erased.
-	if err := a.eraseFeed(ctx, t, s, seqs, cut); err != nil {
-		return err
+	for n, err := range a.leaves(ctx, seqs) {
+		if err == nil {
+			err = a.eraseRecord(ctx, n, cut)
+		}
+		if err != nil {
+			return fmt.Errorf("feed of session %s: %w", s, err)
+		}
 	}
 	letters, err := a.l.js.Stream(ctx, dead)
 	if err != nil {
@@ -831,35 +891,47 @@ func (a *Audit) Erase(ctx context.Context, t schemas.Tenant, s schemas.SessionKe
 	return overwrite(ctx, a.state, m.Sequence)
 }
 
-// eraseFeed replaces the records that have bodies by records without.
-func (a *Audit) eraseFeed(ctx context.Context, t schemas.Tenant, s schemas.SessionKey, seqs []uint64, cut func([]byte) ([]byte, bool)) error {
-	if len(seqs) == 0 {
+// eraseRecord replaces a record that has a body by one without.
+func (a *Audit) eraseRecord(ctx context.Context, n uint64, cut func([]byte) ([]byte, bool)) error {
+	m, err := get(ctx, a.l, a.feed, n+1)
+	if errors.Is(err, schemas.ErrNotFound) {
+		return nil // replaced, or too old
+	}
+	if err != nil {
+		return fmt.Errorf("record %d of the feed: %w", n, err)
+	}
+	without, said := cut(m.Data)
+	if !said {
 		return nil
 	}
-	subject := "audit." + string(t) + ".>"
-	for m, err := range read(ctx, a.l, a.feed, subject, 1, 0) {
-		if err != nil {
-			return fmt.Errorf("feed of session %s: %w", s, err)
-		}
-		if !bytes.Contains(m.Body, []byte(string(s))) {
-			continue
-		}
-		without, said := cut(m.Body)
-		if !said {
-			continue
-		}
-		put := nats.NewMsg(replacedSubject + strconv.FormatUint(m.Seq-1, 10))
-		put.Data = without
-		put.Header = nats.Header(maps.Clone(m.Header))
-		for _, name := range []string{jetstream.ExpectedLastSeqHeader, jetstream.ExpectedLastMsgIDHeader, jetstream.MsgIDHeader} {
-			put.Header.Del(name)
-		}
-		put.Header.Set("Waybill-Subject", m.Subject)
-		if _, err := a.l.acks.publish(ctx, put); err != nil {
-			return fmt.Errorf("record %d of the feed: %w", m.Seq-1, err)
-		}
-		if err := overwrite(ctx, a.feed, m.Seq); err != nil {
-			return err
+	put := nats.NewMsg(replacedSubject + strconv.FormatUint(n, 10))
+	put.Data = without
+	put.Header = maps.Clone(m.Header)
+	for _, name := range []string{
+		jetstream.ExpectedLastSeqHeader, jetstream.ExpectedLastMsgIDHeader, jetstream.MsgIDHeader,
+		jetstream.StreamHeader, jetstream.SubjectHeader, jetstream.SequenceHeader, jetstream.TimeStampHeaer, jetstream.LastSequenceHeader,
+	} {
+		put.Header.Del(name)
+	}
+	put.Header.Set("Waybill-Subject", m.Subject)
+	if _, err := a.l.acks.publish(ctx, put); err != nil {
+		return fmt.Errorf("record %d of the feed: %w", n, err)
+	}
+	return overwrite(ctx, a.feed, m.Sequence)
+}
+
+// EraseFeed replaces the records of a session that have bodies and are of events
+// which the log has lost to their age, by records without. [Audit.Erase] does those
+// of the log. It reads what the feed has of the agent, up to a leaf.
+func (a *Audit) EraseFeed(ctx context.Context, t schemas.Tenant, of schemas.Agent, s schemas.SessionKey, to uint64, cut func([]byte) ([]byte, bool)) error {
+	for _, agent := range []string{string(of), "_"} { // of nobody, what cannot be read
+		for m, err := range read(ctx, a.l, a.feed, "audit."+string(t)+"."+agent+".*", 1, to) {
+			if err == nil && bytes.Contains(m.Body, []byte(string(s))) {
+				err = a.eraseRecord(ctx, m.Seq-1, cut)
+			}
+			if err != nil {
+				return fmt.Errorf("feed of session %s: %w", s, err)
+			}
 		}
 	}
 	return nil

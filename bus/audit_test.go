@@ -481,8 +481,8 @@ func TestEraseOverwrites(t *testing.T) {
 		t.Fatal(err)
 	}
 	err = a.Append(t.Context(), 0, []bus.FeedRecord{
-		{Subject: "audit.acme.researcher.requested", Payload: []byte("canary-gone of " + gone.Session)},
-		{Subject: "audit.acme.researcher.requested", Payload: []byte("canary-stays of " + stays.Session)},
+		{Subject: "audit.acme.researcher.requested", Payload: []byte("canary-gone of " + gone.Session), Position: "EVENTS=1"},
+		{Subject: "audit.acme.researcher.requested", Payload: []byte("canary-stays of " + stays.Session), Position: "EVENTS=2"},
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -546,5 +546,75 @@ func TestEraseOverwrites(t *testing.T) {
 			}
 		}
 		nc.Close()
+	}
+}
+
+// The records of what is erased are found in the feed by their places there, among
+// others; and those of which the log has no events any more by their session.
+func TestEraseFindsRecords(t *testing.T) {
+	w := start(t, embed.Options{})
+	l := w.open(bus.Options{Role: bus.RoleAudit})
+	a, err := l.Audit(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	edge := w.open(bus.Options{Role: bus.RoleEdge})
+	var last schemas.Receipt
+	var session schemas.SessionKey
+	var records []bus.FeedRecord
+	record := func(text, position string) {
+		records = append(records, bus.FeedRecord{Subject: "audit.acme.researcher.requested", Payload: []byte(text), Position: position})
+	}
+	record("old said of a session", "EVENTS=0") // of before the log
+	for i := range 40 {
+		e := request(fmt.Sprint("said ", i))
+		if i%3 == 1 {
+			e.Session = schemas.NewSessionKey("acme", "researcher", "other")
+		} else {
+			session = e.Session
+		}
+		if last, err = edge.Publish(t.Context(), e); err != nil {
+			t.Fatal(err)
+		}
+		if i%7 == 3 { // of another stream
+			record("system", fmt.Sprintf("EVENTS=%d SYSTEM=%d", last.Seq-1, i))
+		}
+		record(fmt.Sprintf("said %d of %s", i, e.Session), fmt.Sprintf("EVENTS=%d", last.Seq))
+	}
+	if err := a.Append(t.Context(), 0, records); err != nil {
+		t.Fatal(err)
+	}
+	seen := 0
+	cut := func(payload []byte) ([]byte, bool) {
+		seen++
+		return []byte("cut"), strings.Contains(string(payload), "said")
+	}
+	if err := a.Erase(t.Context(), "acme", session, last.Seq+1, cut); err != nil {
+		t.Fatal(err)
+	}
+	if seen != 27 {
+		t.Errorf("%d records were looked at for 27 events", seen)
+	}
+	cuts := func() (n int) {
+		for r, err := range a.Feed(t.Context(), 0, uint64(len(records))) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			if text := string(r.Payload); text == "cut" {
+				n++
+			} else if strings.Contains(text, string(session)) && r.Number > 0 {
+				t.Errorf("record %d is %s", r.Number, text)
+			}
+		}
+		return n
+	}
+	if n := cuts(); n != 27 {
+		t.Errorf("%d records are without their bodies", n)
+	}
+	if err := a.EraseFeed(t.Context(), "acme", "researcher", "a session", uint64(len(records)), cut); err != nil {
+		t.Fatal(err)
+	}
+	if n := cuts(); n != 28 {
+		t.Errorf("%d records are without their bodies", n)
 	}
 }

@@ -87,3 +87,22 @@ func (w *Writer) forget(ctx context.Context, tables []string, look func() error)
 		}
 	}
 }
+
+// Whose is the tenant and the agent of a session, and how many events of it the record
+// has, erasures left out; 0 for a session that it does not know.
+func Whose(ctx context.Context, s Server, key schemas.SessionKey) (t schemas.Tenant, a schemas.Agent, events int, err error) {
+	conn, err := open(ctx, s, true)
+	if err != nil {
+		return "", "", 0, fmt.Errorf("session %s in the record: %w", key, err)
+	}
+	defer func() { _ = conn.Close() }()
+	ctx, cancel := timeless(ctx)
+	defer cancel()
+	var tenant, agent string
+	var n uint64
+	err = conn.QueryRow(ctx, "SELECT any(tenant), any(agent), countIf(kind != '"+string(schemas.KindErased)+"') FROM "+main+" WHERE session = ?", string(key)).Scan(&tenant, &agent, &n)
+	if err != nil {
+		return "", "", 0, fmt.Errorf("session %s in the record: %w", key, refusal(err))
+	}
+	return schemas.Tenant(tenant), schemas.Agent(agent), int(n), nil
+}

@@ -274,9 +274,36 @@ func TestAudit(t *testing.T) {
 	if files := has(); len(files) > 0 {
 		t.Errorf("after a stop the canary is in %v", files)
 	}
+	// What the log has lost to its age can be erased all the same.
+	block := filepath.Join(g.Dir, "data", "log", "jetstream", "$G", "streams", "EVENTS", "msgs", "1.blk")
+	all := readBlock(t, block)
+	aged := 0
+	for i := range all {
+		if strings.Contains(all[i].subject, string(sessionNamed("stays"))) {
+			all[i].time -= uint64(25 * time.Hour)
+			aged++
+		}
+	}
+	writeBlock(t, block, "EVENTS", 1, all)
 	g.Restart()
 	if r, _ = verify(t, g, "--against", earlier); r.Erased == 0 || r.Unsigned > 2 {
 		t.Errorf("after a restart: %+v", r)
+	}
+	if out, _, exit := g.CLI("replay", string(sessionNamed("stays")), "--json"); aged == 0 || exit == 0 {
+		t.Fatalf("the log still has %s", out)
+	}
+	out, errs, exit = g.CLI("erase", string(sessionNamed("stays")), "--json")
+	if exit != 0 || !strings.Contains(out, `"events":`) {
+		t.Fatalf("erase what the log has lost: %s %s", out, errs)
+	}
+	if files := filesWith(t, filepath.Join(g.Dir, "data"), "said and kept"); len(files) > 0 {
+		t.Errorf("after the second erasure it is in %v", files)
+	}
+	if n := strings.TrimSpace(query(t, g, fmt.Sprintf("SELECT count() AS n FROM events WHERE session = '%s' AND kind != 'erased'", sessionNamed("stays")))); n != `{"n":0}` {
+		t.Errorf("rows of the session: %s", n)
+	}
+	if _, errs, exit := g.CLI("erase", "nobody"); exit != 1 || !strings.Contains(errs, "no session") {
+		t.Errorf("a session that nobody knows: %d %s", exit, errs)
 	}
 }
 

@@ -306,10 +306,6 @@ func (a *admin) erase(w http.ResponseWriter, r *http.Request) {
 			delete(open, e.Call)
 		}
 	}
-	if first.Data == nil {
-		http.Error(w, "no session "+strconv.Quote(string(key))+" in the log; `waybill sessions` lists them", http.StatusNotFound)
-		return
-	}
 	for call, until := range open {
 		if until.IsZero() || time.Now().Before(until.Add(eraseGrace)) {
 			http.Error(w, fmt.Sprintf("call %s of the session is still open: try again when it has ended", call), http.StatusConflict)
@@ -322,6 +318,19 @@ func (a *admin) erase(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer l.Close()
+	old, err := a.outlived(ctx, of, key)
+	if err != nil {
+		a.fail(w, err)
+		return
+	}
+	if first.Data == nil {
+		first.Tenant, first.Agent = old.tenant, old.agent
+	}
+	if first.Tenant == "" {
+		http.Error(w, "no session "+strconv.Quote(string(key))+" in the log, in the record or in the audit's feed; `waybill sessions` lists them", http.StatusNotFound)
+		return
+	}
+	events = max(events, old.events)
 	e := schemas.Event{
 		Tenant: first.Tenant, Session: key, Agent: first.Agent,
 		Data: &schemas.Erased{ID: strings.ToLower(rand.Text()[:16]), Reason: reason},
@@ -337,6 +346,11 @@ func (a *admin) erase(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	leaf, err := covered(ctx, of, keys, receipt.Seq)
+	if err == nil {
+		// What the builder cannot know of, as the log does not: it reads as much of the
+		// feed as there is, and so is not for who builds the tree.
+		err = of.EraseFeed(ctx, first.Tenant, first.Agent, key, leaf, unsaid(key, receipt.Seq))
+	}
 	if err == nil && len(a.g.guard) > 0 {
 		err = untilRecorded(ctx, l, receipt.Seq)
 	}
@@ -346,6 +360,29 @@ func (a *admin) erase(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Content-Type", "application/json")
 	_ = json.NewEncoder(w).Encode(erasure{key, first.Tenant, receipt.Seq, leaf, events}) // the client left
+}
+
+// outlived is what there is of a session beside the log, which has lost the oldest
+// of it, or all, to its age.
+type outlived struct {
+	tenant schemas.Tenant // "" for nothing
+	agent  schemas.Agent
+	events int
+}
+
+// outlived looks for a session in the record, and then in the feed.
+func (a *admin) outlived(ctx context.Context, of *bus.Audit, key schemas.SessionKey) (o outlived, err error) {
+	if a.g.server != nil {
+		if o.tenant, o.agent, o.events, err = projections.Whose(ctx, a.g.server, key); err != nil || o.tenant != "" {
+			return o, err
+		}
+	}
+	return o, nil
+}
+
+// unsaid takes out of a record of the feed what a session said before a message.
+func unsaid(key schemas.SessionKey, before uint64) func([]byte) ([]byte, bool) {
+	return func(payload []byte) ([]byte, bool) { return audit.Unsaid(payload, key, before) }
 }
 
 const (

@@ -96,7 +96,7 @@ func (s auditStore) Secret(ctx context.Context, t schemas.Tenant, k schemas.Sess
 }
 
 func (s auditStore) Erase(ctx context.Context, t schemas.Tenant, k schemas.SessionKey, before uint64) error {
-	return s.a.Erase(ctx, t, k, before, func(payload []byte) ([]byte, bool) { return audit.Unsaid(payload, k, before) })
+	return s.a.Erase(ctx, t, k, before, unsaid(k, before))
 }
 
 // headerOf is what the log has of an event beside its body.
