@@ -135,7 +135,8 @@ func (l *Log) Audit(ctx context.Context) (*Audit, error) {
 	return a, nil
 }
 
-// Head is how many records the feed has had, and the position of the last.
+// Head is how many records the feed has had, and the position of the last, "" where
+// that is too old to be there.
 func (a *Audit) Head(ctx context.Context) (uint64, string, error) {
 	info, err := retry(ctx, a.l, func(ctx context.Context) (*jetstream.StreamInfo, error) { return a.feed.Info(ctx) })
 	if err != nil {
@@ -145,6 +146,9 @@ func (a *Audit) Head(ctx context.Context) (uint64, string, error) {
 		return 0, "", nil
 	}
 	r, err := a.Record(ctx, info.State.LastSeq-1)
+	if errors.Is(err, schemas.ErrNotFound) {
+		err = nil
+	}
 	return info.State.LastSeq, r.Position, err
 }
 
@@ -514,29 +518,33 @@ type Tile struct {
 	Data []byte
 }
 
-// Checkpoint is the newest one, "" for none.
-func (a *Audit) Checkpoint(ctx context.Context) (string, error) {
+// Checkpoint is the newest one, "" for none, and the last messages of the log that its
+// tree has, "" where that is not known.
+func (a *Audit) Checkpoint(ctx context.Context) (text, position string, err error) {
 	m, err := retry(ctx, a.l, func(ctx context.Context) (*jetstream.RawStreamMsg, error) {
 		return a.audit.GetLastMsgForSubject(ctx, checkpointSubject)
 	})
 	if errors.Is(err, jetstream.ErrMsgNotFound) {
-		return "", nil
+		return "", "", nil
 	}
 	if err != nil {
-		return "", fmt.Errorf("newest checkpoint: %w", err)
+		return "", "", fmt.Errorf("newest checkpoint: %w", err)
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.checkpoint = m.Sequence
-	return string(m.Data), nil
+	return string(m.Data), m.Header.Get(headerPosition), nil
 }
 
 // PutCheckpoint adds one behind the one that this process saw last, or fails.
-func (a *Audit) PutCheckpoint(ctx context.Context, text string) error {
+func (a *Audit) PutCheckpoint(ctx context.Context, text, position string) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	m := nats.NewMsg(checkpointSubject)
 	m.Data = []byte(text)
+	if position != "" {
+		m.Header.Set(headerPosition, position)
+	}
 	m.Header.Set(jetstream.ExpectedLastSubjSeqHeader, strconv.FormatUint(a.checkpoint, 10))
 	ack, err := a.l.acks.publish(ctx, m)
 	if err != nil {

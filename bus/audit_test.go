@@ -91,7 +91,7 @@ func TestSubscribers(t *testing.T) {
 	}
 	feed(t, a, 2, "b")
 	feed(t, a, 3, "a")
-	if err := a.PutCheckpoint(t.Context(), "note"); err != nil {
+	if err := a.PutCheckpoint(t.Context(), "note", "EVENTS=1"); err != nil {
 		t.Fatal(err)
 	}
 	if err := a.PutTile(t.Context(), "tile/8/0/000", []byte("tile")); err != nil {
@@ -338,7 +338,7 @@ func TestReadWhileGrowing(t *testing.T) {
 		}
 	}
 	for _, c := range []string{"one", "two"} {
-		if err := a.PutCheckpoint(t.Context(), c); err != nil {
+		if err := a.PutCheckpoint(t.Context(), c, ""); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -348,7 +348,7 @@ func TestReadWhileGrowing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := a.PutCheckpoint(t.Context(), "three"); err != nil {
+	if err := a.PutCheckpoint(t.Context(), "three", ""); err != nil {
 		t.Fatal(err)
 	}
 	var checkpoints, tiles []string

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/santhosh-tekuri/jsonschema/v6"
 	"golang.org/x/mod/sumdb/tlog"
@@ -821,6 +822,74 @@ func TestRun(t *testing.T) {
 		t.Fatal(err)
 	}
 	if r := m.verify(t, m.lines(nil, nil)); !r.OK() || r.Messages != 500 {
+		t.Errorf("%+v", r)
+	}
+}
+
+// A feed of which all is too old to be there ends nothing: the tree goes on from the
+// last checkpoint, wherever in a tile that is.
+func TestGoesOnWithoutFeed(t *testing.T) {
+	for _, n := range []int{1, 255, 256, 257, 700} {
+		m := newMemory()
+		for i := range n {
+			m.say("s1", request(), fmt.Sprint("said ", i))
+		}
+		b := m.builder(t, nil)
+		if err := errors.Join(b.Restore(t.Context()), m.all(b)); err != nil {
+			t.Fatal(err)
+		}
+		for _, left := range []uint64{0, 1, 100} {
+			m.old = uint64(len(m.feed)) - min(left, uint64(n))
+			b = m.builder(t, nil)
+			m.say("s1", request(), "later")
+			if err := errors.Join(b.Restore(t.Context()), m.all(b)); err != nil {
+				t.Fatalf("%d leaves, %d in the feed: %v", n, left, err)
+			}
+		}
+		m.old = 0 // it was only hidden
+		if r := m.verify(t, m.lines(nil, nil), m.checkpoints...); !r.OK() || r.Messages != uint64(n+3) {
+			t.Errorf("%d leaves: %+v", n, r)
+		}
+		// What no checkpoint says is not guessed.
+		m.old = uint64(len(m.feed))
+		for _, data := range m.edge {
+			data[0]++
+		}
+		if err := m.builder(t, nil).Restore(t.Context()); !errors.Is(err, ErrFork) {
+			t.Errorf("%d leaves, with an edge that was changed: %v", n, err)
+		}
+		m.positions[len(m.positions)-1] = nil
+		if err := m.builder(t, nil).Restore(t.Context()); !errors.Is(err, ErrFork) {
+			t.Errorf("%d leaves, without a position: %v", n, err)
+		}
+	}
+}
+
+// A builder that is told to stop signs what it has taken.
+func TestStopSigns(t *testing.T) {
+	m := newMemory()
+	b := m.builder(t, func(o *Options) { o.Now, o.Every, o.Settle = time.Now, time.Hour, 10*time.Millisecond })
+	ctx, stop := context.WithCancel(t.Context())
+	taken := make(chan bool, 1)
+	b.o.Tree = func(s State) {
+		if s.Leaves == 5 {
+			select {
+			case taken <- true:
+			default:
+			}
+		}
+	}
+	for range 5 {
+		m.say("s1", request(), "x")
+	}
+	done := make(chan error)
+	go func() { done <- b.Run(ctx) }()
+	<-taken
+	stop()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	if r := m.verify(t, m.lines(nil, nil)); !r.OK() || r.Signed != 5 {
 		t.Errorf("%+v", r)
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"iter"
 	"log/slog"
+	"maps"
 	"slices"
 	"time"
 
@@ -19,26 +20,31 @@ import (
 // Store is where the tree lies, and the log that it is of. What a method has
 // written is there when it has returned nil.
 type Store interface {
-	// Head is how many records the feed has had, and the position behind the last.
+	// Head is how many records the feed has had, and the position behind the last; no
+	// position where the feed has that record no more.
 	Head(ctx context.Context) (uint64, Position, error)
 	// Append adds items to the feed, numbered from n on, one behind the other. It
 	// returns an error that wraps ErrOvertaken, and has then perhaps stored some of
 	// them, where the feed does not end at n: another builder is at work.
 	Append(ctx context.Context, n uint64, items []Item) error
-	// Records are the leaves' records of the feed from one number up to another.
+	// Records are the leaves' records of the feed from one number up to another, but
+	// for the first ones, which may be too old to be there.
 	Records(ctx context.Context, from, to uint64) iter.Seq2[[]byte, error]
 
 	// Tile reads a full tile; it returns schemas.ErrNotFound.
 	Tile(ctx context.Context, t tlog.Tile) ([]byte, error)
 	PutTile(ctx context.Context, t tlog.Tile, data []byte) error
-	// PutEdge stores the tiles that are not full, in the place of the last ones.
+	// PutEdge stores the tiles that are not full, in the place of the last ones, which
+	// Edge reads.
 	PutEdge(ctx context.Context, tiles map[tlog.Tile][]byte) error
+	Edge(ctx context.Context) (map[tlog.Tile][]byte, error)
 
-	// Checkpoint is the newest one, "" for none.
-	Checkpoint(ctx context.Context) (string, error)
+	// Checkpoint is the newest one, "" for none, and the position of its tree, if that
+	// is known.
+	Checkpoint(ctx context.Context) (string, Position, error)
 	// PutCheckpoint adds one; ErrOvertaken where the newest is not the one that
 	// Checkpoint or PutCheckpoint had last.
-	PutCheckpoint(ctx context.Context, text string) error
+	PutCheckpoint(ctx context.Context, text string, at Position) error
 
 	// Entry reads one message of the log; it returns schemas.ErrNotFound.
 	Entry(ctx context.Context, stream string, seq uint64) (Entry, error)
@@ -110,6 +116,7 @@ type Builder struct {
 // snapshot is a tree that is to be signed when it has settled.
 type snapshot struct {
 	at    time.Time
+	upTo  Position // nil where it is not known
 	size  uint64
 	root  tlog.Hash
 	tiles map[tlog.Tile][]byte
@@ -219,8 +226,11 @@ func (b *Builder) grow(ctx context.Context) error {
 				case err := <-failed:
 					return err
 				default:
-					return ctx.Err()
 				}
+				if ctx.Err() != nil {
+					return b.finish(context.WithoutCancel(ctx))
+				}
+				return errors.New("the log's messages have an end")
 			}
 			batch := []Entry{e}
 			linger.Reset(gather)
@@ -239,6 +249,8 @@ func (b *Builder) grow(ctx context.Context) error {
 			if err := b.Take(ctx, batch); err != nil {
 				return err
 			}
+		case <-ctx.Done():
+			return b.finish(context.WithoutCancel(ctx))
 		case <-tick.C:
 		}
 		if err := b.Sign(ctx); err != nil {
@@ -246,6 +258,38 @@ func (b *Builder) grow(ctx context.Context) error {
 		}
 	}
 }
+
+// finish signs what is left when the builder is told to stop: its records may be too
+// old to be there when the next one comes. It waits for what has not settled, but
+// not for long.
+func (b *Builder) finish(ctx context.Context) error {
+	// Where another builder has taken over the tree is another by now, and so is its
+	// edge.
+	if n, _, err := b.o.Store.Head(ctx); err != nil || n != b.tree.size || n == b.signed {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, finishing)
+	defer cancel()
+	if b.tree.size > b.taken {
+		b.snap(b.at)
+	}
+	tick := time.NewTicker(b.o.Settle / 8)
+	defer tick.Stop()
+	for b.signed < b.tree.size {
+		if err := b.Sign(ctx); err != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
+	return nil
+}
+
+// finishing is how long a builder that is told to stop may still sign.
+const finishing = time.Second
 
 // Restore reads where the tree is: its right edge at the last checkpoint, and
 // the leaves that the feed has had since. What is not as it was signed, or not as
@@ -255,7 +299,7 @@ func (b *Builder) Restore(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	text, err := b.o.Store.Checkpoint(ctx)
+	text, of, err := b.o.Store.Checkpoint(ctx)
 	if err != nil {
 		return err
 	}
@@ -270,6 +314,19 @@ func (b *Builder) Restore(ctx context.Context) error {
 	}
 	if last.Size > n {
 		return fmt.Errorf("%w: %d leaves were signed, and there are %d", ErrFork, last.Size, n)
+	}
+	if at == nil && n > 0 {
+		// The feed's last record is too old to be there. The tree is where the last
+		// checkpoint is, if that has all of it.
+		switch at = of; {
+		case n > last.Size:
+			return fmt.Errorf("%w: the feed has had %d leaves of which it has none any more, and %d of them were signed", ErrFork, n, last.Size)
+		case at == nil:
+			return fmt.Errorf("%w: the feed's last record is too old to be there, and the last checkpoint does not say what of the log it covers", ErrFork)
+		}
+	}
+	if at == nil {
+		at = Position{}
 	}
 	b.tree, b.at, b.signed, b.taken, b.waiting = tree{}, at, last.Size, last.Size, nil
 	b.secrets = map[string][]byte{}
@@ -290,7 +347,12 @@ func (b *Builder) Restore(ctx context.Context) error {
 		if err := b.recheck(ctx, number, record, number == n-1); err != nil {
 			return err
 		}
-		if err := b.add(ctx, record); err != nil {
+		// Of what lies between, the position is not known here.
+		var upTo Position
+		if number == n-1 {
+			upTo = b.at
+		}
+		if err := b.add(ctx, record, upTo); err != nil {
 			return err
 		}
 		number++
@@ -349,7 +411,8 @@ func (b *Builder) recheck(ctx context.Context, n uint64, record []byte, last boo
 	return nil
 }
 
-// edge reads the right edge of a tree of size leaves.
+// edge reads the right edge of a tree of size leaves: from the feed, and what that
+// has no more, from the tiles. What both have has to be the same.
 func (b *Builder) edge(ctx context.Context, size uint64) (tree, error) {
 	t := tree{size: size}
 	for level, count := 0, size; count > 0; level, count = level+1, count>>tileHeight {
@@ -362,6 +425,10 @@ func (b *Builder) edge(ctx context.Context, size uint64) (tree, error) {
 				}
 				hashes = append(hashes, hashOf(record))
 			}
+			var err error
+			if hashes, err = b.kept(ctx, hashes, from, count); err != nil {
+				return t, err
+			}
 		} else {
 			for i := from; i < count; i++ {
 				data, err := b.tile(ctx, tlog.Tile{H: tileHeight, L: level - 1, N: int64(i), W: tileWidth})
@@ -371,12 +438,47 @@ func (b *Builder) edge(ctx context.Context, size uint64) (tree, error) {
 				hashes = append(hashes, perfect(tileHashes(data)))
 			}
 		}
-		if uint64(len(hashes)) != count-from {
-			return t, fmt.Errorf("%w: the feed has %d of the leaves from %d to %d", ErrFork, len(hashes), from, count)
-		}
 		t.edges = append(t.edges, hashes)
 	}
 	return t, nil
+}
+
+// kept are the hashes of the leaves from one number up to another, of which the feed
+// has the last ones.
+func (b *Builder) kept(ctx context.Context, fed []tlog.Hash, from, to uint64) ([]tlog.Hash, error) {
+	missing := int(to-from) - len(fed)
+	if missing == 0 {
+		return fed, nil
+	}
+	short := fmt.Errorf("%w: the feed has %d of the leaves from %d to %d, and no tile has the others", ErrFork, len(fed), from, to)
+	if missing < 0 {
+		return nil, short
+	}
+	// The tile is full by now, or one of the edge, which may be of a later tree.
+	full := tlog.Tile{H: tileHeight, L: 0, N: int64(from / tileWidth), W: tileWidth}
+	data, err := b.o.Store.Tile(ctx, full)
+	if errors.Is(err, schemas.ErrNotFound) {
+		var edge map[tlog.Tile][]byte
+		if edge, err = b.o.Store.Edge(ctx); err == nil {
+			for t, part := range edge {
+				if t.L == 0 && t.N == full.N {
+					data = part
+				}
+			}
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	hashes := tileHashes(data)
+	if len(hashes) < int(to-from) {
+		return nil, short
+	}
+	hashes = hashes[:to-from]
+	if !slices.Equal(hashes[missing:], fed) {
+		return nil, fmt.Errorf("%w: the feed's leaves from %d to %d are not those of the tiles", ErrFork, from+uint64(missing), to)
+	}
+	return slices.Clone(hashes), nil
 }
 
 // tile reads a full tile, or makes it of what lies below it where a crash has
@@ -481,16 +583,16 @@ func (b *Builder) take(ctx context.Context, entries []Entry) error {
 	if err := b.o.Store.Append(ctx, b.tree.size, items); err != nil {
 		return fmt.Errorf("leaves from %d on: %w", b.tree.size, err)
 	}
-	for _, record := range records {
-		if err := b.add(ctx, record); err != nil {
+	for i, record := range records {
+		if err := b.add(ctx, record, items[i].At); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// add adds a leaf that the feed has.
-func (b *Builder) add(ctx context.Context, record []byte) error {
+// add adds a leaf that the feed has, and with which the tree is at a position.
+func (b *Builder) add(ctx context.Context, record []byte, upTo Position) error {
 	if b.tree.size == b.taken {
 		b.begun = b.o.Now()
 	}
@@ -501,13 +603,13 @@ func (b *Builder) add(ctx context.Context, record []byte) error {
 		}
 	})
 	if err == nil && b.tree.size-b.taken >= b.o.Each {
-		b.snap()
+		b.snap(upTo)
 	}
 	return err
 }
 
-func (b *Builder) snap() {
-	b.waiting = append(b.waiting, snapshot{b.o.Now(), b.tree.size, b.tree.root(), b.tree.partial()})
+func (b *Builder) snap(upTo Position) {
+	b.waiting = append(b.waiting, snapshot{b.o.Now(), maps.Clone(upTo), b.tree.size, b.tree.root(), b.tree.partial()})
 	b.taken = b.tree.size
 }
 
@@ -524,7 +626,7 @@ func (b *Builder) erase(ctx context.Context, e schemas.Event) error {
 func (b *Builder) Sign(ctx context.Context) error {
 	now := b.o.Now()
 	if b.tree.size > b.taken && now.Sub(b.begun) >= b.o.Every-b.o.Settle {
-		b.snap()
+		b.snap(b.at)
 	}
 	for len(b.waiting) > 0 && now.Sub(b.waiting[0].at) >= b.o.Settle {
 		s := b.waiting[0]
@@ -536,7 +638,7 @@ func (b *Builder) Sign(ctx context.Context) error {
 		if err := b.o.Store.PutEdge(ctx, s.tiles); err != nil {
 			return fmt.Errorf("edge of the tree of %d: %w", s.size, err)
 		}
-		if err := b.o.Store.PutCheckpoint(ctx, c.Text); err != nil {
+		if err := b.o.Store.PutCheckpoint(ctx, c.Text, s.upTo); err != nil {
 			return fmt.Errorf("checkpoint of %d: %w", s.size, err)
 		}
 		b.waiting, b.signed = b.waiting[1:], s.size

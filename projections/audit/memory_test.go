@@ -26,10 +26,12 @@ type memory struct {
 	log         map[string]map[uint64]Entry
 	last        map[string]uint64
 	feed        []Item
+	old         uint64 // records of the feed that are too old to be there
 	tiles       map[tlog.Tile][]byte
 	edge        map[tlog.Tile][]byte
 	checkpoints []string
-	seen        int // checkpoints when the newest was last read or written
+	positions   []Position // of their trees
+	seen        int        // checkpoints when the newest was last read or written
 	secrets     map[string][]byte
 
 	// fault may fail an operation, before or after it has done its work.
@@ -115,7 +117,9 @@ func (m *memory) do(what string, op func() error) error {
 func (m *memory) Head(context.Context) (n uint64, at Position, err error) {
 	err = m.do("head", func() error {
 		n, at = uint64(len(m.feed)), Position{}
-		if n > 0 {
+		if n > 0 && n == m.old {
+			at = nil
+		} else if n > 0 {
 			at, err = ParsePosition(m.feed[n-1].At.String())
 		}
 		return err
@@ -146,7 +150,7 @@ func (m *memory) Append(_ context.Context, n uint64, items []Item) error {
 func (m *memory) Records(_ context.Context, from, to uint64) iter.Seq2[[]byte, error] {
 	return func(yield func([]byte, error) bool) {
 		m.mu.Lock()
-		items := slices.Clone(m.feed[from:min(to, uint64(len(m.feed)))])
+		items := slices.Clone(m.feed[min(max(from, m.old), to, uint64(len(m.feed))):min(to, uint64(len(m.feed)))])
 		m.mu.Unlock()
 		for _, i := range items {
 			record, err := CutRecord(i.Payload)
@@ -181,23 +185,32 @@ func (m *memory) PutEdge(_ context.Context, tiles map[tlog.Tile][]byte) error {
 	return m.do("edge", func() error { m.edge = tiles; return nil })
 }
 
-func (m *memory) Checkpoint(context.Context) (text string, err error) {
+func (m *memory) Edge(context.Context) (map[tlog.Tile][]byte, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.edge, nil
+}
+
+func (m *memory) Checkpoint(context.Context) (text string, at Position, err error) {
 	err = m.do("last", func() error {
 		m.seen = len(m.checkpoints)
 		if m.seen > 0 {
 			text = m.checkpoints[m.seen-1]
+			if len(m.positions) == m.seen { // a test may add others
+				at = m.positions[m.seen-1]
+			}
 		}
 		return nil
 	})
-	return text, err
+	return text, at, err
 }
 
-func (m *memory) PutCheckpoint(_ context.Context, text string) error {
+func (m *memory) PutCheckpoint(_ context.Context, text string, at Position) error {
 	return m.do("checkpoint", func() error {
 		if m.seen != len(m.checkpoints) {
 			return ErrOvertaken
 		}
-		m.checkpoints = append(m.checkpoints, text)
+		m.checkpoints, m.positions = append(m.checkpoints, text), append(m.positions, at)
 		m.seen++
 		return nil
 	})

@@ -2,6 +2,7 @@ package cli
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -111,8 +112,9 @@ func (a *admin) auditCheckpoint(w http.ResponseWriter, r *http.Request) {
 	s := auditState{Keys: keys.Verifiers}
 	var at string
 	if s.Leaves, at, err = of.Head(r.Context()); err == nil {
-		if s.Checkpoint, err = of.Checkpoint(r.Context()); err == nil {
-			s.At, err = audit.ParsePosition(at)
+		var signed string
+		if s.Checkpoint, signed, err = of.Checkpoint(r.Context()); err == nil {
+			s.At, err = audit.ParsePosition(cmp.Or(at, signed))
 		}
 	}
 	if err != nil {
@@ -166,7 +168,7 @@ func prove(ctx context.Context, of *bus.Audit, keys audit.Keys, stream string, s
 	}
 	for range 3 { // the right edge may be replaced while it is read
 		var text string
-		if text, err = of.Checkpoint(ctx); err != nil {
+		if text, _, err = of.Checkpoint(ctx); err != nil {
 			return audit.Proof{}, err
 		}
 		if text == "" {
@@ -426,7 +428,7 @@ func covered(ctx context.Context, of *bus.Audit, keys audit.Keys, seq uint64) (u
 		leaf, err := of.Find(ctx, audit.Events, seq)
 		if err == nil {
 			var text string
-			if text, err = of.Checkpoint(ctx); err == nil && text != "" {
+			if text, _, err = of.Checkpoint(ctx); err == nil && text != "" {
 				c, err := audit.OpenCheckpoint(text, known)
 				if err != nil {
 					return 0, err

@@ -20,6 +20,9 @@ func (s auditStore) Head(ctx context.Context) (uint64, audit.Position, error) {
 	if err != nil {
 		return 0, nil, err
 	}
+	if at == "" && n > 0 {
+		return n, nil, nil
+	}
 	p, err := audit.ParsePosition(at)
 	return n, p, err
 }
@@ -65,10 +68,28 @@ func (s auditStore) PutEdge(ctx context.Context, tiles map[tlog.Tile][]byte) err
 	return s.a.PutEdge(ctx, byPath)
 }
 
-func (s auditStore) Checkpoint(ctx context.Context) (string, error) { return s.a.Checkpoint(ctx) }
+func (s auditStore) Edge(ctx context.Context) (map[tlog.Tile][]byte, error) {
+	byPath, err := s.a.Edge(ctx)
+	tiles := map[tlog.Tile][]byte{}
+	for path, data := range byPath {
+		if t, err := tlog.ParseTilePath(path); err == nil { // else it is none
+			tiles[t] = data
+		}
+	}
+	return tiles, err
+}
 
-func (s auditStore) PutCheckpoint(ctx context.Context, text string) error {
-	return s.a.PutCheckpoint(ctx, text)
+func (s auditStore) Checkpoint(ctx context.Context) (string, audit.Position, error) {
+	text, at, err := s.a.Checkpoint(ctx)
+	if err != nil || at == "" {
+		return text, nil, err
+	}
+	p, err := audit.ParsePosition(at)
+	return text, p, err
+}
+
+func (s auditStore) PutCheckpoint(ctx context.Context, text string, at audit.Position) error {
+	return s.a.PutCheckpoint(ctx, text, at.String())
 }
 
 func (s auditStore) Entry(ctx context.Context, stream string, seq uint64) (audit.Entry, error) {

@@ -435,7 +435,7 @@ func (x *exporter) prover(ctx context.Context, last uint64) (*proofs, error) {
 	}
 	for range 3 { // the right edge may be replaced while it is read
 		var text string
-		if text, err = x.of.Checkpoint(ctx); err != nil || text == "" {
+		if text, _, err = x.of.Checkpoint(ctx); err != nil || text == "" {
 			return p, err
 		}
 		if p.c, err = audit.OpenCheckpoint(text, known); err != nil {
