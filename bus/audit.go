@@ -35,6 +35,7 @@ const (
 	stateStream = "AUDIT_STATE"
 
 	checkpointSubject = "audit.checkpoint"
+	edgeSubject       = "tlog.edge."
 	headerPosition    = "Waybill-Position"
 	headerTile        = "Waybill-Tile"
 )
@@ -62,10 +63,48 @@ func (o Options) audit() []jetstream.StreamConfig {
 		feed,
 		{
 			Name: stateStream, Description: "the audit: the tree's right edge, and the secrets of sessions",
-			Subjects: []string{"tlog.edge.*", "salt.>"}, MaxMsgsPerSubject: 1, DenyPurge: true,
+			Subjects: []string{edgeSubject + "*", "salt.>"}, MaxMsgsPerSubject: 1, DenyPurge: true,
 			Storage: jetstream.FileStorage, Replicas: max(o.Replicas, 1), MaxConsumers: -1,
 		},
 	}
+}
+
+// ForgetAudit removes the tree, its checkpoints and the feed, for another audit to be
+// begun. It needs the admin role, and comes before [Setup].
+func ForgetAudit(ctx context.Context, dial Dialer) error {
+	nc, err := dial(RoleAdmin)
+	if err != nil {
+		return fmt.Errorf("connect to the log: %w", err)
+	}
+	defer nc.Close()
+	js, err := jetstream.New(nc)
+	if err != nil {
+		return err
+	}
+	state, err := js.Stream(ctx, stateStream)
+	if err != nil && !errors.Is(err, jetstream.ErrStreamNotFound) {
+		return fmt.Errorf("stream %s: %w", stateStream, err)
+	}
+	for _, subject := range []string{edgeSubject + "*", replacedSubject + "*"} {
+		for state != nil {
+			m, err := state.GetLastMsgForSubject(ctx, subject)
+			if errors.Is(err, jetstream.ErrMsgNotFound) {
+				break
+			}
+			if err == nil {
+				err = state.DeleteMsg(ctx, m.Sequence)
+			}
+			if err != nil {
+				return fmt.Errorf("stream %s: %w", stateStream, err)
+			}
+		}
+	}
+	for _, name := range []string{feedStream, auditStream} {
+		if err := js.DeleteStream(ctx, name); err != nil && !errors.Is(err, jetstream.ErrStreamNotFound) {
+			return fmt.Errorf("stream %s: %w", name, err)
+		}
+	}
+	return nil
 }
 
 // Message is a message of the log as it lies there.
@@ -455,7 +494,7 @@ func (a *Audit) PutTile(ctx context.Context, path string, data []byte) error {
 // PutEdge stores the tiles that are not full, by path, in the place of the last.
 func (a *Audit) PutEdge(ctx context.Context, tiles map[string][]byte) error {
 	for path, data := range tiles {
-		m := nats.NewMsg("tlog.edge." + strings.Split(path, "/")[2])
+		m := nats.NewMsg(edgeSubject + strings.Split(path, "/")[2])
 		m.Data = data
 		m.Header.Set(headerTile, path)
 		if _, err := a.l.acks.publish(ctx, m); err != nil {
@@ -475,7 +514,7 @@ func (a *Audit) Edge(ctx context.Context) (map[string][]byte, error) {
 	tiles := map[string][]byte{}
 	for level := range edgeLevels {
 		m, err := retry(ctx, a.l, func(ctx context.Context) (*jetstream.RawStreamMsg, error) {
-			return a.state.GetLastMsgForSubject(ctx, "tlog.edge."+strconv.Itoa(level))
+			return a.state.GetLastMsgForSubject(ctx, edgeSubject+strconv.Itoa(level))
 		})
 		if errors.Is(err, jetstream.ErrMsgNotFound) {
 			continue

@@ -296,7 +296,9 @@ func TestAudit(t *testing.T) {
 	if exit != 0 || !strings.Contains(out, `"events":`) {
 		t.Fatalf("erase what the log has lost: %s %s", out, errs)
 	}
-	if files := filesWith(t, filepath.Join(g.Dir, "data"), "said and kept"); len(files) > 0 {
+	files := filesWith(t, filepath.Join(g.Dir, "data"), "said and kept")
+	files = slices.DeleteFunc(files, func(f string) bool { return f == block }) // what is too old goes with its block
+	if len(files) > 0 {
 		t.Errorf("after the second erasure it is in %v", files)
 	}
 	if n := strings.TrimSpace(query(t, g, fmt.Sprintf("SELECT count() AS n FROM events WHERE session = '%s' AND kind != 'erased'", sessionNamed("stays")))); n != `{"n":0}` {
@@ -460,6 +462,38 @@ func TestAuditTamper(t *testing.T) {
 			g.Kill()
 		})
 	}
+
+	// Without its checkpoints the tree is not signed again, until somebody says that
+	// there is to be another.
+	t.Run("the checkpoints deleted", func(t *testing.T) {
+		again()
+		if err := os.RemoveAll(filepath.Join(data, "log", "jetstream", "$G", "streams", "AUDIT")); err != nil {
+			t.Fatal(err)
+		}
+		g.Launch()
+		defer func() { g.Kill() }()
+		tick := time.NewTicker(50 * time.Millisecond)
+		defer tick.Stop()
+		for begun := time.Now(); !strings.Contains(g.Output(), "checkpoints are lost"); <-tick.C {
+			if time.Since(begun) > 10*time.Second*slowdown {
+				t.Fatalf("it says nothing of lost checkpoints: %s", g.Output())
+			}
+		}
+		g.Kill()
+		g.Restart("--audit-anew")
+		say(t, g, "four", "f0", "in a new audit")
+		s := signed(t, g)
+		if r, exit := verify(t, g); exit != 0 || r.Signed != s.Leaves || r.Messages == 0 {
+			t.Errorf("exit %d: %s", exit, first(r))
+		}
+		if _, errs, exit := g.CLI("audit", "verify", "--against", earlier); exit != 1 || !strings.Contains(errs, "not a checkpoint of this log") {
+			t.Errorf("the new audit has the name or the key of the old one: exit %d, %s", exit, errs)
+		}
+		old, err := filepath.Glob(filepath.Join(data, "audit.key.*"))
+		if err != nil || len(old) != 1 {
+			t.Errorf("%v: the former key is in %v", err, old)
+		}
+	})
 
 	// Everything cut off at once, and other calls in the place of those, signed with
 	// the same key: all of it fits, but not what was signed before.

@@ -893,3 +893,61 @@ func TestStopSigns(t *testing.T) {
 		t.Errorf("%+v", r)
 	}
 }
+
+// A tree whose checkpoints are gone, or of which an older copy was put back, is not
+// signed anew: the last checkpoint is kept where the tree is not.
+func TestLostCheckpoints(t *testing.T) {
+	kept, fails := "", false
+	keeping := func(o *Options) {
+		o.Keep = func(_ context.Context, c Checkpoint) error {
+			if fails {
+				return errFault
+			}
+			kept = c.Text
+			return nil
+		}
+		o.Kept = func(context.Context) (string, error) { return kept, nil }
+	}
+	m := newMemory()
+	b := m.builder(t, keeping)
+	for i := range 3 {
+		for j := range 100 {
+			m.say("s1", request(), fmt.Sprint(i, j))
+		}
+		fails = i == 2 // it is as true as before, and older
+		if err := errors.Join(b.Restore(t.Context()), m.all(b), b.Sign(t.Context())); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if kept != m.checkpoints[1] {
+		t.Fatalf("kept is\n%s", kept)
+	}
+	restore := func() error { return m.builder(t, keeping).Restore(t.Context()) }
+	if err := restore(); err != nil {
+		t.Error(err)
+	}
+	all, last := m.checkpoints, kept
+	for n, want := range map[int]error{0: ErrLost, 1: ErrLost, 2: nil} {
+		m.checkpoints, m.positions = all[:n:n], nil
+		if err := restore(); !errors.Is(err, want) {
+			t.Errorf("with %d checkpoints: %v, want %v", n, err, want)
+		}
+	}
+	m.checkpoints = all
+	c, err := keysOf(t, 1).sign("test", 200, tlog.Hash{1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept = c.Text
+	if err := restore(); !errors.Is(err, ErrFork) {
+		t.Errorf("of another tree: %v", err)
+	}
+	kept = strings.Replace(last, "test", "best", 1)
+	if err := restore(); !errors.Is(err, ErrFork) {
+		t.Errorf("not signed by us: %v", err)
+	}
+	kept = last
+	if err := restore(); err != nil {
+		t.Error(err)
+	}
+}

@@ -69,6 +69,9 @@ var ErrOvertaken = errors.New("another builder is at work")
 // nothing any more.
 var ErrFork = errors.New("the tree is not the one that was signed")
 
+// ErrLost: checkpoints are gone that were signed. It wraps ErrFork.
+var ErrLost = fmt.Errorf("%w: checkpoints are lost", ErrFork)
+
 // Options of a builder.
 type Options struct {
 	Store  Store
@@ -83,6 +86,13 @@ type Options struct {
 	// Settle is how old a leaf is when it is signed: older than what a power cut
 	// may take with it, or the tree would be of what is not there. Default 250 ms.
 	Settle time.Duration
+
+	// Keep keeps a checkpoint where the tree is not, when it has been stored for Settle,
+	// and Kept is the last that it was given, "" for none: without it a tree whose
+	// checkpoints are gone would be taken for one that was never signed. Both may be nil.
+	Keep func(context.Context, Checkpoint) error
+	Kept func(context.Context) (string, error)
+	Lost string // what there is to do after ErrLost, for whoever reads the log
 
 	// Signed is told of each checkpoint that is stored; may be nil.
 	Signed func(context.Context, Checkpoint, tlog.HashReader)
@@ -111,6 +121,7 @@ type Builder struct {
 	waiting []snapshot // to be signed, oldest first
 	secrets map[string][]byte
 	lost    error // the log ends, or has ended, before the tree
+	unkept  *unkept
 }
 
 // snapshot is a tree that is to be signed when it has settled.
@@ -120,6 +131,13 @@ type snapshot struct {
 	size  uint64
 	root  tlog.Hash
 	tiles map[tlog.Tile][]byte
+}
+
+// unkept is a checkpoint that is to be kept elsewhere when it has settled: a power cut
+// that took it here, and not there, would look as if it had been removed.
+type unkept struct {
+	Checkpoint
+	since time.Time
 }
 
 // most is how many messages are taken at once, and gather how long the first of
@@ -167,7 +185,11 @@ func (b *Builder) Run(ctx context.Context) error {
 		}
 		pause := time.Second
 		if errors.Is(err, ErrFork) {
-			b.o.Log.Error("audit: nothing is signed any more", "error", err)
+			todo := []any{"error", err}
+			if errors.Is(err, ErrLost) && b.o.Lost != "" {
+				todo = append(todo, "what_to_do", b.o.Lost)
+			}
+			b.o.Log.Error("audit: nothing is signed any more", todo...)
 			pause = 30 * time.Second
 		} else {
 			b.o.Log.Warn("audit interrupted, reading on from what is stored", "error", err)
@@ -265,7 +287,7 @@ func (b *Builder) grow(ctx context.Context) error {
 func (b *Builder) finish(ctx context.Context) error {
 	// Where another builder has taken over the tree is another by now, and so is its
 	// edge.
-	if n, _, err := b.o.Store.Head(ctx); err != nil || n != b.tree.size || n == b.signed {
+	if n, _, err := b.o.Store.Head(ctx); err != nil || n != b.tree.size || n == b.signed && b.unkept == nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, finishing)
@@ -275,7 +297,7 @@ func (b *Builder) finish(ctx context.Context) error {
 	}
 	tick := time.NewTicker(b.o.Settle / 8)
 	defer tick.Stop()
-	for b.signed < b.tree.size {
+	for b.signed < b.tree.size || b.unkept != nil {
 		if err := b.Sign(ctx); err != nil {
 			return err
 		}
@@ -336,6 +358,9 @@ func (b *Builder) Restore(ctx context.Context) error {
 	if root := b.tree.root(); root != last.Root {
 		return fmt.Errorf("%w: of %d leaves, the tree is %s, and %s was signed", ErrFork, last.Size, root, last.Root)
 	}
+	if err := b.asKept(ctx, last); err != nil {
+		return err
+	}
 	if err := b.ends(ctx); err != nil {
 		return err
 	}
@@ -363,6 +388,47 @@ func (b *Builder) Restore(ctx context.Context) error {
 	b.begun = b.o.Now()
 	b.tell()
 	return nil
+}
+
+// asKept holds the last checkpoint against the one that is kept elsewhere, of which its
+// tree has to have grown.
+func (b *Builder) asKept(ctx context.Context, last Checkpoint) error {
+	if b.o.Kept == nil {
+		return nil
+	}
+	text, err := b.o.Kept(ctx)
+	if err != nil || text == "" {
+		return err
+	}
+	kept, err := OpenCheckpoint(text, b.known)
+	switch {
+	case err != nil:
+		return fmt.Errorf("%w: the last one that is kept elsewhere: %w", ErrFork, err)
+	case kept.Origin != b.o.Origin:
+		return fmt.Errorf("%w: the last one that is kept elsewhere is of %q, this is %q", ErrFork, kept.Origin, b.o.Origin)
+	case kept.Size > last.Size:
+		return fmt.Errorf("%w: a tree of %d leaves was signed, and the newest that is stored has %d", ErrLost, kept.Size, last.Size)
+	}
+	t, err := b.edge(ctx, kept.Size)
+	if err != nil {
+		return err
+	}
+	if root := t.root(); root != kept.Root {
+		return fmt.Errorf("%w: of %d leaves, the tree is %s, and the checkpoint that is kept elsewhere says %s", ErrFork, kept.Size, root, kept.Root)
+	}
+	return nil
+}
+
+// keep keeps the newest checkpoint elsewhere, as soon as it has settled.
+func (b *Builder) keep(ctx context.Context, now time.Time) {
+	if b.unkept == nil || now.Sub(b.unkept.since) < b.o.Settle {
+		return
+	}
+	if err := b.o.Keep(ctx, b.unkept.Checkpoint); err != nil {
+		// The one that is kept is older, and as true.
+		b.o.Log.Error("audit: a checkpoint is not kept beside the key", "size", b.unkept.Size, "error", err)
+	}
+	b.unkept = nil
 }
 
 // ends finds out whether the log has what the tree ends with. If it ends before
@@ -625,6 +691,7 @@ func (b *Builder) erase(ctx context.Context, e schemas.Event) error {
 // Sign signs what has settled, if it is time.
 func (b *Builder) Sign(ctx context.Context) error {
 	now := b.o.Now()
+	b.keep(ctx, now)
 	if b.tree.size > b.taken && now.Sub(b.begun) >= b.o.Every-b.o.Settle {
 		b.snap(b.at)
 	}
@@ -642,6 +709,9 @@ func (b *Builder) Sign(ctx context.Context) error {
 			return fmt.Errorf("checkpoint of %d: %w", s.size, err)
 		}
 		b.waiting, b.signed = b.waiting[1:], s.size
+		if b.o.Keep != nil && b.unkept == nil {
+			b.unkept = &unkept{c, now}
+		}
 		if b.o.Signed != nil {
 			b.o.Signed(ctx, c, b.reader(ctx, s))
 		}

@@ -30,6 +30,7 @@ const (
 	envChild  = "WAYBILL_TEST_CHILD" // what the process is to be
 	envConfig = "WAYBILL_TEST_CONFIG"
 	envRoles  = "WAYBILL_TEST_ROLES"  // "edge,policy"; all when empty
+	envFlags  = "WAYBILL_TEST_FLAGS"  // of `waybill up`, by spaces
 	envFaults = "WAYBILL_TEST_FAULTS" // "0.01,0.01": shares of publishes that fail, and that fail after they were stored
 )
 
@@ -59,9 +60,10 @@ func Main(m *testing.M, children map[string]func(context.Context) error) {
 
 func gateway(ctx context.Context) error {
 	env := cli.Env{Getenv: os.Getenv, Stdout: os.Stdout, Stderr: os.Stderr}
-	if roles := os.Getenv(envRoles); roles != "" {
-		args := []string{"up", "--config", os.Getenv(envConfig)}
-		for r := range strings.SplitSeq(roles, ",") {
+	roles, flags := os.Getenv(envRoles), os.Getenv(envFlags)
+	if roles != "" || flags != "" {
+		args := append([]string{"up", "--config", os.Getenv(envConfig)}, strings.Fields(flags)...)
+		for r := range strings.FieldsFuncSeq(roles, func(r rune) bool { return r == ',' }) {
 			args = append(args, "--role", r)
 		}
 		if exit := cli.Run(ctx, args, env); exit != 0 {
@@ -204,13 +206,20 @@ func Roles(roles ...string) string { return envRoles + "=" + strings.Join(roles,
 // File is the configuration file.
 func (g *Gateway) File() string { return filepath.Join(g.Dir, "waybill.yaml") }
 
-// Restart starts the gateway, again, and returns when it is ready.
-func (g *Gateway) Restart() {
+// Restart starts the gateway, again, with flags of `waybill up`, and returns when it is
+// ready.
+func (g *Gateway) Restart(flags ...string) {
 	g.t.Helper()
-	g.Process = Child(g.t, "gateway", append(g.env, envConfig+"="+g.File())...)
+	g.Launch(flags...)
 	if _, err := g.Await(g.t.Context(), "Waybill is ready."); err != nil {
 		g.t.Fatal(err)
 	}
+}
+
+// Launch is Restart that waits for nothing.
+func (g *Gateway) Launch(flags ...string) {
+	g.t.Helper()
+	g.Process = Child(g.t, "gateway", append(g.env, envConfig+"="+g.File(), envFlags+"="+strings.Join(flags, " "))...)
 }
 
 // CLI runs a waybill command against the gateway and returns what it printed.

@@ -100,11 +100,14 @@ func (g *gateway) addAudit(ctx context.Context, _ net.Listener) error {
 	if err != nil {
 		return err
 	}
+	last := lastCheckpoint(filepath.Join(g.c.Data, auditLastFile))
 	out := &checkpointFile{name: g.c.path(g.c.Audit.Checkpoints), log: g.log}
 	ready := g.up("audit")
 	b, err := audit.New(audit.Options{
 		Store: auditStore{a}, Origin: origin, Keys: keys,
-		Said:   func(t schemas.Tenant) bool { return slices.Contains(g.c.Audit.Bodies, t) },
+		Said: func(t schemas.Tenant) bool { return slices.Contains(g.c.Audit.Bodies, t) },
+		Keep: last.keep, Kept: last.kept,
+		Lost:   "put the stream AUDIT back as it was; or have `waybill up --audit-anew` begin a new audit, with a new name and key (the last checkpoint is in " + string(last) + ")",
 		Signed: out.put, Up: ready.Store, Tree: g.metrics.tree, Log: g.log, Settle: g.c.settle(),
 	})
 	if err != nil {
@@ -213,9 +216,53 @@ func (f *checkpointFile) put(_ context.Context, c audit.Checkpoint, _ tlog.HashR
 // the private one is renamed to end in .old before a start: then a new one is
 // made, and both sign until the old one is removed.
 const (
-	auditKeyFile = "audit.key"
-	auditPubFile = "audit.pub"
+	auditKeyFile  = "audit.key"
+	auditPubFile  = "audit.pub"
+	auditLastFile = "audit.last" // the newest checkpoint but for a moment, where the log has no hold on it
 )
+
+// lastCheckpoint is the file of the last checkpoint. Of several processes with one
+// log each has its own, of what it has signed itself.
+type lastCheckpoint string
+
+func (f lastCheckpoint) kept(context.Context) (string, error) {
+	b, err := os.ReadFile(string(f))
+	if errors.Is(err, os.ErrNotExist) {
+		return "", nil
+	}
+	return string(b), err
+}
+
+func (f lastCheckpoint) keep(_ context.Context, c audit.Checkpoint) error {
+	return writeWhole(string(f), c.Text, 0o600)
+}
+
+// anewAudit sets the audit that there was aside, for a new one under another name and
+// with another key: nobody is to have two words of the same key. The keys stay in the
+// data directory, the tree and the feed go.
+func (g *gateway) anewAudit(ctx context.Context) error {
+	pub := filepath.Join(g.c.Data, auditPubFile)
+	keys, err := publicKeys(pub)
+	if err != nil {
+		return err
+	}
+	if origin, ok := originOf(keys); ok && origin == g.c.Audit.Origin {
+		return fmt.Errorf("--audit-anew: the new audit needs another name than %s: change audit.origin", origin)
+	}
+	if err := bus.ForgetAudit(ctx, g.dial); err != nil {
+		return fmt.Errorf("--audit-anew: %w", err)
+	}
+	// The public keys last: with them, and without the private one, nothing starts.
+	aside := time.Now().UTC().Format("20060102T150405Z")
+	for _, name := range []string{auditLastFile, auditKeyFile + ".old", auditKeyFile, auditPubFile} {
+		file := filepath.Join(g.c.Data, name)
+		if err := os.Rename(file, file+"."+aside); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("--audit-anew: %w", err)
+		}
+	}
+	g.log.Warn("a new audit is begun; of the former the keys are left", "in", pub+"."+aside)
+	return nil
+}
 
 // auditKeyring is the audit's keys, read once: to read them may make one, and
 // writes down the public ones.

@@ -59,6 +59,7 @@ type gateway struct {
 	guard    []string // what must have read the log before it may forget
 	auditKey string   // the public key that signs
 	keyring  auditKeyring
+	anew     bool // the audit is begun anew
 	dial     bus.Dialer
 	lost     uint64 // newest sequence before an unclean boot, or 0
 	instance string
@@ -194,6 +195,11 @@ func (g *gateway) openLog(ctx context.Context) (func() error, error) {
 		return nil, err
 	}
 	g.dial = srv.Connect
+	if g.anew {
+		if err := g.anewAudit(ctx); err != nil {
+			return nil, errors.Join(err, srv.Close())
+		}
+	}
 	if err = bus.Setup(ctx, g.options(bus.RoleAdmin)); err == nil && srv.Unclean() && !always {
 		var l *bus.Log
 		if l, err = g.open(ctx, bus.RoleObserver); err == nil {

@@ -27,6 +27,7 @@ func up(ctx context.Context, env Env, args []string) error {
 	level := slog.LevelInfo
 	fs.TextVar(&level, "log-level", level, "`LEVEL` of the process log: debug, info, warn or error")
 	asJSON := fs.Bool("log-json", false, "write the process log as JSON")
+	anew := fs.Bool("audit-anew", false, "begin a new audit, with a new name and key, where the former cannot go on; the former's tree and feed are deleted, its keys kept")
 	roles := map[bus.Role]bool{}
 	fs.Func("role", "`ROLE` to run: all, edge, policy, dispatch, audit or project; may be repeated (default: all)", func(s string) error {
 		switch r := bus.Role(s); {
@@ -52,7 +53,10 @@ func up(ctx context.Context, env Env, args []string) error {
 	if c.Bus.URL == "" && len(roles) < len(everyRole()) {
 		return usagef("--role: one role alone needs a log that others reach too: set bus.url")
 	}
-	g := &gateway{c: c, env: env, roles: roles, log: newLog(env.Stderr, level, *asJSON)}
+	if c.Bus.URL != "" && *anew {
+		return usagef("--audit-anew: with bus.url the streams AUDIT and FEED are yours to remove, and %s in the data directory of each process", auditLastFile)
+	}
+	g := &gateway{c: c, env: env, roles: roles, log: newLog(env.Stderr, level, *asJSON), anew: *anew}
 	return g.run(ctx, func(g *gateway, public, admin net.Addr) { banner(env.Stdout, g, *file, public, admin) })
 }
 
