@@ -24,7 +24,8 @@ import (
 //
 //	AUDIT        audit.checkpoint, and the full tiles of the tree, tlog.tile.…; kept for good
 //	FEED         audit.<tenant>.<agent>.<kind>: one record for each leaf, in the order of the tree
-//	AUDIT_STATE  what is replaced or goes: the tiles that are not full, tlog.edge.<level>, and salt.<tenant>.<session>
+//	AUDIT_STATE  what is replaced or goes: the tiles that are not full, tlog.edge.<level>, of which the header
+//	             Waybill-Tile has the path, and salt.<tenant>.<session>
 //
 // A record of FEED has the number of its leaf plus one for its sequence, since
 // each is stored only directly behind the one before. So the feed is the tree's
@@ -64,7 +65,9 @@ func (o Options) audit() []jetstream.StreamConfig {
 		{
 			Name: stateStream, Description: "the audit: the tree's right edge, and the secrets of sessions",
 			Subjects: []string{edgeSubject + "*", "salt.>"}, MaxMsgsPerSubject: 1, DenyPurge: true,
-			Storage: jetstream.FileStorage, Replicas: max(o.Replicas, 1), MaxConsumers: -1,
+			// By their subjects, which is how a subscriber may read the edge, and not the salts.
+			AllowDirect: o.Replicas <= 1,
+			Storage:     jetstream.FileStorage, Replicas: max(o.Replicas, 1), MaxConsumers: -1,
 		},
 	}
 }

@@ -161,6 +161,24 @@ func TestSubscribers(t *testing.T) {
 		t.Errorf("tile: %v %v", m, err)
 	}
 
+	if err := a.PutEdge(t.Context(), map[string][]byte{"tile/8/0/001.p/3": []byte("edge")}); err != nil {
+		t.Fatal(err)
+	}
+	if m, err := nc.Request("$JS.API.DIRECT.GET.AUDIT_STATE.tlog.edge.0", nil, patience); err != nil || string(m.Data) != "edge" || m.Header.Get("Waybill-Tile") != "tile/8/0/001.p/3" {
+		t.Errorf("tile that is not full: %v %v", m, err)
+	}
+	salt, err := a.Secret(t.Context(), "a", "s", 32, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, subject := range []string{"tlog.edge.0", "tlog.edge.*", "salt.a.s", "salt.>", ">"} {
+		for _, body := range []string{"", `{"seq":2}`, `{"last_by_subj":"salt.a.s"}`, `{"next_by_subj":"salt.>","seq":1}`, `{"multi_last":["salt.>"]}`, `{"batch":10,"seq":1}`} {
+			if m, err := nc.Request("$JS.API.DIRECT.GET.AUDIT_STATE."+subject, []byte(body), 50*time.Millisecond); err == nil && strings.Contains(string(m.Data), string(salt)) {
+				t.Errorf("a salt is to be had at %s by %q", subject, body)
+			}
+		}
+	}
+
 	// The rest it may not.
 	refused := func(what, subject, body string) {
 		t.Helper()
@@ -172,6 +190,8 @@ func TestSubscribers(t *testing.T) {
 	refused("reading an event directly", "$JS.API.DIRECT.GET.EVENTS", `{"seq":1}`)
 	refused("reading the feed", "$JS.API.DIRECT.GET.FEED", `{"seq":2}`)
 	refused("reading the salts", "$JS.API.STREAM.MSG.GET.AUDIT_STATE", `{"seq":1}`)
+	refused("reading the salts directly", "$JS.API.DIRECT.GET.AUDIT_STATE", `{"seq":2}`)
+	refused("reading a salt", "$JS.API.DIRECT.GET.AUDIT_STATE.salt.a.s", "")
 	refused("another's consumer", "$JS.API.CONSUMER.MSG.NEXT.FEED.siem-b", `{"batch":1,"no_wait":true}`)
 	refused("a consumer of its own", "$JS.API.CONSUMER.CREATE.FEED.x.audit.b.>", `{"stream_name":"FEED","config":{"name":"x","filter_subject":"audit.b.>"}}`)
 	refused("deleting a consumer", "$JS.API.CONSUMER.DELETE.FEED.siem-a", "")

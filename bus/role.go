@@ -156,12 +156,15 @@ func SubscriberHears(tenant string) []string {
 }
 
 // SubscriberAsks are the subjects on which a subscriber asks: for what its own
-// durable consumer has for it ([Audit.Subscriber]), and for checkpoints and tiles.
+// durable consumer has for it ([Audit.Subscriber]), and for checkpoints and tiles, also
+// those that are not full: of the stream in which these lie nothing else can be asked
+// for under their subjects.
 func SubscriberAsks(name string) []string {
 	return []string{
 		"$JS.API.CONSUMER.INFO." + feedStream + "." + name,
 		"$JS.API.CONSUMER.MSG.NEXT." + feedStream + "." + name,
 		"$JS.ACK." + feedStream + "." + name + ".>",
 		"$JS.API.DIRECT.GET." + auditStream + ".>",
+		"$JS.API.DIRECT.GET." + stateStream + "." + edgeSubject + "*",
 	}
 }

@@ -20,7 +20,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+	"golang.org/x/mod/sumdb/tlog"
 
 	"waybill.dev/projections/audit"
 	"waybill.dev/schemas"
@@ -610,6 +612,73 @@ func TestAuditTakeover(t *testing.T) {
 	}
 }
 
+// proveAlone proves a record of the feed by what its subscriber can read, and by the
+// public key alone.
+func proveAlone(t *testing.T, g *gateway.Gateway, name, payload string) {
+	t.Helper()
+	url, err := os.ReadFile(filepath.Join(g.Dir, "data", "log", "subscribers", name+".url"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := os.ReadFile(filepath.Join(g.Dir, "data", "audit.pub"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	known, err := audit.Known(strings.Fields(string(key)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	nc, err := nats.Connect(strings.TrimSpace(string(url)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	get := func(what string) (*nats.Msg, error) {
+		m, err := nc.Request("$JS.API.DIRECT.GET."+what, nil, 5*time.Second)
+		if err != nil {
+			return &nats.Msg{}, err
+		}
+		if m.Header.Get("Status") != "" {
+			err = schemas.ErrNotFound
+		}
+		return m, err
+	}
+	m, err := get("AUDIT.audit.checkpoint")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := audit.OpenCheckpoint(string(m.Data), known)
+	if err != nil {
+		t.Fatal(err)
+	}
+	hashes := audit.Reader(tlog.Tree{N: int64(c.Size), Hash: c.Root}, func(tile tlog.Tile) ([]byte, error) {
+		if tile.W == 1<<tile.H {
+			m, err := get("AUDIT.tlog." + strings.ReplaceAll(tile.Path(), "/", "."))
+			return m.Data, err
+		}
+		m, err := get(fmt.Sprintf("AUDIT_STATE.tlog.edge.%d", tile.L))
+		if err == nil && !strings.HasPrefix(m.Header.Get("Waybill-Tile"), fmt.Sprintf("tile/8/%d/", tile.L)) {
+			err = schemas.ErrNotFound
+		}
+		return m.Data, err
+	})
+	var event struct{ Data struct{ Number int64 } }
+	if err := json.Unmarshal([]byte(payload), &event); err != nil {
+		t.Fatal(err)
+	}
+	record, err := audit.CutRecord([]byte(payload))
+	if err != nil {
+		t.Fatal(err)
+	}
+	path, err := tlog.ProveRecord(int64(c.Size), event.Data.Number, hashes)
+	if err == nil {
+		err = tlog.CheckRecord(path, int64(c.Size), c.Root, event.Data.Number, tlog.RecordHash(record))
+	}
+	if err != nil {
+		t.Errorf("leaf %d of %d, the newest of the subscriber: %v", event.Data.Number, c.Size, err)
+	}
+}
+
 // The feed over NATS: a subscriber that was away misses nothing, and proves that
 // a record is in the tree by what it has heard alone.
 func TestAuditFeed(t *testing.T) {
@@ -653,7 +722,9 @@ servers:
 			}
 		}
 	}
-	all := strings.Join(pull("acme-siem"), "\n")
+	records := pull("acme-siem")
+	all := strings.Join(records, "\n")
+	proveAlone(t, g, "acme-siem", records[len(records)-1])
 	for _, want := range []string{`"type":"dev.waybill.requested"`, `"type":"dev.waybill.completed"`, "said to acme", `"specversion":"1.0"`} {
 		if !strings.Contains(all, want) {
 			t.Errorf("acme's feed has no %s: %s", want, all)
