@@ -693,7 +693,8 @@ func (a *Audit) After(ctx context.Context, at map[string]uint64) iter.Seq2[Messa
 		var readers sync.WaitGroup
 		defer readers.Wait()
 		defer stop()
-		heard, failed := make(chan Message, 256), make(chan error, 2)
+		// What is read ahead is bounded by its bytes, in each reader ([Log.pulling]).
+		heard, failed := make(chan Message), make(chan error, 2)
 		for _, stream := range []string{events, system} {
 			s, subject, err := a.of(stream)
 			if err != nil {

@@ -7,12 +7,15 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"iter"
 	"math/rand/v2"
 	"os"
 	"reflect"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/santhosh-tekuri/jsonschema/v6"
@@ -950,4 +953,63 @@ func TestLostCheckpoints(t *testing.T) {
 	if err := restore(); err != nil {
 		t.Error(err)
 	}
+}
+
+// followed counts what is read of the log.
+type followed struct {
+	*memory
+	read atomic.Int64
+}
+
+func (f *followed) Follow(ctx context.Context, after Position) iter.Seq2[Entry, error] {
+	return func(yield func(Entry, error) bool) {
+		for e, err := range f.memory.Follow(ctx, after) {
+			f.read.Add(1)
+			if !yield(e, err) {
+				return
+			}
+		}
+	}
+}
+
+// However large the messages are, no more of them is held than there is room for.
+func TestReadsAheadByBytes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newMemory()
+		body := strings.Repeat("x", 1<<20)
+		for range 100 {
+			m.say("s1", request(), body)
+		}
+		slow := make(chan bool)
+		var stuck atomic.Bool
+		m.fault = func(what string, done bool) error {
+			if what == "append" && !done && !stuck.Swap(true) {
+				m.mu.Unlock() // others go on
+				<-slow
+				m.mu.Lock()
+			}
+			return nil
+		}
+		f := &followed{memory: m}
+		signed := make(chan uint64, 1000)
+		b := m.builder(t, func(o *Options) {
+			o.Store = f
+			o.Signed = func(_ context.Context, c Checkpoint, _ tlog.HashReader) { signed <- c.Size }
+		})
+		ctx, stop := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- b.Run(ctx) }()
+		synctest.Wait()
+		if n := f.read.Load(); n > 17 {
+			t.Errorf("%d MiB are read ahead", n)
+		}
+		close(slow)
+		for size := uint64(0); size < 100; {
+			size = <-signed
+		}
+		stop()
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+	})
 }

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
+	"golang.org/x/sync/semaphore"
 
 	"waybill.dev/schemas"
 )
@@ -140,13 +141,27 @@ type unkept struct {
 	since time.Time
 }
 
-// most is how many messages are taken at once, and gather how long the first of
-// them waits for others: each by itself would cost several times as much, as its
-// record would be a write, an acknowledgement and some wakeups of its own.
+// most is how many messages are taken at once, and mostBytes how large they may be
+// together, unless one alone is larger; as much is read ahead of them. gather is how
+// long the first of them waits for others: each by itself would cost several times as
+// much, as its record would be a write, an acknowledgement and some wakeups of its own.
 const (
-	most   = 1000
-	gather = 25 * time.Millisecond
+	most      = 1000
+	mostBytes = 8 << 20
+	gather    = 25 * time.Millisecond
 )
+
+// size is what a message takes in memory, about.
+func (e Entry) size() int64 {
+	n := len(e.Body) + len(e.Subject) + 256
+	for name, values := range e.Header {
+		n += len(name)
+		for _, v := range values {
+			n += len(v)
+		}
+	}
+	return min(int64(n), mostBytes)
+}
 
 // New makes a builder.
 func New(o Options) (*Builder, error) {
@@ -213,6 +228,7 @@ func (b *Builder) grow(ctx context.Context) error {
 	reading, stop := context.WithCancel(ctx)
 	defer stop()
 	entries, failed := make(chan Entry, most), make(chan error, 1)
+	room := semaphore.NewWeighted(2 * mostBytes) // for what is taken, and for what is read ahead
 	after := Position{}
 	for stream, seq := range b.at {
 		after[stream] = seq
@@ -222,6 +238,9 @@ func (b *Builder) grow(ctx context.Context) error {
 		for e, err := range b.o.Store.Follow(reading, after) {
 			if err != nil {
 				failed <- err
+				return
+			}
+			if room.Acquire(reading, e.size()) != nil {
 				return
 			}
 			select {
@@ -254,23 +273,24 @@ func (b *Builder) grow(ctx context.Context) error {
 				}
 				return errors.New("the log's messages have an end")
 			}
-			batch := []Entry{e}
+			batch, size := []Entry{e}, e.size()
 			linger.Reset(gather)
-			for more := true; more && len(batch) < most; {
+			for more := true; more && len(batch) < most && size < mostBytes; {
 				select {
 				case e, ok := <-entries:
 					if more = ok; ok {
-						batch = append(batch, e)
+						batch, size = append(batch, e), size+e.size()
 					}
 				case <-linger.C:
 					more = false
 				case <-ctx.Done():
-					return ctx.Err()
+					return b.finish(context.WithoutCancel(ctx))
 				}
 			}
 			if err := b.Take(ctx, batch); err != nil {
 				return err
 			}
+			room.Release(size)
 		case <-ctx.Done():
 			return b.finish(context.WithoutCancel(ctx))
 		case <-tick.C:
