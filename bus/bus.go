@@ -208,18 +208,18 @@ func Setup(ctx context.Context, o Options) error {
 // older than that by now. Watch lets it go on.
 func (o Options) kept(ctx context.Context, js jetstream.JetStream) (jetstream.StreamConfig, error) {
 	c := o.events()
-	if len(o.Guard) == 0 {
-		return c, nil
-	}
 	for {
 		s, err := js.Stream(ctx, events)
 		switch {
 		case err == nil:
-			if s.CachedInfo().Config.MaxAge == 0 {
+			before := s.CachedInfo().Config
+			c.Metadata = keeping(c, before.Metadata, time.Now())
+			if len(o.Guard) > 0 && before.MaxAge == 0 {
 				c.MaxAge = 0
 			}
 			return c, nil
 		case errors.Is(err, jetstream.ErrStreamNotFound):
+			c.Metadata = keeping(c, nil, time.Now())
 			return c, nil
 		case !passing(err), !pause(ctx, 200*time.Millisecond):
 			return c, fmt.Errorf("how long the log keeps events: %w", err)

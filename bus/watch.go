@@ -205,6 +205,11 @@ func (l *Log) setMaxAge(ctx context.Context, age time.Duration) error {
 		return err
 	}
 	c := l.o.events()
+	before, err := said(ctx, js)
+	if err != nil {
+		return fmt.Errorf("change how long the log keeps events: %w", err)
+	}
+	c.Metadata = keeping(c, before, time.Now())
 	c.MaxAge = age
 	if _, err := js.UpdateStream(ctx, c); err != nil {
 		return fmt.Errorf("change how long the log keeps events: %w", err)

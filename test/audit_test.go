@@ -432,6 +432,8 @@ func TestAuditTamper(t *testing.T) {
 		{"a time", func(all []blockRecord) []blockRecord { all[at(all, 9)].time++; return all }, []string{"EVENTS 9: ", "the message was changed", "time"}},
 		{"one deleted", func(all []blockRecord) []blockRecord { i := at(all, 12); return slices.Delete(all, i, i+1) },
 			[]string{"EVENTS 12: ", "deleted from the log"}},
+		{"the oldest deleted", func(all []blockRecord) []blockRecord { return all[2:] },
+			[]string{"EVENTS 1: ", "deleted from the log before its time", string(sessionNamed("one"))}},
 		{"two swapped", func(all []blockRecord) []blockRecord {
 			i, j := at(all, 10), at(all, 15)
 			all[i], all[j] = all[j], all[i]

@@ -779,6 +779,45 @@ func TestNothingAgesUnseen(t *testing.T) {
 	}
 }
 
+// What the log's age or size does not explain was deleted, also at its beginning.
+func TestDeletedBeforeItsTime(t *testing.T) {
+	m := built(t)
+	stored := m.log[Events][3].Stored
+	m.say("s1", &schemas.Erased{ID: "x"}, "")
+	b := m.builder(t, nil)
+	if err := errors.Join(b.Restore(t.Context()), m.all(b)); err != nil {
+		t.Fatal(err)
+	}
+	for seq := range uint64(3) {
+		delete(m.log[Events], seq+1)
+	}
+	for name, tt := range map[string]struct {
+		kept Kept
+		aged uint64
+	}{
+		"old enough":                           {Kept{At: stored.Add(25 * time.Hour), MaxAge: 24 * 3600}, 2},
+		"younger":                              {Kept{At: stored.Add(23 * time.Hour), MaxAge: 24 * 3600}, 0},
+		"younger, and the log is full":         {Kept{At: stored.Add(time.Hour), MaxAge: 24 * 3600, MaxBytes: 1 << 30, Bytes: 1<<30 - 100}, 2},
+		"younger, and the log has room":        {Kept{At: stored.Add(time.Hour), MaxAge: 24 * 3600, MaxBytes: 1 << 30, Bytes: 1 << 29}, 0},
+		"while less was kept":                  {Kept{At: stored.Add(3 * time.Hour), MaxAge: 24 * 3600, Age: 3600, Until: stored.Add(2 * time.Hour)}, 2},
+		"while less was kept, and it is young": {Kept{At: stored.Add(3 * time.Hour), MaxAge: 24 * 3600, Age: 3600, Until: stored.Add(30 * time.Minute)}, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			lines := m.lines(nil, nil)
+			lines[0].Log.Kept = &tt.kept
+			r := m.verify(t, lines)
+			if r.Aged != tt.aged || uint64(len(r.Problems)) != 2-tt.aged || r.Erased == 0 {
+				t.Errorf("%d aged, %d erased, %v", r.Aged, r.Erased, r.Problems)
+			}
+			for _, p := range r.Problems {
+				if !strings.HasPrefix(p.Text, "deleted from the log before its time: it would be ") {
+					t.Error(p)
+				}
+			}
+		})
+	}
+}
+
 // Where the log ends before the tree, what comes takes the numbers of what was
 // signed: nothing is signed then, and not later, either, when there is enough.
 func TestLogCutOff(t *testing.T) {

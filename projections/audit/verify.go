@@ -8,6 +8,7 @@ import (
 	"iter"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/mod/sumdb/tlog"
 
@@ -38,6 +39,37 @@ type Held struct {
 	Streams map[string]Range `json:"streams"`          // what the log holds
 	Rows    *Range           `json:"rows,omitempty"`   // of EVENTS as rows; absent where there are none
 	Others  uint64           `json:"others,omitempty"` // rows of other logs
+	Kept    *Kept            `json:"kept,omitempty"`   // what EVENTS may have forgotten; absent where that is not known
+}
+
+// Kept is what a stream may have forgotten.
+type Kept struct {
+	At       time.Time `json:"at"` // when this was so
+	MaxAge   Seconds   `json:"max_age_s"`
+	MaxBytes uint64    `json:"max_bytes"` // 0 for no limit
+	Bytes    uint64    `json:"bytes"`     // that it has
+
+	Until  time.Time `json:"until,omitzero"` // to then it was shorter
+	Age    Seconds   `json:"age_s,omitempty"`
+	Before uint64    `json:"before,omitempty"` // bytes
+}
+
+// Seconds is how long, as it is written into lines.
+type Seconds int64
+
+func (s Seconds) duration() time.Duration { return time.Duration(s) * time.Second }
+
+// explains tells whether a message may be gone that was stored then, if erasures have
+// taken so many bytes. What is gone for the room it took, and is not too old, is
+// followed by nothing that is too old: so all is there that took its place.
+func (k Kept) explains(stored time.Time, erased uint64) bool {
+	const (
+		clocks  = time.Minute // may differ by that
+		message = 16 << 20    // no message is as large
+	)
+	full := func(limit uint64) bool { return limit > 0 && k.Bytes+erased+message >= limit }
+	return k.At.Sub(stored) >= k.MaxAge.duration()-clocks || full(k.MaxBytes) ||
+		stored.Before(k.Until) && (k.Until.Sub(stored) >= k.Age.duration()-clocks || full(k.Before))
 }
 
 // Stray says that there are rows of a sequence of EVENTS for which there is no leaf.
@@ -223,6 +255,8 @@ type verifier struct {
 
 type lost struct {
 	Problem
+	stored  time.Time
+	size    int
 	session string // "" for what no erasure excuses
 	what    what
 }
@@ -416,15 +450,15 @@ func (v *verifier) leaf(w Witness) {
 	held := v.held.Streams[l.Stream]
 	switch {
 	case w.Entry == nil && l.Seq < held.First && l.Stream == Events:
-		// Erased or too old: the log begins behind it in both cases. Of SYSTEM
+		// Erased, too old, or deleted: the log begins behind it in all cases. Of SYSTEM
 		// nothing ever becomes too old.
-		v.missing = append(v.missing, lost{Problem{Seq: l.Seq}, session, aged})
+		v.missing = append(v.missing, lost{Problem{&n, l.Stream, l.Seq, about()}, l.Stored, l.Size, session, aged})
 	case w.Entry == nil:
 		how := "deleted from the log: "
 		if l.Seq > held.Last {
 			how = "cut off the end of the log: "
 		}
-		v.missing = append(v.missing, lost{Problem{&n, l.Stream, l.Seq, how + about()}, session, message})
+		v.missing = append(v.missing, lost{Problem{&n, l.Stream, l.Seq, how + about()}, l.Stored, l.Size, session, message})
 	case w.Entry.Stream != l.Stream || w.Entry.Seq != l.Seq:
 		say(l.Stream, l.Seq, "in its place stands %s %d", w.Entry.Stream, w.Entry.Seq)
 	case made == nil:
@@ -466,7 +500,7 @@ func (v *verifier) row(w Witness, l Leaf, open schemas.Event, isEvent bool, abou
 		return
 	case w.Row == nil:
 		if v.held.Rows.has(l.Seq) && open.Kind() != schemas.KindErased {
-			v.missing = append(v.missing, lost{Problem{&n, l.Stream, l.Seq, "its row is missing: " + about}, session, row})
+			v.missing = append(v.missing, lost{Problem{&n, l.Stream, l.Seq, "its row is missing: " + about}, l.Stored, 0, session, row})
 		}
 		return
 	}
@@ -558,14 +592,25 @@ func (v *verifier) end() {
 		v.problem(Problem{Leaf: &n, Text: fmt.Sprintf("the feed ends before it; %d leaves were signed", v.size)})
 	}
 	var gone []Problem
+	erases := func(m lost) bool { return m.session != "" && v.erased[m.session] > m.Seq }
+	room := uint64(0) // that erasures have made in the log
 	for _, m := range v.missing {
-		erased := m.session != "" && v.erased[m.session] > m.Seq
-		switch {
+		if m.what == message && erases(m) {
+			room += uint64(m.size) + 64<<10 // its headers are no more
+		}
+	}
+	for _, m := range v.missing {
+		erased := erases(m)
+		switch k := v.held.Kept; {
 		case erased && m.what != row:
 			v.r.Erased++
 		case erased:
-		case m.what == aged:
+		case m.what == aged && (k == nil || k.explains(m.stored, room)):
 			v.r.Aged++
+		case m.what == aged:
+			m.Text = fmt.Sprintf("deleted from the log before its time: it would be %s old, and the log keeps %s or %d MB, and has %d: %s",
+				k.At.Sub(m.stored).Round(time.Second), k.MaxAge.duration(), k.MaxBytes>>20, k.Bytes>>20, m.Text)
+			gone = append(gone, m.Problem)
 		default:
 			gone = append(gone, m.Problem)
 		}

@@ -3,6 +3,7 @@ package cli
 import (
 	"context"
 	"iter"
+	"time"
 
 	"golang.org/x/mod/sumdb/tlog"
 
@@ -182,6 +183,14 @@ func writeAudit(ctx context.Context, a *bus.Audit, keys []string, rows rowsOf, y
 		c := newCursor(a.Messages(ctx, stream, r.First))
 		defer c.stop()
 		cursors[stream] = c
+	}
+	keeps, err := a.Retention(ctx)
+	if err != nil {
+		return err
+	}
+	held.Kept = &audit.Kept{
+		At: keeps.At, MaxAge: audit.Seconds(keeps.MaxAge / time.Second), MaxBytes: keeps.MaxBytes, Bytes: keeps.Bytes,
+		Until: keeps.Until, Age: audit.Seconds(keeps.Age / time.Second), Before: keeps.Before,
 	}
 	if !yield(audit.Line{Log: &held}) {
 		return nil

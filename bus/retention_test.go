@@ -1,0 +1,42 @@
+package bus_test
+
+import (
+	"testing"
+	"time"
+
+	"waybill.dev/bus"
+	"waybill.dev/bus/embed"
+)
+
+// What the log may have forgotten is known over changes of how much it keeps.
+func TestRetention(t *testing.T) {
+	w := start(t, embed.Options{})
+	at := func(o bus.Options) bus.Retention {
+		t.Helper()
+		o.Dial = w.srv.Connect
+		if err := bus.Setup(t.Context(), o); err != nil {
+			t.Fatal(err)
+		}
+		o.Role = bus.RoleAudit
+		a, err := w.open(o).Audit(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		r, err := a.Retention(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r
+	}
+	first := at(bus.Options{MaxAge: 48 * time.Hour, MaxBytes: 1 << 30})
+	less := at(bus.Options{MaxAge: time.Hour, MaxBytes: 1 << 30})
+	if less.MaxAge != time.Hour || less.MaxBytes != 1<<30 || less.Before < first.Before || time.Since(less.At).Abs() > time.Minute {
+		t.Errorf("made shorter: %+v", less)
+	}
+	for range 2 {
+		more := at(bus.Options{MaxAge: 24 * time.Hour, MaxBytes: 2 << 30})
+		if more.MaxAge != 24*time.Hour || more.Age != time.Hour || more.Before != 1<<30 || time.Since(more.Until).Abs() > time.Minute {
+			t.Errorf("made longer: %+v", more)
+		}
+	}
+}
