@@ -68,7 +68,9 @@ type Config struct {
 	dir string // of the file
 }
 
-// BusConfig says where the log is: embedded, or at a url.
+// BusConfig says where the log is: embedded, or at a url. There the users and their
+// rights are the server's: each role (bus.Role.Permissions says what it needs) hears
+// its answers on _PRIV.<role>.>, to which its user must be allowed to subscribe.
 type BusConfig struct {
 	Embedded *EmbeddedConfig `yaml:"embedded" json:"embedded,omitempty"`
 	URL      string          `yaml:"url" json:"url,omitempty"`           // nats://…; excludes embedded
