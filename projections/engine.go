@@ -38,6 +38,7 @@ type Engine struct {
 
 	mu      sync.Mutex
 	at      *engineAt     // nil while it does not serve
+	failed  error         // why it never will
 	changed chan struct{} // closed when at changes
 }
 
@@ -68,6 +69,12 @@ func (e *Engine) Run(ctx context.Context) error {
 		begun := time.Now()
 		err := e.serve(ctx)
 		if ctx.Err() != nil {
+			return nil
+		}
+		if errors.Is(err, ErrUnsupported) {
+			e.o.Log.Error("ClickHouse cannot run here, and is not tried again", "error", err)
+			e.never(err)
+			<-ctx.Done()
 			return nil
 		}
 		if time.Since(begun) > time.Minute {
@@ -142,9 +149,44 @@ func (e *Engine) serve(ctx context.Context) error {
 		return errors.New("it ended by itself")
 	}
 	if last != "" {
-		return fmt.Errorf("%w: %s", err, last)
+		err = fmt.Errorf("%w: %s", err, last)
+	}
+	return unsupported(err)
+}
+
+// ErrUnsupported is returned for a machine on which the engine cannot run, now or
+// later.
+var ErrUnsupported = errors.New("the ClickHouse inside cannot run on this machine")
+
+// exitUnsupported is how the launcher says so.
+const exitUnsupported = 3
+
+func unsupported(err error) error {
+	if exit := new(exec.ExitError); errors.As(err, &exit) && exit.ExitCode() == exitUnsupported {
+		return fmt.Errorf("%w: %w", ErrUnsupported, err)
 	}
 	return err
+}
+
+// Supported asks a launcher whether its engine can run on this machine, and returns
+// [ErrUnsupported] where it cannot. Of a launcher that falls it says nothing.
+func Supported(ctx context.Context, launcher string) error {
+	ctx, cancel := context.WithTimeout(ctx, startup)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, launcher, "--check").CombinedOutput()
+	if errors.Is(unsupported(err), ErrUnsupported) {
+		return fmt.Errorf("%w: %s", ErrUnsupported, strings.TrimPrefix(strings.TrimSpace(string(out)), "chserve: "))
+	}
+	return nil
+}
+
+// never tells who waits that the engine will not serve.
+func (e *Engine) never(err error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.failed = err
+	close(e.changed)
+	e.changed = make(chan struct{})
 }
 
 // prepare makes the tables of an engine that has just started.
@@ -226,8 +268,11 @@ var ErrDown = errors.New("ClickHouse does not serve now")
 func (e *Engine) Options(ctx context.Context, readOnly bool) (*clickhouse.Options, error) {
 	for {
 		e.mu.Lock()
-		at, changed := e.at, e.changed
+		at, changed, failed := e.at, e.changed, e.failed
 		e.mu.Unlock()
+		if failed != nil {
+			return nil, fmt.Errorf("%w: %w", ErrDown, failed)
+		}
 		if at != nil {
 			user := "gateway"
 			if readOnly {

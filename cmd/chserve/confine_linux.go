@@ -29,13 +29,22 @@ const (
 	first    = unix.LANDLOCK_ACCESS_FS_MAKE_SYM<<1 - 1
 )
 
+// confinement is the version of Landlock that the kernel has.
+func confinement() (uintptr, error) {
+	version, _, errno := unix.Syscall(unix.SYS_LANDLOCK_CREATE_RULESET, 0, 0, unix.LANDLOCK_CREATE_RULESET_VERSION)
+	if errno != 0 {
+		return 0, fmt.Errorf("%w: it could read every file that its user can, and this kernel cannot keep it from that (Landlock, Linux 5.13 and newer, switched on): %w; "+
+			"give the gateway a server with `clickhouse: {dsn: …}`", errUnsupported, errno)
+	}
+	return version, nil
+}
+
 // confine starts this program anew, confined to o, and returns only errors.
 func confine(o options, config string) error {
 	runtime.LockOSThread()
-	version, _, errno := unix.Syscall(unix.SYS_LANDLOCK_CREATE_RULESET, 0, 0, unix.LANDLOCK_CREATE_RULESET_VERSION)
-	if errno != 0 {
-		return fmt.Errorf("the engine could read every file that its user can, and this kernel cannot keep it from that (Landlock, Linux 5.13 and newer): %w; "+
-			"give the gateway a server with `clickhouse: {dsn: …}`", errno)
+	version, err := confinement()
+	if err != nil {
+		return err
 	}
 	all := uint64(first)
 	for v, more := range map[uintptr]uint64{2: unix.LANDLOCK_ACCESS_FS_REFER, 3: unix.LANDLOCK_ACCESS_FS_TRUNCATE, 5: unix.LANDLOCK_ACCESS_FS_IOCTL_DEV} {

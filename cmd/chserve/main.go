@@ -5,15 +5,18 @@
 // falls.
 //
 //	chserve --dir DIR [--library FILE] [--memory BYTES] [--http ADDR] [--native ADDR]
+//	chserve --check
 //
 // It prints one line, {"http":"127.0.0.1:…","native":"127.0.0.1:…"}, when both
 // servers listen, and serves until its standard input ends or it is told to
 // stop (SIGTERM). DIR holds the tables and, in files that only their owner can
-// read, the passwords of its two users (users.go).
+// read, the passwords of its two users (users.go). It exits with 3 where it can
+// serve neither now nor later, on this machine; --check says only that.
 package main
 
 import (
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -27,9 +30,15 @@ import (
 func main() {
 	if err := run(os.Args[1:]); err != nil {
 		_, _ = fmt.Fprintln(os.Stderr, "chserve:", err)
+		if errors.Is(err, errUnsupported) {
+			os.Exit(3)
+		}
 		os.Exit(1)
 	}
 }
+
+// errUnsupported is wrapped by the error of a machine on which the engine cannot run.
+var errUnsupported = errors.New("the engine cannot run here")
 
 // options are the command line.
 type options struct {
@@ -46,11 +55,16 @@ func run(args []string) error {
 	fs.Int64Var(&o.memory, "memory", 1e9, "the engine's memory in `BYTES`, at most")
 	fs.StringVar(&o.http, "http", "127.0.0.1:0", "loopback `ADDR` of the HTTP server")
 	fs.StringVar(&o.native, "native", "127.0.0.1:0", "loopback `ADDR` of the native server")
+	check := fs.Bool("check", false, "tell whether the engine can run on this machine")
 	again := len(args) > 0 && args[len(args)-1] == confined
 	if again {
 		args = args[:len(args)-1]
 	}
 	if err := fs.Parse(args); err != nil {
+		return err
+	}
+	if *check {
+		_, err := confinement()
 		return err
 	}
 	if o.dir == "" || fs.NArg() > 0 {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net"
 	"net/url"
 	"os"
@@ -142,7 +143,7 @@ const (
 )
 
 // findRecord decides where the record is, if anywhere.
-func (g *gateway) findRecord() error {
+func (g *gateway) findRecord(ctx context.Context) error {
 	r := g.c.ClickHouse
 	switch {
 	case r.Off:
@@ -170,7 +171,15 @@ func (g *gateway) findRecord() error {
 		if err == nil && r.Launcher == "" {
 			_, err = os.Stat(filepath.Join(filepath.Dir(launcher), "libchdb.so"))
 		}
+		if err == nil {
+			err = projections.Supported(ctx, launcher)
+		}
 		switch {
+		case errors.Is(err, projections.ErrUnsupported) && r.Embedded:
+			return fmt.Errorf("clickhouse: %w", err)
+		case errors.Is(err, projections.ErrUnsupported):
+			g.log.Warn("no record is kept (`clickhouse: false` ends this message)", "error", err)
+			return nil
 		case err == nil:
 		case r.Embedded:
 			return errors.New("clickhouse: " + err.Error() + "; `make build` puts the launcher and its library beside the program")

@@ -76,7 +76,7 @@ func (g *gateway) run(ctx context.Context, started func(*gateway, net.Addr, net.
 	tune(g.env)
 	g.ready = map[string]*atomic.Bool{}
 	g.instance = string(schemas.NewReplica())
-	if err := g.findRecord(); err != nil {
+	if err := g.findRecord(ctx); err != nil {
 		return err
 	}
 	closeLog, err := g.openLog(ctx)
