@@ -92,6 +92,7 @@ func (e *Engine) Run(ctx context.Context) error {
 
 // serve runs the engine once.
 func (e *Engine) serve(ctx context.Context) error {
+	e.up(nil) // what the one before has left, if we were killed with it
 	args := []string{"--dir", e.o.Dir, "--memory", strconv.FormatInt(cmp.Or(e.o.Memory, 1e9), 10)}
 	if e.o.HTTP != "" {
 		args = append(args, "--http", e.o.HTTP)
@@ -224,10 +225,12 @@ func (e *Engine) listen(r io.Reader) (last string) {
 
 // up tells who waits that the engine serves, or does not.
 func (e *Engine) up(at *engineAt) {
+	err := os.Remove(e.URLFile()) // of an engine that is gone
 	if at != nil {
-		if err := e.leave(*at); err != nil {
-			e.o.Log.Warn("ClickHouse", "error", err)
-		}
+		err = e.leave(*at)
+	}
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		e.o.Log.Warn("ClickHouse: where it is read", "error", err)
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()

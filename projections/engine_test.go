@@ -57,3 +57,33 @@ func TestEngineUnsupported(t *testing.T) {
 		t.Errorf("it says %s", said.String())
 	}
 }
+
+// The file that says where to read is there while the engine serves, and no longer.
+func TestReaderURL(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "clickhouse")
+	e := projections.NewEngine(projections.EngineOptions{Launcher: peers.ClickHouse(t), Dir: dir})
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(e.URLFile(), []byte("of one that was killed"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	running.Go(func() {
+		if err := e.Run(ctx); err != nil {
+			t.Error(err)
+		}
+	})
+	if _, err := e.Options(ctx, true); err != nil {
+		t.Error(err)
+	}
+	if b, err := os.ReadFile(e.URLFile()); err != nil || !strings.HasPrefix(string(b), "http://reader:") {
+		t.Errorf("while it serves: %v %s", err, b)
+	}
+	stop()
+	running.Wait()
+	if _, err := os.Stat(e.URLFile()); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("afterwards: %v", err)
+	}
+}
