@@ -15,10 +15,12 @@ import (
 // acknowledged, and gives those sequences again to other events. The record may
 // have the lost ones. They stay, as they happened; what the log has in their
 // place is written under another name of the log, the place's, which is made of
-// the first such event. So nothing is taken for what it is not.
+// how many names there were before, by which they are in order whatever the clock
+// said, and of the first such event. So nothing is taken for what it is not.
 type place struct {
 	created string            // the log's identity
-	log     string            // the name under which rows are written: created, or created#time; "" until there is an event to name it by
+	log     string            // the name under which rows are written: created, or created#n<names before>-<time>; "" until there is an event to name it by
+	names   uint64            // that the record has of the log
 	after   uint64            // the newest sequence that the record has under the name before
 	upTo    uint64            // the record has all events up to here, as far as the log had them
 	marks   map[string]uint64 // by table: the greatest sequence that it has under the name
@@ -28,7 +30,8 @@ type place struct {
 func (p *place) name(events []schemas.Event) {
 	for _, e := range events {
 		if p.log == "" && e.Seq > p.after {
-			p.log = p.created + "#" + e.Stored.UTC().Format("2006-01-02T15:04:05.000000000Z")
+			// The letter puts it behind the names of before there were numbers, which are times.
+			p.log = fmt.Sprintf("%s#n%06d-%s", p.created, p.names, e.Stored.UTC().Format("2006-01-02T15:04:05.000000000Z"))
 		}
 	}
 }
@@ -44,12 +47,12 @@ func (w *Writer) find(ctx context.Context) (*place, error) {
 		return nil, err
 	}
 	var first, top uint64
-	rows, err := w.conn.Query(ctx, "SELECT log, min(seq), max(seq) FROM "+main+" WHERE log = ? OR startsWith(log, ?) GROUP BY log ORDER BY log DESC LIMIT 1", created, created+"#")
+	rows, err := w.conn.Query(ctx, "SELECT log, min(seq), max(seq), count() OVER () FROM "+main+" WHERE log = ? OR startsWith(log, ?) GROUP BY log ORDER BY log DESC LIMIT 1", created, created+"#")
 	if err != nil {
 		return nil, fmt.Errorf("what the record has: %w", err)
 	}
 	for rows.Next() {
-		if err := rows.Scan(&p.log, &first, &top); err != nil {
+		if err := rows.Scan(&p.log, &first, &top, &p.names); err != nil {
 			return nil, errors.Join(err, rows.Close())
 		}
 	}
@@ -60,7 +63,7 @@ func (w *Writer) find(ctx context.Context) (*place, error) {
 		if p.log != created {
 			p.after = first - 1
 		}
-		fork, lost, err := w.fork(ctx, p.log, top)
+		fork, lost, err := w.fork(ctx, created, top)
 		if err != nil {
 			return nil, err
 		}
@@ -86,15 +89,16 @@ func (w *Writer) find(ctx context.Context) (*place, error) {
 }
 
 // fork is the newest sequence of which the record and the log have the same
-// event, and how many events the record has after it.
-func (w *Writer) fork(ctx context.Context, log string, top uint64) (seq uint64, lost int, err error) {
+// event, and how many events the record has after it. The log may have lost more of its
+// end than the last time: then it is under one of the names before.
+func (w *Writer) fork(ctx context.Context, created string, top uint64) (seq uint64, lost int, err error) {
 	last, err := w.o.Of.Last(ctx)
 	if err != nil {
 		return 0, 0, err
 	}
 	// Most often it is the first that is looked at, which is found by its place.
 	for _, where := range []string{"seq = ?", "seq <= ?"} {
-		rows, err := w.conn.Query(ctx, "SELECT seq, id, stored FROM "+main+" WHERE log = ? AND "+where+" ORDER BY seq DESC", log, top)
+		rows, err := w.conn.Query(ctx, "SELECT seq, id, stored FROM "+main+" WHERE (log = ? OR startsWith(log, ?)) AND "+where+" ORDER BY seq DESC, log DESC LIMIT 1 BY seq", created, created+"#", top)
 		if err != nil {
 			return 0, 0, fmt.Errorf("what the record has: %w", err)
 		}

@@ -311,6 +311,57 @@ func written(t *testing.T, e projections.Server) {
 	}
 }
 
+// A log that has lost its end twice, and whose clock was set back meanwhile: what it has
+// now is found behind what it had, and the next event goes on there.
+func TestLostEndTwice(t *testing.T) {
+	e := engine(t)
+	all := made(10, day())
+	again := func(from int, back time.Duration) []schemas.Event { // what came in the place of the last ones
+		var now []schemas.Event
+		for _, ev := range made(10, day().Add(-back)) {
+			if ev.Seq >= uint64(from) {
+				ev.Call += schemas.CallID(fmt.Sprint("x", from))
+				now = append(now, ev)
+			}
+		}
+		return now
+	}
+	take(t, writer(t, e, logOf("one", all)), all)
+	for i, tt := range []struct {
+		from int
+		back time.Duration
+	}{{15, 0}, {13, 3 * time.Hour}, {19, time.Hour}} {
+		now := append(slices.Clone(all[:tt.from-1]), again(tt.from, tt.back)...)
+		w := writer(t, e, logOf("one", now))
+		take(t, w, now[:tt.from])
+		w.Close()
+		w = writer(t, e, logOf("one", now)) // and it starts anew in the middle
+		take(t, w, now)
+		all = now
+		latest := ask(t, e, "SELECT count(), uniqExact(seq), min(seq), max(seq) FROM events_v1 WHERE log = (SELECT max(log) FROM events_v1)")
+		if want := fmt.Sprintf("%d %d %d 20", 21-tt.from, 21-tt.from, tt.from); !slices.Equal(latest, []string{want}) {
+			t.Errorf("the log's end, lost for the %d. time: %v, want %s", i+1, latest, want)
+		}
+		r, err := projections.OpenRows(t.Context(), e, "one")
+		if err != nil {
+			t.Fatal(err)
+		}
+		n := 0
+		for row, err := range r.All {
+			if err != nil {
+				t.Fatal(err)
+			}
+			n++
+			if want := now[row.Seq-1]; row.Event.ID() != want.ID() || len(row.Wrong) > 0 {
+				t.Errorf("%d is %s, the log has %s; %v", row.Seq, row.Event.ID(), want.ID(), row.Wrong)
+			}
+		}
+		if n != 20 {
+			t.Errorf("%d rows", n)
+		}
+	}
+}
+
 // Whoever asks can read the record, and nothing else.
 func TestQueryIsReadOnly(t *testing.T) {
 	onServers(t, func(t *testing.T, s projections.Server) {
