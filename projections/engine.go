@@ -99,23 +99,31 @@ func (e *Engine) serve(ctx context.Context) error {
 	}
 	cmd := exec.Command(e.o.Launcher, args...)
 	separate(cmd)
-	stdin, err := cmd.StdinPipe() // it ends when we end, however that is
-	if err != nil {
-		return err
+	var ours, theirs [3]*os.File // of stdin, which ends when we end, however that is, stdout and stderr
+	defer func() {
+		for _, f := range append(ours[:], theirs[:]...) {
+			if f != nil {
+				_ = f.Close()
+			}
+		}
+	}()
+	for i, name := range []string{"stdin", "stdout", "stderr"} {
+		var err error
+		if ours[i], theirs[i], err = connection(name); err != nil {
+			return err
+		}
 	}
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		return err
-	}
-	stderr, err := cmd.StderrPipe()
-	if err != nil {
-		return err
-	}
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = theirs[0], theirs[1], theirs[2]
+	stdin, stdout, stderr := ours[0], ours[1], ours[2]
 	// The kernel kills the child when the thread is gone that started it.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start %s: %w", e.o.Launcher, err)
+	}
+	for i := range theirs {
+		_ = theirs[i].Close() // the child has its own
+		theirs[i] = nil
 	}
 	late := time.AfterFunc(startup, func() { _ = cmd.Process.Kill() })
 	defer late.Stop()
@@ -141,7 +149,7 @@ func (e *Engine) serve(ctx context.Context) error {
 		_, _ = io.Copy(io.Discard, stdout)
 	})
 	readers.Wait()
-	err = cmd.Wait()
+	err := cmd.Wait()
 	e.up(nil)
 	if unprepared != nil {
 		return unprepared

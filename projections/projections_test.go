@@ -442,9 +442,10 @@ func TestReaderOverHTTP(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	client := &http.Client{Timeout: patience}
 	post := func(to, sql string) (int, string) {
 		t.Helper()
-		resp, err := http.Post(to, "text/plain", strings.NewReader(sql))
+		resp, err := client.Post(to, "text/plain", strings.NewReader(sql))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -460,6 +461,14 @@ func TestReaderOverHTTP(t *testing.T) {
 		"SELECT file('"+own+"/gateway.password')", "SELECT file('"+own+"/reader.url')", "SELECT file('"+own+"/none/../gateway.password')") {
 		if status, text := post(reader, sql); status == http.StatusOK && text != "" {
 			t.Errorf("%s: carried out, %s", sql, text)
+		}
+	}
+	// Nobody waits at what the engine's process has open, its pipes among them.
+	for fd := range 64 {
+		begun := time.Now()
+		post(reader, fmt.Sprintf("SELECT length(file('/proc/self/fd/%d'))", fd))
+		if took := time.Since(begun); took > patience/2 {
+			t.Fatalf("descriptor %d: answered after %s", fd, took)
 		}
 	}
 	u.RawQuery = "readonly=0"

@@ -223,7 +223,26 @@ func (e *engine) find(before map[string]bool) {
 			}
 		}
 	}
+	seal()
 	e.listening <- at
+	for range time.Tick(time.Second) { // there may be more of them
+		seal()
+	}
+}
+
+// seal makes the pipes of this process such that nobody can open them: what has them
+// open goes on. The engine opens what a query names, /proc/self/fd/8 too, and would
+// wait for ever at what it is itself to read; to keep it to its directory (Landlock)
+// does not keep it from those, which are in none.
+func seal() {
+	fds, _ := os.ReadDir("/proc/self/fd") // of what is not seen now, more is seen later
+	for _, fd := range fds {
+		if to, err := os.Readlink("/proc/self/fd/" + fd.Name()); err == nil && strings.HasPrefix(to, "pipe:") {
+			if n, err := strconv.Atoi(fd.Name()); err == nil {
+				_ = unix.Fchmod(n, 0) // it may be closed by now
+			}
+		}
+	}
 }
 
 // isHTTP asks a server for what only the HTTP server answers. It is no query:
