@@ -38,7 +38,7 @@ func trace(h http.Header, m meta) (parent, state string) {
 const (
 	backFor  = time.Hour   // how long after it was made a call may be called back for
 	findTime = time.Second // in which the call has to be found
-	findMost = 16          // that are looked for at once
+	findMost = 16          // that are looked for at once, half of them for one tenant
 	maxMaker = 1 << 12     // that are remembered, at some 500 bytes each
 )
 
@@ -99,10 +99,9 @@ func (a *Adapter) maker(ctx context.Context, t schemas.Tenant, span string, mint
 	}
 	ctx, cancel := context.WithTimeout(ctx, findTime)
 	defer cancel()
-	select {
-	case a.makers.places <- struct{}{}:
-		defer func() { <-a.makers.places }()
-	case <-ctx.Done():
+	leave, ok := a.makers.enter(ctx, t)
+	defer leave()
+	if !ok {
 		a.o.Log.Warn("not found for what a call is made: too many are looked for", "span", span)
 		return schemas.Event{}, false
 	}
@@ -122,13 +121,42 @@ func (a *Adapter) maker(ctx context.Context, t schemas.Tenant, span string, mint
 type makers struct {
 	places chan struct{} // of who looks for one
 
-	mu    sync.Mutex // guards the rest
+	mu    sync.Mutex                       // guards the rest
+	of    map[schemas.Tenant]chan struct{} // places of a tenant; there are few tenants
 	found map[string]schemas.Event
 	order []string // of found, the oldest first
 }
 
 func newMakers() makers {
-	return makers{places: make(chan struct{}, findMost), found: map[string]schemas.Event{}}
+	return makers{places: make(chan struct{}, findMost), of: map[schemas.Tenant]chan struct{}{}, found: map[string]schemas.Event{}}
+}
+
+// enter waits for a place to look for a call of a tenant, until ctx is done. A tenant
+// waits for its own first, so that it takes none from others. leave is to be called in
+// any case.
+func (m *makers) enter(ctx context.Context, t schemas.Tenant) (leave func(), ok bool) {
+	m.mu.Lock()
+	own := m.of[t]
+	if own == nil {
+		own = make(chan struct{}, findMost/2)
+		m.of[t] = own
+	}
+	m.mu.Unlock()
+	var taken []chan struct{}
+	leave = func() {
+		for _, places := range taken {
+			<-places
+		}
+	}
+	for _, places := range []chan struct{}{own, m.places} {
+		select {
+		case places <- struct{}{}:
+			taken = append(taken, places)
+		case <-ctx.Done():
+			return leave, false
+		}
+	}
+	return leave, true
 }
 
 func (m *makers) get(key string) (schemas.Event, bool) {
