@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/ClickHouse/clickhouse-go/v2"
+	"github.com/ClickHouse/clickhouse-go/v2/lib/column"
 
 	"waybill.dev/schemas"
 )
@@ -144,6 +145,9 @@ func refusal(err error) error {
 			hint = asked(e.Message)
 		}
 		return fmt.Errorf("%w (code %d): %s%s", ErrQuery, e.Code, string(text), hint)
+	}
+	if t := new(column.UnsupportedColumnTypeError); errors.As(err, &t) {
+		return fmt.Errorf("%w: a column of the answer has no form outside of ClickHouse: %w; of the state of an aggregate function finalizeAggregation() makes a value, of others toString()", ErrQuery, t)
 	}
 	return err
 }

@@ -125,6 +125,27 @@ func TestRecord(t *testing.T) {
 	if b, err := io.ReadAll(resp.Body); err != nil || string(b) != "2\n" {
 		t.Errorf("over HTTP: %q, %v", b, err)
 	}
+	// Values of every kind are shown as what they are.
+	for sql, want := range map[string]string{
+		"SELECT [1, 2, 3] AS v":     `{"v":[1,2,3]}`,
+		"SELECT [toUInt8(65)] AS v": `{"v":[65]}`,
+		"SELECT [[1], []] AS v":     `{"v":[[1],[]]}`,
+		"SELECT map('k', [7]) AS v": `{"v":{"k":[7]}}`,
+		"SELECT (1, [2, 3]) AS v":   `{"v":[1,[2,3]]}`,
+		"SELECT 'text' AS v, unhex('ff') AS w, toFixedString('ab', 2) AS x":                  `{"v":"text","w":"0xff","x":"ab"}`,
+		`SELECT '{"a":{"b":1,"c":[1,"x"]},"d":null,"e":"t"}'::JSON AS v`:                     `{"v":{"a":{"b":1,"c":[1,"x"]},"e":"t"}}`,
+		`SELECT ['{"a":1}'::JSON] AS v`:                                                      `{"v":[{"a":1}]}`,
+		"SELECT toUInt8(7)::Dynamic AS v, NULL::Dynamic AS w":                                `{"v":7,"w":null}`,
+		"SELECT [1]::Variant(String, Array(UInt8)) AS v":                                     `{"v":[1]}`,
+		"SELECT sumState(toUInt64(1)) AS v":                                                  "finalizeAggregation()",
+		"SELECT finalizeAggregation(sumState(toUInt64(1))) AS v":                             `{"v":1}`,
+		"SELECT toDate('2026-11-28') AS v, toIPv4('10.0.0.1') AS w, 1.5::Decimal(9, 2) AS x": `{"v":"2026-11-28 00:00:00","w":"10.0.0.1","x":"1.5"}`,
+	} {
+		out, errs, _ := g.CLI("query", "--json", sql)
+		if got := strings.TrimSpace(out); got != want && (got != "" || !strings.Contains(errs, want)) {
+			t.Errorf("%s: %s%s, want %s", sql, out, errs, want)
+		}
+	}
 	if out, errs, exit := g.CLI("query", "DROP TABLE events_v1"); exit != 1 || !strings.Contains(errs, "refused") {
 		t.Errorf("DROP: exit %d, %s%s", exit, out, errs)
 	}

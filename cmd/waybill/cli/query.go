@@ -317,8 +317,8 @@ func plain(v reflect.Value) any {
 	switch x := v.Interface().(type) {
 	case time.Time:
 		return x.UTC().Format("2006-01-02 15:04:05.999999999")
-	case []byte:
-		return text(string(x))
+	case interface{ Any() any }: // Variant, Dynamic
+		return plain(reflect.ValueOf(x.Any()))
 	case string:
 		return text(x)
 	case fmt.Stringer: // UUID, decimal, address
@@ -337,7 +337,13 @@ func plain(v reflect.Value) any {
 		if f := v.Float(); math.IsNaN(f) || math.IsInf(f, 0) {
 			return fmt.Sprint(f)
 		}
-	case reflect.Slice, reflect.Array:
+	case reflect.Struct:
+		at := reflect.New(v.Type())
+		at.Elem().Set(v)
+		if of, ok := at.Interface().(interface{ NestedMap() map[string]any }); ok { // JSON
+			return plain(reflect.ValueOf(of.NestedMap()))
+		}
+	case reflect.Slice, reflect.Array: // also of bytes: a text is a string
 		list := make([]any, v.Len())
 		for i := range list {
 			list[i] = plain(v.Index(i))
