@@ -288,6 +288,9 @@ func (b *Builder) grow(ctx context.Context) error {
 				}
 			}
 			if err := b.Take(ctx, batch); err != nil {
+				if ctx.Err() != nil {
+					return b.finish(context.WithoutCancel(ctx)) // of what it has; the rest is there for the next
+				}
 				return err
 			}
 			room.Release(size)
