@@ -194,9 +194,6 @@ func (r *replaying) show(ctx context.Context, env Env) error {
 	return s.print(env)
 }
 
-// errNotBuilt is wrapped by the errors for what is to come.
-var errNotBuilt = errors.New("not built yet")
-
 // story is a session as a tree: calls under the calls that caused them, the
 // events of a call in the order of the log.
 type story struct {
