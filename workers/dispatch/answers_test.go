@@ -11,7 +11,9 @@ import (
 	"regexp/syntax"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"waybill.dev/schemas"
 	"waybill.dev/schemas/jsonrpc"
@@ -501,6 +503,17 @@ func BenchmarkAnswers(b *testing.B) {
 		b.Run(name, func(b *testing.B) {
 			b.SetBytes(int64(len(in)))
 			b.ReportAllocs()
+			var before, after syscall.Rusage // the clock says how busy the machine is with other things
+			if err := syscall.Getrusage(syscall.RUSAGE_SELF, &before); err != nil {
+				b.Fatal(err)
+			}
+			defer func() {
+				if err := syscall.Getrusage(syscall.RUSAGE_SELF, &after); err != nil {
+					b.Fatal(err)
+				}
+				cpu := time.Duration(after.Utime.Nano() + after.Stime.Nano() - before.Utime.Nano() - before.Stime.Nano())
+				b.ReportMetric(float64(cpu.Nanoseconds())/1000/float64(b.N), "cpu-µs/op")
+			}()
 			for b.Loop() {
 				if _, s, err := a.screen("s", nil, in); err != nil || (s.Found == nil) != (name == "clean") {
 					b.Fatal(err, s)

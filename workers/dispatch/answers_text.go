@@ -273,12 +273,9 @@ func (t *reading) more(raw []byte, depth, quoted int) error {
 			if plain {
 				t.text = append(t.text, raw[i+1:end-1]...)
 			} else {
-				for at := i + 1; at < end-1; {
-					var size int
-					if t.text, size = appendUnit(t.text, raw[:end-1], at); size == 0 {
-						return errJSON
-					}
-					at += size
+				var ok bool
+				if t.text, ok = appendText(t.text, raw[i+1:end-1]); !ok {
+					return errJSON
 				}
 			}
 			inner := t.text[begin:]
@@ -331,6 +328,23 @@ func stringEnd(raw []byte, i int) (end int, plain bool) {
 		if at += n + 1; slashes%2 == 0 {
 			return at, false
 		}
+	}
+}
+
+// appendText appends what stands between the quotes of a JSON string; ok is false if
+// that cannot be.
+func appendText(dst, inside []byte) (_ []byte, ok bool) {
+	for {
+		n := bytes.IndexByte(inside, '\\')
+		if n < 0 {
+			return append(dst, inside...), true
+		}
+		dst = append(dst, inside[:n]...)
+		var size int
+		if dst, size = appendUnit(dst, inside, n); size == 0 {
+			return dst, false
+		}
+		inside = inside[n+size:]
 	}
 }
 
@@ -459,13 +473,9 @@ func rewriteIn(raw []byte, within string, quoted int, found *findings, find func
 			if end < 0 {
 				return nil, errJSON
 			}
-			text = text[:0]
-			for at := i + 1; at < end-1; {
-				var size int
-				if text, size = appendUnit(text, raw[:end-1], at); size == 0 {
-					return nil, errJSON
-				}
-				at += size
+			var ok bool
+			if text, ok = appendText(text[:0], raw[i+1:end-1]); !ok {
+				return nil, errJSON
 			}
 			name := n > 0 && levels[n-1].object && !levels[n-1].value
 			if !name && quoted < maxQuoted && quotes(text) && valid(text) && !opaque[pointer(levels)] {
