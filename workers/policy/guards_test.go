@@ -222,6 +222,20 @@ func TestLabels(t *testing.T) {
 	}
 }
 
+// Who decides again under other rules labels the session as these would.
+func TestLabelsDecidedAgain(t *testing.T) {
+	r := NewRerun(bundle(t, guarded), true, time.Time{})
+	r.Opened(schemas.Event{Tenant: "acme", Session: "s1", Data: &schemas.Opened{}})
+	allow := map[string]schemas.Check{"lamp": {Said: schemas.CheckAllow}, "shield": {Said: schemas.CheckAllow}}
+	for i, want := range []string{"permit", "permit", "deny"} {
+		e := with([]string{"write", "pay", "write"}[i], "{}")
+		v, missing := r.Decide(e, Decided{N: 1, Facts: Facts{Guards: allow}, At: e.Stored})
+		if missing != nil || v.Outcome() != want {
+			t.Errorf("%d: %s by %q, %q, missing %q", i, v.Outcome(), v.Rule, v.Reason, missing)
+		}
+	}
+}
+
 // A fact that is no guard's word is an error, and not a yes.
 func TestGuardFacts(t *testing.T) {
 	for _, text := range []string{"", "allow", "allow in 3", "allow in x ms: ", "in 3 ms: "} {

@@ -27,6 +27,7 @@ type Rerun struct {
 type soFar struct {
 	calls, denied int
 	tools         []string // sorted
+	labels        []string // sorted
 }
 
 // maxRerunSessions bounds how many sessions are followed. Of an older one the
@@ -77,7 +78,7 @@ func (r *Rerun) Decide(e schemas.Event, d Decided) (v Verdict, missing []string)
 		return Verdict{Reason: "not a request"}, nil
 	}
 	if s := r.sessions[e.Session]; s != nil {
-		d.Facts.Session = &SessionFacts{Calls: s.calls, Denied: s.denied, Tools: s.tools}
+		d.Facts.Session = &SessionFacts{Calls: s.calls, Denied: s.denied, Tools: s.tools, Labels: s.labels}
 		defer func() { r.follow(s, q, v, missing, d) }()
 	}
 	if r.limits == nil {
@@ -105,6 +106,13 @@ func (r *Rerun) follow(s *soFar, q *schemas.Requested, v Verdict, missing []stri
 	outcome := v.Outcome()
 	if missing != nil {
 		outcome = d.Outcome
+	}
+	if outcome == "permit" {
+		for _, label := range v.Obligations.Labels {
+			if i, known := slices.BinarySearch(s.labels, label); !known {
+				s.labels = slices.Insert(slices.Clone(s.labels), i, label)
+			}
+		}
 	}
 	switch {
 	case outcome == "deny":
