@@ -202,7 +202,7 @@ func TestAnswers(t *testing.T) {
 		"guards:\n  - {name: shield, url: "+guard.URL+", headers: {Authorization: {env: GUARD}}}\n"+
 		"  - {name: gone, url: 'http://127.0.0.1:1/'}\n"+
 		"servers:\n"+gateway.Server("tools", up.URL, "")+gateway.Command("files", peers.FilesystemCommand(t, dir), "")+
-		"  - {name: raw, mcp: {url: "+up.URL+"}, answers: {ansi: report, bidi: reject}}\n"+
+		"  - {name: raw, mcp: {url: "+up.URL+"}, answers: {ansi: report, bidi: reject}, approve: none}\n"+
 		"  - {name: api, openapi: {document: "+document+", url: "+api.URL+"}}\n"), "GUARD=Bearer guarded")
 	var heard strings.Builder // all that clients heard
 	ask := func(t *testing.T, session, server, method, name, params string) string {

@@ -153,8 +153,22 @@ func (r *run) listed(ctx context.Context, method string) func(jsonrpc.Value) ([]
 		return nil
 	}
 	return func(result jsonrpc.Value) ([]bool, error) {
+		result, err := r.asTold(result)
+		if err != nil {
+			return nil, err
+		}
 		return r.d.opt.Definitions.Listed(ctx, r.a.Server, method, result)
 	}
+}
+
+// asTold is a result as agents will be told it, looked through: what is pinned is
+// stored too, and must not hold what the log does not.
+func (r *run) asTold(result jsonrpc.Value) (jsonrpc.Value, error) {
+	clean, _, err := r.d.answers.screen(r.a.Server, nil, result.Raw())
+	if err != nil {
+		return jsonrpc.Value{}, err
+	}
+	return jsonrpc.Parse(clean, jsonrpc.Limits{Bytes: len(clean), Depth: answerDepth, AllowCaseVariants: true})
 }
 
 // introduced takes a server's instructions out of an answer that must not be passed
@@ -167,7 +181,11 @@ func (r *run) introduced(ctx context.Context, a Answer) (Answer, error) {
 	if err != nil {
 		return a, faultf(Garbled, "what the server says of itself: %w", err)
 	}
-	may, err := r.d.opt.Definitions.Said(ctx, r.a.Server, m.Result())
+	told, err := r.asTold(m.Result())
+	if err != nil {
+		return a, &Fault{Kind: Withheld, Err: err}
+	}
+	may, err := r.d.opt.Definitions.Said(ctx, r.a.Server, told)
 	if err != nil {
 		return a, faultf(Gateway, "%w", err) // of the log: it may be asked again
 	}

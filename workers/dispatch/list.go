@@ -80,6 +80,9 @@ func filterList(m *jsonrpc.Message, method string, c Call) (body []byte, removed
 // listFault is a list that cannot be passed on: the server's fault, or else the
 // log's, and then it may be asked for again.
 func listFault(err error) *Fault {
+	if w := new(withheld); errors.As(err, &w) {
+		return w.fault()
+	}
 	if errors.Is(err, errList) || errors.Is(err, schemas.ErrInvalid) {
 		return &Fault{Kind: Garbled, Err: err}
 	}
