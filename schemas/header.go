@@ -20,9 +20,10 @@ import (
 // member is one member of a struct as JSON, its own or one of a struct that it
 // embeds.
 type member struct {
-	key  string // `"name":`
-	at   []int  // index of the field
-	omit string // omitempty, omitzero or ""
+	key  string   // `"name":`
+	at   []int    // index of the field
+	omit string   // omitempty, omitzero or ""
+	of   []member // of each, where it is a list of structs
 }
 
 // Of all that is written; never modified.
@@ -44,12 +45,17 @@ func membersOf(t reflect.Type) (all []member) {
 		f := t.Field(i)
 		if f.Anonymous {
 			for _, m := range membersOf(f.Type) {
-				all = append(all, member{m.key, append([]int{i}, m.at...), m.omit})
+				m.at = append([]int{i}, m.at...)
+				all = append(all, m)
 			}
 			continue
 		}
 		name, omit, _ := strings.Cut(f.Tag.Get("json"), ",")
-		all = append(all, member{`"` + name + `":`, []int{i}, omit})
+		m := member{key: `"` + name + `":`, at: []int{i}, omit: omit}
+		if f.Type.Kind() == reflect.Slice && f.Type.Elem().Kind() == reflect.Struct {
+			m.of = membersOf(f.Type.Elem())
+		}
+		all = append(all, m)
 	}
 	return all
 }
@@ -95,7 +101,12 @@ func appendMembers(b []byte, p any, all []member) (_ []byte, ok bool) {
 		case reflect.Bool:
 			b = strconv.AppendBool(b, f.Bool())
 		default:
-			if b, ok = appendOther(b, f.Addr().Interface()); !ok {
+			if m.of != nil {
+				b, ok = appendList(b, f, m.of)
+			} else {
+				b, ok = appendOther(b, f.Addr().Interface())
+			}
+			if !ok {
 				return nil, false
 			}
 			if m.omit == "omitempty" && len(b) == value+2 { // [] or {}
@@ -104,6 +115,24 @@ func appendMembers(b []byte, p any, all []member) (_ []byte, ok bool) {
 		}
 	}
 	return b, true
+}
+
+// appendList writes a list of structs.
+func appendList(b []byte, list reflect.Value, of []member) (_ []byte, ok bool) {
+	if list.IsNil() {
+		return nil, false
+	}
+	b = append(b, '[')
+	for i := range list.Len() {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		if b, ok = appendMembers(append(b, '{'), list.Index(i).Addr().Interface(), of); !ok {
+			return nil, false
+		}
+		b = append(b, '}')
+	}
+	return append(b, ']'), true
 }
 
 func appendOther(b []byte, p any) (_ []byte, ok bool) {
@@ -217,7 +246,11 @@ func (t *text) members(p any, all []member) bool {
 			f.SetBool(t.next("true"))
 			ok = f.Bool() || t.next("false")
 		default:
-			ok = t.other(f.Addr().Interface())
+			if m.of != nil {
+				ok = t.list(f, m.of)
+			} else {
+				ok = t.other(f.Addr().Interface())
+			}
 		}
 		if !ok {
 			return false
@@ -267,6 +300,15 @@ func (t *text) digits() string {
 	}
 	*t = text(s[n:])
 	return s[:n]
+}
+
+// list reads what appendList writes.
+func (t *text) list(list reflect.Value, of []member) bool {
+	list.Set(reflect.MakeSlice(list.Type(), 0, 1))
+	return t.elements("[", "]", func() bool {
+		list.Set(reflect.Append(list, reflect.Zero(list.Type().Elem())))
+		return t.next("{") && t.members(list.Index(list.Len()-1).Addr().Interface(), of) && t.next("}")
+	})
 }
 
 func (t *text) other(p any) bool {
