@@ -52,11 +52,12 @@ bin/libchdb.so: | $(CHDB)
 run: build $(EVERYTHING) ## Run the gateway with an MCP server behind it; Ctrl-C stops both
 	@exec env --default-signal=INT deploy/run.sh
 
-# Tests that run beside others mostly wait, so they may be more than there are cores.
+# Tests that run beside others mostly wait, so they may be more than there are cores. ./test takes longest, so it
+# begins first.
 .PHONY: test
 test: need-go peers ## Run every test (RACE=1: with the race detector)
 	go vet ./...
-	go test $(RACE_FLAG) -parallel 4 -timeout 27m ./...
+	go test $(RACE_FLAG) -parallel 4 -timeout 27m ./test ./...
 
 .PHONY: bench
 bench: need-go peers ## Measure a call: direct, through a plain proxy, through the gateway

@@ -68,6 +68,7 @@ func connects(t testing.TB, more ...string) func(endpoint string) []string {
 // what they do by HTTP: the twenty steps with sessions and a stream that breaks,
 // and the tools of the era without.
 func TestConnectPeers(t *testing.T) {
+	t.Parallel() // it mostly waits
 	g := gateway.Start(t, gateway.Config("servers:\n"+
 		gateway.Server("everything", peers.ServerEverything(t), "")+
 		gateway.Server("modern", peers.EverythingServer(t), "")))

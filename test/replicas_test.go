@@ -559,6 +559,7 @@ func TestReplicas(t *testing.T) {
 // A server over stdio is a child of one of the replicas: what comes to another is
 // carried out there, and when it dies the sessions begin anew elsewhere.
 func TestReplicasStdio(t *testing.T) {
+	t.Parallel() // it mostly waits
 	addr := gateway.FreeAddr(t)
 	server := gateway.Child(t, "nats", envNATS+"="+addr, envNATSDir+"="+t.TempDir())
 	if _, err := server.Await(t.Context(), "nats listens"); err != nil {
@@ -595,6 +596,7 @@ func TestReplicasStdio(t *testing.T) {
 
 // Each role in processes of its own, of which any may be killed and come back.
 func TestRolesApart(t *testing.T) {
+	t.Parallel() // it mostly waits
 	addr := gateway.FreeAddr(t)
 	server := gateway.Child(t, "nats", envNATS+"="+addr, envNATSDir+"="+t.TempDir())
 	if _, err := server.Await(t.Context(), "nats listens"); err != nil {

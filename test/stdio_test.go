@@ -129,6 +129,7 @@ func TestStdioServers(t *testing.T) {
 // The TypeScript, Python and Go SDKs work with servers that people run this way,
 // in both eras (server-everything with sessions: [TestLegacyPeersOverStdio]).
 func TestStdioSDKs(t *testing.T) {
+	t.Parallel() // it mostly waits
 	dir, err := filepath.EvalSymlinks(t.TempDir())
 	if err != nil {
 		t.Fatal(err)

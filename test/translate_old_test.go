@@ -25,6 +25,7 @@ import (
 
 // Clients with sessions work through the gateway with a server that has none.
 func TestOldClients(t *testing.T) {
+	t.Parallel() // it mostly waits
 	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("everything", peers.EverythingServer(t), "")+gateway.Server("odd", peers.OddServer(t), "")+
 		"views: [{name: few, from: {everything: [test_input_required_result_multi_round, test_x_mcp_header]}}]\n"))
 	t.Run("conformance", func(t *testing.T) { peers.ConformanceLegacyTranslated(t, g.URL+"/mcp/everything") })
