@@ -12,3 +12,6 @@ const manyKills = 50
 // recordKills is how often gateway, engine or both are killed while the record is
 // written.
 const recordKills = 50
+
+// unscreened is the configuration where large answers pass: nothing is left out.
+const unscreened = ""

@@ -730,7 +730,7 @@ func TestHostileUpstream(t *testing.T) {
 			servers.WriteString(gateway.Native(fmt.Sprintf("s%d", 2*i+tool), up.url(), "deadline: "+deadline+", idempotent: [again]"))
 		}
 	}
-	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Native("raw", up.url(), "")+servers.String()))
+	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Native("raw", up.url(), "")+servers.String()+unscreened))
 	serving(t, g, up)
 	before := measure(t, g)
 

@@ -214,7 +214,19 @@ rules:
 		t.Errorf("granted after a crash: %d effects, want 7", n)
 	}
 
-	// Every call is accounted for, and each decision can be explained.
+	// Every call is accounted for, and each decision can be explained. (An effect comes
+	// before the ending of its call.)
+	becomes(within, func() bool {
+		open := map[schemas.CallID]bool{}
+		for _, e := range r.Events() {
+			if e.Kind() == schemas.KindHeld {
+				open[e.Call] = true
+			} else if e.Kind().Ends() {
+				delete(open, e.Call)
+			}
+		}
+		return len(open) == 0
+	})
 	held := map[schemas.CallID]bool{}
 	ended := map[schemas.CallID]int{}
 	for _, e := range r.Events() {

@@ -12,3 +12,8 @@ const manyKills = 15
 // recordKills is how often gateway, engine or both are killed while the record is
 // written.
 const recordKills = 5
+
+// unscreened is the configuration where large answers pass: RE2 is Go code made of
+// WebAssembly, and takes a minute for megabytes with the race detector in it. Without
+// it, all is looked for.
+const unscreened = "answers: {secrets: allow}\n"

@@ -38,7 +38,7 @@ func TestZeroLoss(t *testing.T) {
 	t.Parallel() // it mostly waits
 	up := newRawServer(t)
 	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Native("raw", up.url(), "")+
-		`  - {name: modern, mcp: {url: "`+up.url()+`", era: modern}, approve: none}`+"\n"))
+		`  - {name: modern, mcp: {url: "`+up.url()+`", era: modern}, approve: none}`+"\n"+unscreened))
 	files, err := filepath.Glob("testdata/zeroloss/*.txt")
 	if err != nil || len(files) == 0 {
 		t.Fatal("no files", err)

@@ -259,6 +259,10 @@ func (s *standing) outcome(a *Adapter, front *schemas.Front) outcome {
 			o.status, o.result = "completed", taskResult(m, front, s.of.Target)
 		}
 	case *schemas.Failed:
+		if d.Unlisted {
+			own(deniedReply(s.of.Target))
+			break
+		}
 		f, ok := failures[d.Code]
 		if !ok {
 			f, d.Code = failures[schemas.FailInternal], schemas.FailInternal

@@ -181,6 +181,9 @@ func (r *run) introduced(ctx context.Context, a Answer) (Answer, error) {
 	if err != nil {
 		return a, faultf(Garbled, "what the server says of itself: %w", err)
 	}
+	if !m.Result().Exists() {
+		return a, nil // an error: it says nothing of itself
+	}
 	told, err := r.asTold(m.Result())
 	if err != nil {
 		return a, &Fault{Kind: Withheld, Err: err}
