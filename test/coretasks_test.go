@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"waybill.dev/schemas"
 	"waybill.dev/test/gateway"
 	"waybill.dev/test/peers"
 	"waybill.dev/test/upstream"
@@ -238,6 +239,16 @@ func TestCoreTasksOfLegacyServers(t *testing.T) {
 	}
 	at := peers.Endpoint{URL: g.URL + "/mcp", Token: "token one of many"}
 	of := peers.BeginCoreTasks(t, at, peers.CoreTask{Tool: "everything__" + research, Args: map[string]any{"topic": "restarts", "ambiguous": true}})
+	// Killed before the server has said that it has a task, nobody would know what became of it.
+	call, _, _ := strings.Cut(of.Tasks[0], "-")
+	if !becomes(within, func() bool {
+		return slices.ContainsFunc(g.Events(), func(e schemas.Event) bool {
+			d, ok := e.Data.(*schemas.Tasked)
+			return ok && d.Session != "" && string(e.Root) == call
+		})
+	}) {
+		t.Fatal("the server has no task")
+	}
 	g.Kill()
 	g.Restart()
 	other, _, err := peers.OpenLegacy(t.Context(), peers.Endpoint{URL: at.URL, Token: "token two of many"}, "2025-11-25", struct{}{})
