@@ -35,7 +35,6 @@ var update = flag.Bool("update", false, "rewrite the golden sections of testdata
 // out at either end, and what the log holds, must be what went in, but for the
 // bytes that the file marks. rewrites.txt says how the files are read.
 func TestZeroLoss(t *testing.T) {
-	t.Parallel() // it mostly waits
 	up := newRawServer(t)
 	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Native("raw", up.url(), "")+
 		`  - {name: modern, mcp: {url: "`+up.url()+`", era: modern}, approve: none}`+"\n"+unscreened))
