@@ -273,7 +273,7 @@ func (h *History) ofCall(f *found, r Recorded) {
 	}
 	if c.request == nil {
 		switch {
-		case r.Kind() == schemas.KindCancel, r.Kind() == schemas.KindFailed && summaryOf(r.Data).RequestedAt.IsZero():
+		case r.Kind() == schemas.KindCancel, r.Kind() == schemas.KindFailed && schemas.SummaryOf(r.Data).RequestedAt.IsZero():
 			// A wish for what was never asked; a message that is no request.
 		case h.whole && r.Session == h.session && !h.older(r.Call):
 			f.add("cause", string(r.Kind()), "no request of the call before it")
@@ -284,7 +284,7 @@ func (h *History) ofCall(f *found, r Recorded) {
 		return
 	}
 	q := c.request
-	if r.Kind() == schemas.KindFailed && summaryOf(r.Data).RequestedAt.IsZero() {
+	if r.Kind() == schemas.KindFailed && schemas.SummaryOf(r.Data).RequestedAt.IsZero() {
 		// It was made where the events of the call could not be read, or handled.
 		c.ended = true
 		return
@@ -374,9 +374,9 @@ func (h *History) requested(f *found, r Recorded, c *call, d *schemas.Requested)
 
 // decided makes a decision again.
 func (h *History) decided(f *found, r Recorded, c *call) {
-	n, before := decisionOf(r.Data).N, 0
+	n, before := schemas.DecisionOf(r.Data).N, 0
 	if c.decision != nil {
-		before = decisionOf(c.decision.Data).N
+		before = schemas.DecisionOf(c.decision.Data).N
 		if c.decision.Kind() != schemas.KindHeld {
 			f.add("cause", string(r.Kind()), "the call was "+string(c.decision.Kind())+" before")
 		}
@@ -407,8 +407,8 @@ func (h *History) decided(f *found, r Recorded, c *call) {
 		return
 	}
 	if again.Kind() != r.Kind() {
-		d := decisionOf(again.Data)
-		f.add("kind", string(r.Kind())+" by rule "+text(decisionOf(r.Data).Rule), string(again.Kind())+" by rule "+text(d.Rule)+" "+d.Reason)
+		d := schemas.DecisionOf(again.Data)
+		f.add("kind", string(r.Kind())+" by rule "+text(schemas.DecisionOf(r.Data).Rule), string(again.Kind())+" by rule "+text(d.Rule)+" "+d.Reason)
 		return
 	}
 	f.same("data", r.Data, again.Data)
@@ -417,32 +417,6 @@ func (h *History) decided(f *found, r Recorded, c *call) {
 	}
 	h.Counts.Decisions++
 	h.Counts.Digests++
-}
-
-func decisionOf(p schemas.Payload) schemas.Decision {
-	switch d := p.(type) {
-	case *schemas.Authorized:
-		return d.Decision
-	case *schemas.Held:
-		return d.Decision
-	case *schemas.Denied:
-		return d.Decision
-	}
-	return schemas.Decision{}
-}
-
-func summaryOf(p schemas.Payload) schemas.Summary {
-	switch d := p.(type) {
-	case *schemas.Completed:
-		return d.Summary
-	case *schemas.Failed:
-		return d.Summary
-	case *schemas.Cancelled:
-		return d.Summary
-	case *schemas.Denied:
-		return d.Summary
-	}
-	return schemas.Summary{}
 }
 
 func (h *History) ends(f *found, c *call) {
@@ -456,7 +430,7 @@ func (h *History) ends(f *found, c *call) {
 // called, how often, and what came of it only the ending knows.
 func (h *History) ending(f *found, r Recorded, c *call) {
 	h.ends(f, c)
-	was := summaryOf(r.Data)
+	was := schemas.SummaryOf(r.Data)
 	q := c.request.Data.(*schemas.Requested)
 	s := was
 	s.Target, s.Revision, s.Back, s.RequestedAt = q.Target, q.Revision, q.Back, c.request.Stored

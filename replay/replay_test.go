@@ -54,7 +54,7 @@ func told() []schemas.Event {
 // check takes a history and returns the first difference as "sequence field".
 func check(all []schemas.Event, spoil func(i int, r *Recorded)) (string, *History) {
 	h := New(all[0].Session, func(_, was schemas.Event) (schemas.Event, error) {
-		if d := decisionOf(was.Data); d.Rule == "lost" {
+		if d := schemas.DecisionOf(was.Data); d.Rule == "lost" {
 			return schemas.Event{}, fmt.Errorf("%w: lost", ErrCannot)
 		} else if d.Rule == "broken" {
 			return schemas.Event{}, fmt.Errorf("no such policy")

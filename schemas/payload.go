@@ -430,3 +430,31 @@ func (p *Answered) id(e Event) EventID {
 func (p *Erased) id(e Event) EventID { return EventID(e.Session) + EventID("/erased/"+p.ID) }
 
 func (p *Notified) id(e Event) EventID { return EventID(e.Session) + EventID("/notified/"+p.ID) }
+
+// DecisionOf is the decision that a payload is; of any other the zero one.
+func DecisionOf(p Payload) Decision {
+	switch d := p.(type) {
+	case *Authorized:
+		return d.Decision
+	case *Held:
+		return d.Decision
+	case *Denied:
+		return d.Decision
+	}
+	return Decision{}
+}
+
+// SummaryOf is what an ending repeats of its call; of any other payload the zero one.
+func SummaryOf(p Payload) Summary {
+	switch d := p.(type) {
+	case *Completed:
+		return d.Summary
+	case *Failed:
+		return d.Summary
+	case *Cancelled:
+		return d.Summary
+	case *Denied:
+		return d.Summary
+	}
+	return Summary{}
+}

@@ -107,28 +107,13 @@ func (x *Exporter) Take(e schemas.Event) {
 	if flags := e.TraceFlags(x.o.Sample.Flags); flags[1]&1 == 0 { // '1' and '3' have the bit, '0' and '2' have not
 		return
 	}
-	for _, s := range Spans(e, x.o.Peer(server(e)), x.o.Sample.Flags) {
+	for _, s := range Spans(e, x.o.Peer(schemas.SummaryOf(e.Data).Server), x.o.Sample.Flags) {
 		select {
 		case x.queue <- s:
 		default:
 			x.dropped.Add(1)
 		}
 	}
-}
-
-// server is the one that the call was for.
-func server(e schemas.Event) string {
-	switch d := e.Data.(type) {
-	case *schemas.Completed:
-		return d.Server
-	case *schemas.Failed:
-		return d.Server
-	case *schemas.Cancelled:
-		return d.Server
-	case *schemas.Denied:
-		return d.Server
-	}
-	return ""
 }
 
 // sendTime bounds one sending, and lastTime what is sent at the end.

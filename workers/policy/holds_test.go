@@ -228,7 +228,7 @@ func TestHolds(t *testing.T) {
 			d.say(d.id("c1"), grant)
 		}, map[schemas.CallID]string{"c1": "held 1, denied 2"}},
 		{"the tool has changed", func(d *desk) {
-			d.p.o.Tool = func(schemas.Tenant, string, string) *ToolFacts { return &ToolFacts{SHA256: "other"} }
+			d.p.o.Defined = func(*schemas.Requested, []byte) Defined { return Defined{SHA256: "other"} }
 			d.say(d.id("c1"), grant)
 		}, map[schemas.CallID]string{"c1": "held 1, denied 2"}},
 		{"a claim that fails", func(d *desk) {

@@ -50,7 +50,6 @@ type Options struct {
 	// not known, and a rule that needs it fails. An error is that of a log that
 	// cannot be read: the event is decided on when it can.
 	Groups  func(schemas.Tenant, schemas.Agent) []string // never nil for an agent that has none
-	Tool    func(t schemas.Tenant, server, tool string) *ToolFacts
 	Session func(context.Context, schemas.Event) (*SessionFacts, error)
 
 	// Defined says what is pinned of what a request names, and what is wrong with its
@@ -177,9 +176,6 @@ func (p *Policy) decide(ctx context.Context, e schemas.Event, q *schemas.Request
 			facts.Arguments = "they cannot be read as an object"
 		}
 	}
-	if t := facts.Tool; t != nil {
-		word.ToolSHA256 = t.SHA256
-	}
 	if n > 1 {
 		if word.Approval = approvalID(e, q, word); word.Approval != asked.id {
 			facts.Approval = ApprovalRefused + ": the tool is another than the one that was asked for"
@@ -270,9 +266,6 @@ func (p *Policy) facts(ctx context.Context, b *Bundle, e schemas.Event, q *schem
 	n := b.needs(&e, q)
 	if n.groups && p.o.Groups != nil {
 		f.Groups = p.o.Groups(e.Tenant, e.Agent)
-	}
-	if p.o.Tool != nil && q.Method == toolsCall {
-		f.Tool = p.o.Tool(e.Tenant, q.Server, q.Name)
 	}
 	if n.session && p.o.Session != nil {
 		if f.Session, err = p.o.Session(ctx, e); err != nil {

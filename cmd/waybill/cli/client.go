@@ -194,6 +194,11 @@ func lines[T any](ctx context.Context, c *client, path string, query url.Values)
 
 // rawLines is lines that are not decoded.
 func rawLines(ctx context.Context, c *client, path string, query url.Values) iter.Seq2[[]byte, error] {
+	return c.exchange(ctx, http.MethodGet, path+"?"+query.Encode(), nil)
+}
+
+// exchange sends a body, which may be nil, and yields the answer's lines.
+func (c *client) exchange(ctx context.Context, method, path string, body io.Reader) iter.Seq2[[]byte, error] {
 	return func(yield func([]byte, error) bool) {
 		fail := func(err error) {
 			if ctx.Err() != nil {
@@ -201,12 +206,15 @@ func rawLines(ctx context.Context, c *client, path string, query url.Values) ite
 			}
 			yield(nil, err)
 		}
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.base+path+"?"+query.Encode(), nil)
+		req, err := http.NewRequestWithContext(ctx, method, c.base+path, body)
 		if err != nil {
 			fail(err)
 			return
 		}
 		req.Header.Set("Authorization", "Bearer "+c.token)
+		if body != nil {
+			req.Header.Set("Content-Type", "application/x-ndjson")
+		}
 		resp, err := http.DefaultClient.Do(req)
 		if err != nil {
 			if outer := new(url.Error); errors.As(err, &outer) {

@@ -159,7 +159,7 @@ func (x *exporter) look(ctx context.Context) error {
 				others[c.Session] = true
 				next = append(next, c.Session)
 			}
-			if digest := decisionOf(o.e.Data).PolicySHA256; digest != "" && !seen[digest] {
+			if digest := schemas.DecisionOf(o.e.Data).PolicySHA256; digest != "" && !seen[digest] {
 				seen[digest] = true
 				x.policies = append(x.policies, digest)
 			}
@@ -183,19 +183,6 @@ func (x *exporter) look(ctx context.Context) error {
 		slices.Sort(next)
 		key, next = next[0], next[1:]
 	}
-}
-
-// decisionOf is what an event says of how it was decided.
-func decisionOf(p schemas.Payload) schemas.Decision {
-	switch d := p.(type) {
-	case *schemas.Authorized:
-		return d.Decision
-	case *schemas.Held:
-		return d.Decision
-	case *schemas.Denied:
-		return d.Decision
-	}
-	return schemas.Decision{}
 }
 
 // exportWait is how long it is waited for that the tree, and the record, have what

@@ -214,7 +214,7 @@ func rebuildCommand(ctx context.Context, env Env, args []string) error {
 		body = &oneByOne{files: files}
 	}
 	done, differ, shown := false, 0, false
-	for line, err := range c.postLines(ctx, "/api/v1/rebuild?"+q.Encode(), body) {
+	for line, err := range c.exchange(ctx, http.MethodPost, "/api/v1/rebuild?"+q.Encode(), body) {
 		var l rebuildLine
 		if err == nil {
 			err = json.Unmarshal(line, &l)
@@ -299,52 +299,6 @@ func (o *oneByOne) Read(b []byte) (int, error) {
 		}
 		if n > 0 || err != nil {
 			return n, err
-		}
-	}
-}
-
-// postLines sends a body, which may be nil, and yields the answer's lines.
-func (c *client) postLines(ctx context.Context, path string, body io.Reader) iter.Seq2[[]byte, error] {
-	return func(yield func([]byte, error) bool) {
-		fail := func(err error) {
-			if ctx.Err() != nil {
-				err = errInterrupted
-			}
-			yield(nil, err)
-		}
-		req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.base+path, body)
-		if err != nil {
-			fail(err)
-			return
-		}
-		req.Header.Set("Authorization", "Bearer "+c.token)
-		req.Header.Set("Content-Type", "application/x-ndjson")
-		resp, err := http.DefaultClient.Do(req)
-		if err != nil {
-			if outer := new(url.Error); errors.As(err, &outer) {
-				err = outer.Err // the rest of it repeats the address
-			}
-			fail(fmt.Errorf("no gateway answers at %s: %w; is `waybill up` running?", c.base, err))
-			return
-		}
-		defer func() { _ = resp.Body.Close() }()
-		if resp.StatusCode != http.StatusOK {
-			fail(c.refused(resp))
-			return
-		}
-		in := bufio.NewReader(resp.Body)
-		for {
-			line, err := in.ReadBytes('\n')
-			if err == io.EOF && len(line) == 0 {
-				return
-			}
-			if err != nil {
-				fail(fmt.Errorf("the gateway's answer broke off: %w", err))
-				return
-			}
-			if !yield(line, nil) {
-				return
-			}
 		}
 	}
 }

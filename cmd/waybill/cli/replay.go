@@ -661,7 +661,7 @@ func parts(s schemas.Summary, ended time.Time) string {
 
 // grounds are what a decision was made on, one line each.
 func grounds(e schemas.Event) (lines []string) {
-	d := decisionOf(e.Data)
+	d := schemas.DecisionOf(e.Data)
 	if len(d.Matches) > 0 {
 		text := "rules that spoke: " + strings.Join(d.Matches, ", ")
 		if d.MatchesMore > 0 {

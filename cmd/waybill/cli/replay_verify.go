@@ -307,7 +307,7 @@ func (v *verifier) sealed(e exportEnd) error {
 
 // decide makes a decision again, under the policy that it names.
 func (v *verifier) decide(request, was schemas.Event) (schemas.Event, error) {
-	digest := decisionOf(was.Data).PolicySHA256
+	digest := schemas.DecisionOf(was.Data).PolicySHA256
 	b := v.bundles[digest]
 	if b == nil && digest != "" {
 		source, ok := v.sources[digest]
