@@ -81,9 +81,10 @@ const leafVersion = 1
 // and this text.
 func Record(e Entry, salt []byte) []byte {
 	b := make([]byte, 0, 1024)
-	b = fmt.Appendf(b, `{"v":%d,"stream":%s,"seq":%d,"stored":"`, leafVersion, quoted(e.Stream), e.Seq)
+	b = appendQuoted(append(strconv.AppendInt(append(b, `{"v":`...), leafVersion, 10), `,"stream":`...), e.Stream)
+	b = append(strconv.AppendUint(append(b, `,"seq":`...), e.Seq, 10), `,"stored":"`...)
 	b = e.Stored.UTC().AppendFormat(b, time.RFC3339Nano)
-	b = append(append(b, `","subject":`...), quoted(e.Subject)...)
+	b = appendQuoted(append(b, `","subject":`...), e.Subject)
 	b = strconv.AppendInt(append(b, `,"size":`...), int64(len(e.Body)), 10)
 	b = append(b, `,"head":"`...)
 	b = hex.AppendEncode(b, headDigest(salt, e.Header))
@@ -101,35 +102,36 @@ func Record(e Entry, salt []byte) []byte {
 // gapRecord is the leaf that stands for messages that the log did not have (any
 // more) when the tree reached them.
 func gapRecord(stream string, from, to uint64) []byte {
-	return fmt.Appendf(nil, `{"v":%d,"stream":%s,"seq":%d,"to":%d}`, leafVersion, quoted(stream), from, to)
+	return fmt.Appendf(nil, `{"v":%d,"stream":%s,"seq":%d,"to":%d}`, leafVersion, appendQuoted(nil, stream), from, to)
 }
 
-func quoted(s string) []byte {
-	b, _ := json.Marshal(s) // a string: cannot fail
-	return b
+// appendQuoted appends a string as encoding/json writes it, nearly always without
+// asking that.
+func appendQuoted(b []byte, s string) []byte {
+	if !utf8.ValidString(s) || strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r > '~' || strings.ContainsRune(`"\<>&`, r) }) {
+		text, _ := json.Marshal(s) // a string: cannot fail
+		return append(b, text...)
+	}
+	return append(append(append(b, '"'), s...), '"')
 }
 
 // headDigest covers every header of a message, in the order of their names.
 func headDigest(salt []byte, header map[string][]string) []byte {
-	h := sha256.New()
-	h.Write(salt)
-	h.Write([]byte{0})
-	names := make([]string, 0, 8)
+	b := append(append(make([]byte, 0, 2048), salt...), 0)
+	names := make([]string, 0, 16)
 	for name := range header {
 		names = append(names, name)
 	}
 	slices.Sort(names)
 	for _, name := range names {
 		for _, value := range header[name] {
-			var n [8]byte
-			binary.BigEndian.PutUint32(n[:4], uint32(len(name)))
-			binary.BigEndian.PutUint32(n[4:], uint32(len(value)))
-			h.Write(n[:])
-			h.Write([]byte(name))
-			h.Write([]byte(value))
+			b = binary.BigEndian.AppendUint32(b, uint32(len(name)))
+			b = binary.BigEndian.AppendUint32(b, uint32(len(value)))
+			b = append(append(b, name...), value...)
 		}
 	}
-	return h.Sum(nil)
+	digest := sha256.Sum256(b)
+	return digest[:]
 }
 
 func bodyDigest(salt, body []byte) []byte {
@@ -188,12 +190,19 @@ type Position map[string]uint64
 
 // String is what ParsePosition reads.
 func (p Position) String() string {
-	var parts []string
-	for stream, seq := range p {
-		parts = append(parts, fmt.Sprintf("%s=%d", stream, seq))
+	streams := make([]string, 0, 2)
+	for stream := range p {
+		streams = append(streams, stream)
 	}
-	slices.Sort(parts)
-	return strings.Join(parts, " ")
+	slices.Sort(streams)
+	b := make([]byte, 0, 64)
+	for i, stream := range streams {
+		if i > 0 {
+			b = append(b, ' ')
+		}
+		b = strconv.AppendUint(append(append(b, stream...), '='), p[stream], 10)
+	}
+	return string(b)
 }
 
 // ParsePosition reads a Position.
@@ -238,20 +247,23 @@ func item(origin string, n uint64, e Entry, record []byte, salt []byte, said boo
 		kind = "system." + kind
 	}
 	b := make([]byte, 0, len(record)+512)
-	b = fmt.Appendf(b, `{"specversion":"1.0","id":"%s/%d","source":%s,"type":"dev.waybill.%s"`, e.Stream, e.Seq, quoted("/waybill/"+origin), kind)
+	b = append(append(append(b, `{"specversion":"1.0","id":"`...), e.Stream...), '/')
+	b = appendQuoted(append(strconv.AppendUint(b, e.Seq, 10), `","source":`...), "/waybill/"+origin)
+	b = append(append(append(b, `,"type":"dev.waybill.`...), kind...), '"')
 	if about != "" {
-		b = append(append(b, `,"subject":`...), quoted(about)...)
+		b = appendQuoted(append(b, `,"subject":`...), about)
 	}
 	if !e.Stored.IsZero() {
 		b = e.Stored.UTC().AppendFormat(append(b, `,"time":"`...), time.RFC3339Nano)
 		b = append(b, '"')
 	}
-	b = fmt.Appendf(b, `,"datacontenttype":"application/json","dataschema":"%s","data":{"number":%d`, feedSchema, n)
+	b = append(b, `,"datacontenttype":"application/json","dataschema":"`+feedSchema+`","data":{"number":`...)
+	b = strconv.AppendUint(b, n, 10)
 	if said {
 		b = hex.AppendEncode(append(b, `,"salt":"`...), salt)
 		b = append(b, '"')
 		if utf8.Valid(e.Body) {
-			b = append(append(b, `,"body":`...), quoted(string(e.Body))...)
+			b = appendQuoted(append(b, `,"body":`...), string(e.Body))
 		} else {
 			text, _ := json.Marshal(e.Body) // bytes: cannot fail
 			b = append(append(b, `,"body_base64":`...), text...)
