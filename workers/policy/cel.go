@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -362,35 +363,84 @@ func celValue(v jsonrpc.Value, n *int) ref.Val {
 		}
 		return types.Double(f)
 	case jsonrpc.Array:
-		var list []ref.Val
+		list := make([]ref.Val, 0, 8)
 		for e := range v.Elements() {
 			list = append(list, celValue(e, n))
 		}
 		return types.NewRefValList(types.DefaultTypeAdapter, list)
 	case jsonrpc.Object:
-		o := members{of: map[string]any{}}
+		o := &members{names: make([]string, 0, 4), values: make([]ref.Val, 0, 4)}
 		for name, member := range v.Members() {
-			o.names = append(o.names, types.String(name))
-			o.of[name] = celValue(member, n)
+			o.names, o.values = append(o.names, name), append(o.values, celValue(member, n))
 		}
-		o.Mapper = types.NewStringInterfaceMap(types.DefaultTypeAdapter, o.of)
+		if len(o.names) > 16 {
+			o.at = make(map[string]int, len(o.names))
+			for i, name := range o.names {
+				o.at[name] = i
+			}
+		}
 		return o
 	}
 	return types.NullValue
 }
 
-// members is an object whose members are gone through in the order in which they
-// are written: a map's own order is chance.
+// members is an object. Its members are gone through in the order in which they are
+// written, as a map's own order is chance; and a map for each costs more than looking
+// at a few names. What is rarely asked for is asked of a map all the same.
 type members struct {
-	traits.Mapper
-	names []ref.Val
-	of    map[string]any
+	names  []string
+	values []ref.Val
+	at     map[string]int // of many names, where they are
+}
+
+var _ traits.Mapper = (*members)(nil)
+
+// Find finds a member by its name.
+func (m *members) Find(key ref.Val) (ref.Val, bool) {
+	name, ok := key.(types.String)
+	if !ok {
+		return nil, false
+	}
+	i, ok := m.at[string(name)]
+	if m.at == nil {
+		i = slices.Index(m.names, string(name))
+		ok = i >= 0
+	}
+	if !ok {
+		return nil, false
+	}
+	return m.values[i], true
+}
+
+// Get is the member of a name.
+func (m *members) Get(key ref.Val) ref.Val {
+	v, ok := m.Find(key)
+	if !ok {
+		return types.NewErr("no such key: %v", key)
+	}
+	return v
 }
 
 // Iterator yields the names.
-func (m members) Iterator() traits.Iterator {
-	return types.NewRefValList(types.DefaultTypeAdapter, m.names).Iterator()
+func (m *members) Iterator() traits.Iterator {
+	return types.NewStringList(types.DefaultTypeAdapter, m.names).Iterator()
 }
+
+func (m *members) asMap() traits.Mapper {
+	all := make(map[string]any, len(m.names))
+	for i, name := range m.names {
+		all[name] = m.values[i]
+	}
+	return types.NewStringInterfaceMap(types.DefaultTypeAdapter, all)
+}
+
+func (m *members) Type() ref.Type                              { return types.MapType }
+func (m *members) Size() ref.Val                               { return types.Int(len(m.names)) }
+func (m *members) Contains(key ref.Val) ref.Val                { _, ok := m.Find(key); return types.Bool(ok) }
+func (m *members) Equal(other ref.Val) ref.Val                 { return m.asMap().Equal(other) }
+func (m *members) Value() any                                  { return m.asMap().Value() }
+func (m *members) ConvertToType(t ref.Type) ref.Val            { return m.asMap().ConvertToType(t) }
+func (m *members) ConvertToNative(t reflect.Type) (any, error) { return m.asMap().ConvertToNative(t) }
 
 // usesAny tells whether a condition speaks of any of the variables.
 func (c *condition) usesAny(names ...string) bool {
