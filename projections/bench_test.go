@@ -52,15 +52,15 @@ func BenchmarkRecord(b *testing.B) {
 	runtime.KeepAlive(e)
 }
 
-// crowd is a batch of the events of many agents, tools and sessions; a tenth of
-// the calls is caused by others.
+// crowd is a batch of the events of many agents, tools and sessions, each of one
+// agent; a tenth of the calls is caused by others.
 func crowd(after uint64, n int, base time.Time) []schemas.Event {
 	all := make([]schemas.Event, 0, n)
 	body := fmt.Appendf(nil, `{"jsonrpc":"2.0","id":1,"result":{"content":[{"type":"text","text":"%0200d"}]}}`, 7)
 	for seq := after; len(all) < n; {
 		i := int(seq / 2)
 		e := schemas.Event{
-			Tenant: schemas.Tenant(fmt.Sprint("t", i%20)), Agent: schemas.Agent(fmt.Sprint("a", i%200)),
+			Tenant: schemas.Tenant(fmt.Sprint("t", i/100%20)), Agent: schemas.Agent(fmt.Sprint("a", i/100%200)),
 			Session: schemas.SessionKey(fmt.Sprint("s", i/100)), Call: schemas.CallID(fmt.Sprint("c", i)),
 		}
 		if e.Root = e.Call; i%10 == 9 {

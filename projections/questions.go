@@ -40,20 +40,19 @@ FROM calls_v1 WHERE `+lately+` AND outcome = 'completed' GROUP BY server, method
 SELECT tenant, agent, server, method, name, count() AS calls, countIf(outcome = 'completed') AS completed, max(stored) AS latest
 FROM calls_v1 WHERE `+lately+` GROUP BY tenant, agent, server, method, name ORDER BY calls DESC, tenant, agent, server, method, name`),
 		q("fan_out", "(hours=24)", "which calls caused most others; the hundred first", `
-WITH wide AS (
-  SELECT tenant, root, count() AS caused, uniqExact(server) AS servers FROM edges_v1 WHERE parent != '' AND `+lately+`
-  GROUP BY tenant, root ORDER BY caused DESC, root LIMIT 100)
-SELECT w.tenant AS tenant, f.session AS session, w.root AS root, f.agent AS agent, w.caused AS caused, w.servers AS servers,
-  f.server AS root_server, f.method AS root_method, f.name AS root_name, f.stored AS began
-FROM wide AS w LEFT JOIN (SELECT * FROM edges_v1 WHERE call IN (SELECT root FROM wide) ORDER BY seq LIMIT 1 BY call) AS f ON f.call = w.root
-ORDER BY caused DESC, root`),
+WITH wide AS (SELECT root, count() AS n FROM edges_v1 PREWHERE parent != '' WHERE `+lately+` GROUP BY root ORDER BY n DESC, root LIMIT 100)
+SELECT tenant, anyIf(session, call = root) AS session, root, anyIf(agent, call = root) AS agent, countIf(parent != '' AND `+lately+`) AS caused,
+  uniqExactIf(server, parent != '' AND `+lately+`) AS servers, anyIf(server, call = root) AS root_server, anyIf(method, call = root) AS root_method,
+  anyIf(name, call = root) AS root_name, minIf(stored, call = root) AS began
+FROM edges_v1 WHERE root IN (SELECT root FROM wide) GROUP BY tenant, root ORDER BY caused DESC, root`),
 		// Only calls in the middle, caused and causing, are followed: there are
 		// few. The first call of each chain and its last are looked up at the end.
 		// (call || '' is no column of an index, which is slow for so many values.)
+		// Where there are many of a length, some are shown.
 		q("longest_chains", "(hours=24)", "calls that cause calls that cause calls: the hundred deepest, with the tools on the way", `
 WITH RECURSIVE
-  middle AS (SELECT tenant, root, parent, call, concat(server, ' ', if(name = '', method, name)) AS tool FROM edges_v1
-    WHERE parent != '' AND `+lately+` AND (call || '') IN (SELECT parent FROM edges_v1 WHERE parent != '' AND `+lately+`)),
+  middle AS (SELECT tenant, root, parent, call, concat(server, ' ', if(name = '', method, name)) AS tool FROM edges_v1 PREWHERE parent != ''
+    WHERE `+lately+` AND (call || '') IN (SELECT parent FROM edges_v1 PREWHERE parent != '' WHERE parent != root AND `+lately+`)),
   chain AS (
     SELECT tenant, root, call, toUInt32(3) AS depth, [tool] AS tools FROM middle WHERE parent = root
     UNION ALL
@@ -62,7 +61,7 @@ WITH RECURSIVE
     SELECT tenant, root, max(n) AS depth, argMax(way, n) AS tools, argMax(at, n) AS last FROM (
       SELECT tenant, root, chain.depth AS n, chain.tools AS way, chain.call AS at FROM chain
       UNION ALL
-      SELECT tenant, root, toUInt32(2) AS n, emptyArrayString() AS way, root AS at FROM edges_v1 WHERE parent != '' AND `+lately+` GROUP BY tenant, root ORDER BY root LIMIT 100)
+      SELECT tenant, root, toUInt32(2) AS n, emptyArrayString() AS way, root AS at FROM edges_v1 PREWHERE parent != '' WHERE parent = root AND `+lately+` LIMIT 1 BY root LIMIT 100)
     GROUP BY tenant, root ORDER BY depth DESC, root LIMIT 100)
 SELECT f.tenant AS tenant, f.session AS session, f.root AS root, f.agent AS agent, f.depth AS depth,
   arrayPushBack(arrayPushFront(f.tools, f.tool), concat(l.server, ' ', if(l.name = '', l.method, l.name))) AS tools
@@ -78,10 +77,10 @@ SELECT server, tool FROM (
 WHERE (server, tool) NOT IN (SELECT server, name FROM calls_v1 WHERE method = 'tools/call' AND `+lately+`)
 GROUP BY server, tool ORDER BY server, tool`),
 		q("slowest_sessions", "(hours=24)", "where agents wait longest, in milliseconds; the hundred first", `
-WITH slow AS (SELECT tenant, session, sum(total_us) AS us FROM calls_v1 WHERE `+lately+` AND parent = '' GROUP BY tenant, session ORDER BY us DESC, session LIMIT 100)
+WITH slow AS (SELECT session, sumIf(total_us, parent = '') AS us FROM calls_v1 WHERE `+lately+` GROUP BY session ORDER BY us DESC, session LIMIT 100)
 SELECT tenant, session, any(agent) AS agent, count() AS calls, round(sum(total_us) / 1000, 1) AS waited, round(quantile(0.95)(total_us) / 1000, 1) AS p95,
   round(max(total_us) / 1000, 1) AS slowest, argMax(concat(server, ' ', if(name = '', method, name)), total_us) AS slowest_tool
-FROM calls_v1 WHERE `+lately+` AND parent = '' AND (tenant, session) IN (SELECT tenant, session FROM slow) GROUP BY tenant, session ORDER BY waited DESC, session`),
+FROM calls_v1 PREWHERE session IN (SELECT session FROM slow) WHERE `+lately+` AND parent = '' GROUP BY tenant, session ORDER BY waited DESC, session`),
 		q("history", "(session='SESSION')", "the calls of one session, each with who caused it", `
 SELECT e.stored AS began, e.call AS call, e.parent AS parent, e.agent AS agent, e.server AS server, e.method AS method, e.name AS name,
   if(c.call = '', 'open', c.outcome) AS outcome, c.code AS code, round(c.total_us / 1000, 2) AS ms

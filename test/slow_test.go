@@ -7,7 +7,7 @@ const slowdown = 3
 
 // manyKills is how often the gateway is killed; with the race detector each takes
 // five times as long.
-const manyKills = 12
+const manyKills = 8
 
 // recordKills is how often gateway, engine or both are killed while the record is
 // written.
