@@ -569,6 +569,55 @@ func TestEraseOverwrites(t *testing.T) {
 	}
 }
 
+// What is read from a time on is all that is left of it, wherever what was erased had
+// its place: rules count what was decided in the last hour.
+func TestReadSinceErased(t *testing.T) {
+	w := start(t, embed.Options{})
+	l, edge := w.open(bus.Options{Role: bus.RoleAudit}), w.open(bus.Options{Role: bus.RoleEdge})
+	a, err := l.Audit(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	gone := schemas.NewSessionKey("acme", "researcher", "gone")
+	const erased = 4 // of 9, and among them what is looked at first
+	var at []time.Time
+	last := schemas.Event{}
+	for i := range 9 {
+		e := request(fmt.Sprint("c", i))
+		if i >= 3 && i < 3+erased {
+			e.Session, last = gone, e
+		}
+		r, err := edge.Publish(t.Context(), e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		stored, err := l.Load(t.Context(), r.Seq)
+		if err != nil {
+			t.Fatal(err)
+		}
+		at = append(at, stored.Stored)
+	}
+	last.Call, last.Root, last.Body, last.Data = "", "", nil, &schemas.Erased{ID: "x"}
+	r, err := l.Publish(t.Context(), last)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Erase(t.Context(), last.Tenant, gone, r.Seq, func([]byte) ([]byte, bool) { return nil, false }); err != nil {
+		t.Fatal(err)
+	}
+	for i, since := range at {
+		n := 0
+		for e, err := range l.ReadSince(t.Context(), bus.Filter{Kinds: []schemas.Kind{schemas.KindRequested}}, since) {
+			if n++; err != nil || e.Stored.Before(since) {
+				t.Errorf("since %d: %v of %v, %v", i, e.Call, e.Stored, err)
+			}
+		}
+		if want := len(at) - i - max(0, min(erased, 3+erased-i)); n != want {
+			t.Errorf("since %d: %d events, %d are left", i, n, want)
+		}
+	}
+}
+
 // The records of what is erased are found in the feed by their places there, among
 // others; and those of which the log has no events any more by their session.
 func TestEraseFindsRecords(t *testing.T) {

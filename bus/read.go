@@ -68,19 +68,21 @@ func (l *Log) since(ctx context.Context, at time.Time) (uint64, error) {
 	if err != nil {
 		return 0, fmt.Errorf("read the log: %w", err)
 	}
-	// Halving, as events lie in the order of their times. None is ever missing
-	// between the first and the last.
+	// Halving, as events lie in the order of their times. What was erased is missing
+	// in between: then it is the next that is left which tells.
 	low, high := max(info.State.FirstSeq, 1), info.State.LastSeq+1
 	for low < high {
 		mid := low + (high-low)/2
-		m, err := retry(ctx, l, func(ctx context.Context) (*jetstream.RawStreamMsg, error) { return l.stream.GetMsg(ctx, mid) })
+		m, err := retry(ctx, l, func(ctx context.Context) (*jetstream.RawStreamMsg, error) {
+			return l.stream.GetMsg(ctx, mid, jetstream.WithGetMsgSubject("ev.>"))
+		})
 		switch {
-		case errors.Is(err, jetstream.ErrMsgNotFound): // it has aged out meanwhile
-			low = mid + 1
+		case errors.Is(err, jetstream.ErrMsgNotFound):
+			high = mid
 		case err != nil:
 			return 0, fmt.Errorf("read the log: %w", err)
 		case m.Time.Before(at):
-			low = mid + 1
+			low = m.Sequence + 1
 		default:
 			high = mid
 		}
