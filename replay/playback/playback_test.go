@@ -200,6 +200,22 @@ func TestMatch(t *testing.T) {
 	})
 }
 
+// What was asked for elsewhere, or by another revision, is said to be just that.
+func TestElsewhere(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRecording(modern).call("c1", "tools/call", "a", `{}`, `"a"`)
+		for i := range r.events {
+			if d, ok := r.events[i].Data.(*schemas.Requested); ok {
+				d.Server = "mail"
+			}
+		}
+		a := r.again(t, playback.Options{})
+		a.says("tools/call", "a", `{}`, "tools/call a was asked for at another endpoint then: at /mcp/mail")
+		a.revision = legacy
+		a.says("tools/call", "a", `{}`, "tools/call a was asked for by revision 2026-07-28 of the protocol then, and now by 2025-11-25")
+	})
+}
+
 // A session without an ID that is asked in another order is answered all the same.
 func TestOrder(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -2,6 +2,7 @@ package playback
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -80,13 +81,17 @@ func (r *run) unmatched(q request, d *schemas.Requested) Difference {
 			times++
 		}
 	}
-	var like, next *take
+	var like, next, elsewhere *take
 	asked := false // like was asked for
 	for i, c := range r.tape.calls {
 		if next == nil && !r.served[i] && c.d.Method != "ping" {
 			next = c
 		}
-		if named(c.d) == named(d) && c.modern == q.modern && r.tape.fits(c.d, d) && (like == nil || asked && !r.served[i]) {
+		switch {
+		case named(c.d) != named(d):
+		case c.modern != q.modern || !r.tape.fits(c.d, d):
+			elsewhere = cmp.Or(elsewhere, c)
+		case like == nil || asked && !r.served[i]:
 			like, asked = c, r.served[i]
 		}
 	}
@@ -97,6 +102,12 @@ func (r *run) unmatched(q request, d *schemas.Requested) Difference {
 		diff.What = "the params are not those of then"
 		diff.Seq = like.first.Seq
 		diff.Diff = differ(like.params, q.params, beside(d.Method)...)
+	case elsewhere != nil && elsewhere.modern != q.modern:
+		diff.What = fmt.Sprintf("%s was asked for by revision %s of the protocol then, and now by %s", named(d), elsewhere.d.Revision, d.Revision)
+		diff.Seq = elsewhere.first.Seq
+	case elsewhere != nil:
+		diff.What = fmt.Sprintf("%s was asked for at another endpoint then: at %s", named(d), r.tape.path(elsewhere))
+		diff.Seq = elsewhere.first.Seq
 	case next != nil:
 		diff.What = fmt.Sprintf("%s was not asked for then; what comes next there is %s", named(d), named(next.d))
 		diff.Seq = next.first.Seq

@@ -314,22 +314,27 @@ func (t *tape) fronts() []*schemas.Front {
 func (t *tape) paths() []string {
 	var all []string
 	for _, c := range t.calls {
-		path := "/mcp/" + c.d.Server
-		switch {
-		case c.d.Alias != "" && len(t.front) == 1:
-			for name := range t.front {
-				path = "/mcp/" + name
-			}
-		case c.d.Alias != "":
-			path = "/mcp"
-		}
-		path = strings.TrimSuffix(path, "/"+schemas.Gateway)
+		path := t.path(c)
 		if !slices.Contains(all, path) {
 			all = append(all, path)
 		}
 	}
 	slices.Sort(all)
 	return all
+}
+
+// path is where a call came.
+func (t *tape) path(c *take) string {
+	path := "/mcp/" + c.d.Server
+	switch {
+	case c.d.Alias != "" && len(t.front) == 1:
+		for name := range t.front {
+			path = "/mcp/" + name
+		}
+	case c.d.Alias != "":
+		path = "/mcp"
+	}
+	return strings.TrimSuffix(path, "/"+schemas.Gateway)
 }
 
 // request is what a client asks for, as it is compared.
