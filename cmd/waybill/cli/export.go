@@ -13,6 +13,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strconv"
 	"sync"
 
 	"waybill.dev/schemas"
@@ -140,35 +141,33 @@ func importCommand(_ context.Context, env Env, args []string) error {
 	if err != nil {
 		return err
 	}
-	v, err := verifyExport(exported(rest[0]), keys, true)
-	if err != nil {
-		return err
-	}
-	for _, note := range v.Notes {
-		_, _ = fmt.Fprintf(env.Stderr, "%s\n", visible(note))
-	}
-	if err := v.err(); err != nil {
-		return fmt.Errorf("%s is not kept: %w", rest[0], err)
-	}
-	text, err := os.ReadFile(rest[0])
-	if err != nil {
-		return err
-	}
-	sum := sha256.Sum256(text)
 	dir := filepath.Join(c.Data, "archive")
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	name := filepath.Join(dir, string(v.Session)+"-"+hex.EncodeToString(sum[:4])+".waybill")
-	if _, err := os.Stat(name); errors.Is(err, os.ErrNotExist) {
-		if err := writeFile(name, func(w io.Writer) error { _, err := w.Write(text); return err }); err != nil {
-			return err
+	// What is verified is what is kept, whatever becomes of the file meanwhile.
+	var v *verification
+	digest := sha256.New()
+	copied := filepath.Join(dir, "import-"+strconv.Itoa(os.Getpid()))
+	err = writeFile(copied, func(w io.Writer) (err error) {
+		v, err = verifyExport(exportLines(kept(fileLines(rest[0]), io.MultiWriter(w, digest))), keys, true)
+		if err != nil {
+			return fmt.Errorf("%s: %w", rest[0], err)
 		}
-		if err := os.Chmod(name, 0o400); err != nil {
-			return err
+		for _, note := range v.Notes {
+			_, _ = fmt.Fprintf(env.Stderr, "%s\n", visible(note))
 		}
-	} else if err != nil {
+		if err := v.err(); err != nil {
+			return fmt.Errorf("%s is not kept: %w", rest[0], err)
+		}
+		return nil
+	})
+	if err != nil {
 		return err
+	}
+	name := filepath.Join(dir, string(v.Session)+"-"+hex.EncodeToString(digest.Sum(nil)[:4])+".waybill")
+	if err := errors.Join(os.Chmod(copied, 0o400), os.Rename(copied, name)); err != nil {
+		return errors.Join(err, os.Remove(copied))
 	}
 	_, err = fmt.Fprintf(env.Stdout, "%s: %s of session %s; %s replay --from %[1]s shows it\n", name, count(v.Events, "event"), v.Session, env.Program)
 	return err

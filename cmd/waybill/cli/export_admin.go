@@ -49,7 +49,7 @@ func (a *admin) export(w http.ResponseWriter, r *http.Request) {
 	x.l, x.of, x.keys = l, of, keys
 	if err := x.look(r.Context()); err != nil {
 		if errors.Is(err, schemas.ErrNotFound) {
-			http.Error(w, err.Error(), http.StatusNotFound)
+			http.Error(w, strings.TrimSuffix(err.Error(), ": "+schemas.ErrNotFound.Error()), http.StatusNotFound)
 			return
 		}
 		a.fail(w, err)
@@ -379,6 +379,13 @@ func (x *exporter) writeRows(ctx context.Context, last uint64, out *exportWriter
 	defer stop()
 	if err := untilRecorded(waiting, x.l, last); err != nil && ctx.Err() != nil {
 		return ctx.Err()
+	}
+	at, err := x.l.Floor(ctx, consumer)
+	if err != nil {
+		return err
+	}
+	if err := out.write(exportLine{Recorded: &at}); err != nil {
+		return err
 	}
 	identity, err := x.l.Identity(ctx)
 	if err != nil {

@@ -12,6 +12,7 @@ import (
 	"io"
 	"iter"
 	"os"
+	"strings"
 	"time"
 
 	"golang.org/x/mod/sumdb/note"
@@ -29,7 +30,8 @@ import (
 //	{"policy": …}      the contents of the bundles that decisions name, as they lie under their digest
 //	{"event": …, "proof": …}  in the order of the log: the event, and its leaf with the way to the checkpoint
 //	{"missing": …}     a leaf of the session whose event was not there
-//	{"row": …}         what the record has of the session, only where it is asked for
+//	{"recorded": …}    up to which sequence the record has the log, and
+//	{"row": …}         what it has of the session: only where it is asked for
 //	{"end": …}         last: how many events, and the SHA-256 of every byte before this line, signed by
 //	                   the key of the checkpoints: what no proof shows is that no event was left out
 //
@@ -44,6 +46,7 @@ type exportLine struct {
 	Event      json.RawMessage        `json:"event,omitempty"`
 	Proof      *exportProof           `json:"proof,omitempty"`
 	Missing    *exportProof           `json:"missing,omitempty"`
+	Recorded   *uint64                `json:"recorded,omitempty"`
 	Row        *projections.StoredRow `json:"row,omitempty"`
 	End        *exportEnd             `json:"end,omitempty"`
 }
@@ -86,6 +89,24 @@ type exportEnd struct {
 // text is what is signed. It is no checkpoint, whose second line is a number.
 func (e exportEnd) text(of schemas.SessionKey) string {
 	return fmt.Sprintf("waybill export\n%s\n%d\n%s\n", of, e.Events, e.SHA256)
+}
+
+// signed says what the signature is of and what it should be of: that nothing was
+// left out is the word of who exported it.
+func (e exportEnd) signed(of schemas.SessionKey, keys []string) (is, should string, err error) {
+	should = e.text(of)
+	if e.Signed == "" {
+		return "signed by nobody", "whoever exports signs the whole of it: without, it cannot be told whether events were left out", nil
+	}
+	known, err := audit.Known(keys)
+	if err != nil {
+		return "", "", err
+	}
+	n, err := note.Open([]byte(e.Signed), known)
+	if err != nil {
+		return strings.TrimSpace(e.Signed), err.Error(), nil
+	}
+	return n.Text, should, nil
 }
 
 // Errors of files.
@@ -160,6 +181,12 @@ func exportLines(lines iter.Seq2[[]byte, error]) iter.Seq2[exportLine, error] {
 			case n == 1 && l.Head.Version != exportVersion:
 				fail(fmt.Errorf("it is of version %d of exported sessions, this program reads %d: use a newer waybill", l.Head.Version, exportVersion))
 				return
+			case n == 1 && schemas.CheckToken(string(l.Head.Session)) != nil:
+				fail(fmt.Errorf("%w: its session %.100q is none", errNoExport, l.Head.Session))
+				return
+			case n > 1 && l.Head != nil:
+				fail(fmt.Errorf("%w: line %d begins another session", errAltered, n))
+				return
 			}
 			if l.Event != nil {
 				events++
@@ -200,7 +227,7 @@ func fileLines(name string) iter.Seq2[[]byte, error] {
 		defer func() { _ = f.Close() }() // it is only read
 		in := bufio.NewReaderSize(f, 256<<10)
 		for {
-			text, err := in.ReadBytes('\n')
+			text, err := readLine(in)
 			if err != nil && err != io.EOF {
 				yield(nil, err)
 				return
@@ -208,6 +235,27 @@ func fileLines(name string) iter.Seq2[[]byte, error] {
 			if len(text) == 0 || !yield(text, nil) || err == io.EOF {
 				return
 			}
+		}
+	}
+}
+
+// maxLine bounds a line of a file that somebody else may have written: a body of 4
+// MiB takes at most six bytes for each of its own.
+const maxLine = 64 << 20
+
+var errLongLine = fmt.Errorf("a line of more than %d MiB", maxLine>>20)
+
+// readLine reads a line with its end, which the last of all may lack: that comes with
+// [io.EOF].
+func readLine(in *bufio.Reader) ([]byte, error) {
+	var line []byte
+	for {
+		piece, err := in.ReadSlice('\n')
+		if len(line)+len(piece) > maxLine {
+			return nil, errLongLine
+		}
+		if line = append(line, piece...); err != bufio.ErrBufferFull {
+			return line, err
 		}
 	}
 }
@@ -258,6 +306,54 @@ func exportedEvents(name string, key schemas.SessionKey) iter.Seq2[json.RawMessa
 		}
 		if !found {
 			yield(nil, fmt.Errorf("%s is of session %s and has nothing of %s", name, of, key))
+		}
+	}
+}
+
+// checkArchive holds the exported sessions in a file against their ends, and these
+// against the keys, if there are any: of what is altered nothing may be made. A file
+// has one session after the other, or events that nobody has signed.
+func checkArchive(name string, keys []string) error {
+	next, stop := iter.Pull2(fileLines(name))
+	defer stop()
+	for n := 1; ; n++ {
+		text, err, ok := next()
+		switch {
+		case !ok:
+			return nil
+		case err != nil:
+			return fmt.Errorf("%s: %w", name, err)
+		case !bytes.HasPrefix(text, []byte(`{"waybill":`)):
+			var l archiveLine
+			if err := json.Unmarshal(text, &l); err == nil && l.Event != nil {
+				return fmt.Errorf("%s: %w: line %d is of an exported session, whose beginning is not there", name, errAltered, n)
+			}
+			continue // who makes something of it says what is wrong with it
+		}
+		session := func(yield func([]byte, error) bool) {
+			for ok && yield(text, err) && err == nil && !bytes.HasPrefix(text, []byte(`{"end":`)) {
+				text, err, ok = next()
+				n++
+			}
+		}
+		var head exportHead
+		for l, err := range exportLines(session) {
+			is, should := "", ""
+			switch {
+			case err != nil:
+			case l.Head != nil && l.Head.Redacted:
+				err = errors.New("what was said is left out of it, and with that what rows are made of")
+			case l.Head != nil:
+				head = *l.Head
+			case l.End != nil && len(keys) > 0:
+				is, should, err = l.End.signed(head.Session, keys)
+			}
+			if err == nil && is != should {
+				err = fmt.Errorf("%w: its end: %s: %s", errAltered, is, should)
+			}
+			if err != nil {
+				return fmt.Errorf("%s: line %d: %w", name, n, err)
+			}
 		}
 	}
 }

@@ -264,7 +264,7 @@ func (s *story) addCall(e entry) *call {
 	if c == nil {
 		c = &call{id: e.Call}
 		s.calls[e.Call] = c
-		if p := s.calls[e.Parent]; p != nil {
+		if p := s.calls[e.Parent]; p != nil && p != c {
 			p.caused = append(p.caused, c)
 		} else {
 			s.roots = append(s.roots, c)
@@ -334,7 +334,7 @@ func (s *story) print(env Env) error {
 	f := s.first
 	p.line("%s  %s/%s", p.paint(bold, "session "+string(f.Session)), f.Tenant, f.Agent)
 	if s.opened != nil {
-		text := fmt.Sprintf("%s \"%s\"", s.opened.Protocol, visible(s.opened.Name))
+		text := fmt.Sprintf("%s \"%s\"", visible(string(s.opened.Protocol)), visible(s.opened.Name))
 		if s.opened.Client != "" {
 			text += ", client " + visible(s.opened.Client)
 		}
@@ -382,13 +382,18 @@ func (s *story) print(env Env) error {
 func (s *story) lacks() (notes []string) {
 	for _, e := range s.beside {
 		if d, ok := e.Data.(*schemas.Erased); ok {
-			notes = append(notes, join(fmt.Sprintf("what was said before event %d was erased", e.Seq), d.Reason))
+			notes = append(notes, wasErased(e.Seq, d))
 		}
 	}
 	if d := s.first.Data; len(notes) == 0 && d != nil && d.Kind() != schemas.KindOpened {
 		notes = append(notes, halfAged(s.from))
 	}
 	return notes
+}
+
+// wasErased says that a session was erased.
+func wasErased(seq uint64, d *schemas.Erased) string {
+	return join(fmt.Sprintf("what was said before event %d was erased", seq), d.Reason)
 }
 
 // outcomes counts the calls by how they ended.
@@ -500,7 +505,7 @@ func (c *call) title(p *printer) string {
 				outcome = fmt.Sprintf("completed with error %d", d.ErrorCode)
 			}
 		case *schemas.Failed:
-			outcome = "failed: " + string(d.Code)
+			outcome = "failed: " + visible(string(d.Code))
 		}
 		if took := e.Stored.Sub(first.Stored); took > 0 {
 			outcome += " in " + duration(took)
@@ -536,12 +541,13 @@ func target(t schemas.Target) string {
 	return strings.TrimSpace(visible(t.Method)+" "+visible(t.Name)) + " → " + visible(t.Server)
 }
 
-// detail is what a line says beyond kind, time and size.
+// detail is what a line says beyond kind, time and size. Whoever wrote the file that
+// it may be of has chosen the names of the rules in it, too.
 func detail(e schemas.Event) string {
 	if of, ok := e.Data.(interface{ Screening() schemas.Screened }); ok {
-		return join(ofKind(e), screened(of.Screening()))
+		return visible(join(ofKind(e), screened(of.Screening())))
 	}
-	return ofKind(e)
+	return visible(ofKind(e))
 }
 
 // screened says what was found in what a server said, and what guards said of it.

@@ -16,7 +16,6 @@ import (
 	"slices"
 	"strings"
 
-	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
 
 	"waybill.dev/bus"
@@ -116,7 +115,7 @@ func trustedKeys(given []string, data func() (string, error)) ([]string, error) 
 		return all, nil
 	}
 	dir, err := data()
-	if err != nil {
+	if err != nil || dir == "" { // what lies beside a file is as foreign as the file
 		return nil, err
 	}
 	return publicKeys(filepath.Join(dir, auditPubFile))
@@ -198,9 +197,12 @@ type verifier struct {
 	missing  []replay.Difference
 	unproven []replay.Difference
 	file     bool
-	unsealed bool // it is said already that the checkpoint is none
+	unsealed bool               // it is said already that the checkpoint is none
+	seal     *replay.Difference // of the end
 	first    schemas.Kind
-	recorded uint64 // the newest event that the record has
+	newest   map[schemas.SessionKey]uint64 // the sequence that came last
+	oldest   uint64                        // of events, the lowest
+	recorded uint64                        // up to where the record has come
 }
 
 type rowKey struct {
@@ -214,7 +216,7 @@ type rowKey struct {
 func verifyExport(lines iter.Seq2[exportLine, error], keys []string, file bool) (*verification, error) {
 	v := &verifier{
 		keys: keys, file: file, sources: map[string]string{}, bundles: map[string]*policy.Bundle{},
-		rows: map[rowKey]map[string]string{}, events: map[uint64]replay.Recorded{},
+		rows: map[rowKey]map[string]string{}, events: map[uint64]replay.Recorded{}, newest: map[schemas.SessionKey]uint64{},
 	}
 	for l, err := range lines {
 		if errors.Is(err, errAltered) && len(v.v.Differences) > 0 {
@@ -235,6 +237,8 @@ func verifyExport(lines iter.Seq2[exportLine, error], keys []string, file bool) 
 			err = v.event(l.Event, l.Proof)
 		case l.Missing != nil:
 			v.lost(l.Missing)
+		case l.Recorded != nil:
+			v.recorded = max(v.recorded, *l.Recorded)
 		case l.Row != nil:
 			v.row(*l.Row)
 		case l.End != nil:
@@ -284,25 +288,13 @@ func (v *verifier) checkpoint(text string) {
 	v.c, v.v.Size = c, c.Size
 }
 
-// sealed holds the end against its signature: that nothing was left out is the
-// word of who exported it.
+// sealed holds the end against its signature.
 func (v *verifier) sealed(e exportEnd) error {
-	if e.Signed == "" {
-		v.v.Notes = append(v.v.Notes, "nobody has signed the whole of it: whether events were left out cannot be told")
-		return nil
+	recorded, recomputed, err := e.signed(v.head.Session, v.keys)
+	if recorded != recomputed {
+		v.seal = &replay.Difference{Field: "end", Recorded: recorded, Recomputed: recomputed}
 	}
-	known, err := audit.Known(v.keys)
-	if err != nil {
-		return err
-	}
-	n, err := note.Open([]byte(e.Signed), known)
-	switch text := e.text(v.head.Session); {
-	case err != nil:
-		v.add(replay.Difference{Field: "end", Recorded: strings.TrimSpace(e.Signed), Recomputed: err.Error()})
-	case n.Text != text:
-		v.add(replay.Difference{Field: "end", Recorded: n.Text, Recomputed: text})
-	}
-	return nil
+	return err
 }
 
 // decide makes a decision again, under the policy that it names.
@@ -370,6 +362,10 @@ func (v *verifier) event(line json.RawMessage, p *exportProof) error {
 	if v.first == "" && of.Session == v.head.Session {
 		v.first = of.Kind()
 	}
+	if last := v.newest[of.Session]; of.Seq <= last && v.head.From == fromStream { // the record may have two logs of a session
+		v.add(replay.Difference{Seq: of.Seq, ID: of.ID, Field: "seq", Recorded: fmt.Sprintf("%d behind %d", of.Seq, last), Recomputed: "each once, in the order of the log"})
+	}
+	v.newest[of.Session] = of.Seq
 	v.add(v.h.Check(of)...)
 	v.add(v.leaf(of, p)...)
 	if v.head.Rows && of.Session == v.head.Session {
@@ -521,7 +517,9 @@ func (v *verifier) expect(of replay.Recorded) {
 		v.rows[rowKey{row.Table, row.Seq}] = inShort(row.Values)
 	}
 	of.Body = nil
-	v.events[of.Seq] = of
+	if v.events[of.Seq] = of; v.oldest == 0 || of.Seq < v.oldest {
+		v.oldest = of.Seq
+	}
 }
 
 // inShort keeps of long values their digest.
@@ -543,7 +541,7 @@ func (v *verifier) row(r projections.StoredRow) {
 	key := rowKey{r.Table, r.Seq}
 	want, ok := v.rows[key]
 	if !known || !ok {
-		if v.erased > r.Seq || len(v.events) == 0 || r.Seq < slices.Min(slices.Collect(maps.Keys(v.events))) {
+		if v.erased > r.Seq || len(v.events) == 0 || r.Seq < v.oldest {
 			return // of what is not there any more, which is said
 		}
 		v.add(replay.Difference{Seq: r.Seq, ID: of.ID, Field: r.Table, Recorded: "a row", Recomputed: "no event makes it"})
@@ -615,6 +613,9 @@ func (v *verifier) end() {
 	}
 	v.v.Counts = v.h.Counts
 	slices.SortStableFunc(v.v.Differences, func(a, b replay.Difference) int { return cmp.Compare(a.Seq, b.Seq) })
+	if v.seal != nil { // the last line is the last thing that is wrong
+		v.add(*v.seal)
+	}
 	v.v.Verified = len(v.v.Differences) == 0
 }
 
