@@ -309,13 +309,13 @@ func (r *rebuild) known(ctx context.Context, events []placedEvent) error {
 	if len(events) == 0 {
 		return nil
 	}
-	of := map[uint64]*schemas.Event{}
+	of := map[uint64][]placedEvent{} // the same may be there twice: of two sessions
 	seqs := make([]uint64, len(events))
-	for i := range events {
-		seqs[i] = events[i].Seq
-		of[seqs[i]] = &events[i].Event
+	for i, e := range events {
+		seqs[i] = e.Seq
+		of[e.Seq] = append(of[e.Seq], e)
 	}
-	rows, err := r.conn.Query(ctx, "SELECT seq, stored, envelope FROM "+main+" WHERE log = ? AND seq IN ?", r.log, seqs)
+	rows, err := r.conn.Query(ctx, "SELECT seq, stored, envelope, body_size FROM "+main+" WHERE log = ? AND seq IN ?", r.log, seqs)
 	if err != nil {
 		return err
 	}
@@ -324,16 +324,18 @@ func (r *rebuild) known(ctx context.Context, events []placedEvent) error {
 		var seq uint64
 		var stored time.Time
 		var envelope string
-		if err := rows.Scan(&seq, &stored, &envelope); err != nil {
+		var size uint32
+		if err := rows.Scan(&seq, &stored, &envelope, &size); err != nil {
 			return err
 		}
-		e := of[seq]
-		text, err := e.MarshalString()
-		if err != nil {
-			return fmt.Errorf("%w: sequence %d: %w", ErrArchive, seq, err)
-		}
-		if text != envelope || !stored.Equal(e.Stored) {
-			return fmt.Errorf("%w: sequence %d is %s there, and not as the record has it", ErrArchive, seq, e.ID())
+		for _, e := range of[seq] {
+			text, err := e.MarshalString()
+			if err != nil {
+				return fmt.Errorf("%w: sequence %d: %w", ErrArchive, seq, err)
+			}
+			if text != envelope || !stored.Equal(e.Stored) || e.size != int(size) {
+				return fmt.Errorf("%w: sequence %d is %s there, and not as the record has it", ErrArchive, seq, e.ID())
+			}
 		}
 	}
 	if err := rows.Err(); err != nil {

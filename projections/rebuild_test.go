@@ -181,6 +181,10 @@ func TestRebuild(t *testing.T) {
 	changed := slices.Clone(all)
 	changed[20].Agent = "another"
 	refused("an altered archive", projections.RebuildOptions{Archive: archive(changed)}, "sequence 21 is c10/requested there, and not as the record has it")
+	longer := slices.Clone(all)
+	longer[20].Body = append(slices.Clone(longer[20].Body), "more"...)
+	refused("an archive with another body", projections.RebuildOptions{Archive: archive(longer)}, "sequence 21 is c10/requested there, and not as the record has it")
+	refused("an altered archive, and the event itself", projections.RebuildOptions{Archive: archive(append(slices.Clone(changed), all[20]))}, "sequence 21 is c10/requested there, and not as the record has it")
 	refused("an empty archive", projections.RebuildOptions{Archive: archive(nil)}, "no events")
 	refused("a broken archive", projections.RebuildOptions{Archive: func(yield func(schemas.Event, error) bool) {
 		yield(schemas.Event{}, errors.New("line 7 breaks off"))

@@ -108,7 +108,7 @@ func (p patientReader) Read(b []byte) (int, error) {
 func archived(in *bufio.Reader) iter.Seq2[schemas.Event, error] {
 	return func(yield func(schemas.Event, error) bool) {
 		for n := 1; ; n++ {
-			line, err := in.ReadBytes('\n')
+			line, err := readLine(in)
 			if err == io.EOF && len(line) == 0 {
 				return
 			}
@@ -205,8 +205,12 @@ func rebuildCommand(ctx context.Context, env Env, args []string) error {
 	}
 	var body io.Reader
 	if len(files) > 0 {
+		keys, err := trustedKeys(nil, func() (string, error) { return c.data, nil })
+		if err != nil {
+			return err
+		}
 		for _, f := range files {
-			if _, err := os.Stat(f); err != nil {
+			if err := checkArchive(f, keys); err != nil {
 				return fmt.Errorf("--from: %w", err)
 			}
 		}
@@ -260,7 +264,7 @@ func printRebuilt(env Env, t projections.Rebuilt, asJSON bool) error {
 		text = "not what was in use, which was " + t.Live
 	}
 	if t.Taken > 0 {
-		text += fmt.Sprintf("; %d rows taken over", t.Taken)
+		text += fmt.Sprintf("; %s taken over", count(int(t.Taken), "row"))
 	}
 	if !t.Swap {
 		text += "; not exchanged"
