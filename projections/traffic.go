@@ -14,7 +14,7 @@ import (
 
 // Traffic yields the events of some kinds that were stored at a time or after it,
 // of one tenant or ("") of all, in the order in which the log had them, some with a
-// [BodyGone]. whole is from when on the record has all; zero if that is since the
+// [BodyGone] or an [ErrUnreadable]. whole is from when on the record has all; zero if that is since the
 // log began.
 func Traffic(ctx context.Context, s Server, t schemas.Tenant, kinds []schemas.Kind, from time.Time) (whole time.Time, events iter.Seq2[schemas.Event, error], err error) {
 	conn, err := open(ctx, s, true)
@@ -80,7 +80,7 @@ func hour(ctx context.Context, conn clickhouse.Conn, t schemas.Tenant, kinds []s
 	defer func() { _ = rows.Close() }()
 	for rows.Next() {
 		e, err := scanEvent(rows.Scan)
-		if gone := new(BodyGone); err != nil && !errors.As(err, &gone) {
+		if gone := new(BodyGone); err != nil && !errors.As(err, &gone) && !errors.Is(err, ErrUnreadable) {
 			return false, err
 		}
 		if !yield(e, err) {
@@ -91,7 +91,7 @@ func hour(ctx context.Context, conn clickhouse.Conn, t schemas.Tenant, kinds []s
 }
 
 // scanEvent reads a row of seq, stored, envelope, body_size and body. Besides an
-// event there may be a [BodyGone].
+// event there may be a [BodyGone]; in the place of one, an [ErrUnreadable].
 func scanEvent(scan func(...any) error) (e schemas.Event, err error) {
 	var seq uint64
 	var stored time.Time
@@ -102,7 +102,7 @@ func scanEvent(scan func(...any) error) (e schemas.Event, err error) {
 		return e, err
 	}
 	if err := e.UnmarshalString(envelope); err != nil {
-		return e, fmt.Errorf("sequence %d: %w", seq, err)
+		return schemas.Event{Seq: seq, Stored: stored.UTC()}, fmt.Errorf("%w: sequence %d: %w", ErrUnreadable, seq, err)
 	}
 	e.Seq, e.Stored = seq, stored.UTC()
 	if len(body) > 0 {

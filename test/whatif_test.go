@@ -172,6 +172,9 @@ rules:
 	if exit != 3 || !strings.Contains(out, "cannot be decided: fact calls seven tenant=acme agent=researcher tool=up/read was not recorded") {
 		t.Errorf("exit %d, %s%s", exit, out, errs)
 	}
+	if _, sum, exit := read("replay", string(key), "--policy", filepath.Join(dir, "rules.yaml")); exit != 3 || sum.Decisions == 0 {
+		t.Errorf("under one file: exit %d, %+v", exit, sum)
+	}
 	for args, says := range map[string]string{
 		"replay --since 1h --policy /nowhere":                    "no such file",
 		"replay --since 1h --policy " + t.TempDir():              "neither files of rules",
@@ -179,6 +182,16 @@ rules:
 	} {
 		if out, errs, exit := first.CLI(strings.Fields(args)...); exit != 1 && exit != 2 || !strings.Contains(errs, says) {
 			t.Errorf("%s: exit %d, %s%s", args, exit, out, errs)
+		}
+	}
+	// Where it is erased there is nothing to decide, which is said.
+	if _, errs, exit := first.CLI("erase", string(key)); exit != 0 {
+		t.Fatal(errs)
+	}
+	for args, code := range map[string]int{string(key): 4, "--since 1h": 0} {
+		out, errs, exit := first.CLI(slices.Concat([]string{"replay", "--policy", dir}, strings.Fields(args))...)
+		if exit != code || !strings.Contains(out, "0 decisions under") || !strings.Contains(out, "erased") {
+			t.Errorf("erased, %s: exit %d, %s%s", args, exit, out, errs)
 		}
 	}
 	if n := first.effects(); n != effects {

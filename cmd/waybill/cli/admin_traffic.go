@@ -17,9 +17,9 @@ import (
 )
 
 // trafficKinds are what is asked for and decided, and what tells when neither comes
-// any more.
+// any more, or is gone.
 func trafficKinds() []schemas.Kind {
-	return []schemas.Kind{schemas.KindOpened, schemas.KindRequested, schemas.KindAuthorized, schemas.KindDenied, schemas.KindHeld, schemas.KindFailed}
+	return []schemas.Kind{schemas.KindOpened, schemas.KindRequested, schemas.KindAuthorized, schemas.KindDenied, schemas.KindHeld, schemas.KindFailed, schemas.KindErased}
 }
 
 // trafficHead is the first line of the traffic.
@@ -88,11 +88,12 @@ func (a *admin) traffic(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "from: neither stream nor clickhouse", http.StatusBadRequest)
 		return
 	}
-	begun := false
+	begun, unread := false, 0
 	var line []byte
 	for e, err := range events {
 		gone := new(projections.BodyGone)
-		if err != nil && !errors.Is(err, bus.ErrUndecodable) && !errors.As(err, &gone) {
+		odd := errors.Is(err, bus.ErrUndecodable) || errors.Is(err, projections.ErrUnreadable)
+		if err != nil && !odd && !errors.As(err, &gone) {
 			if !begun {
 				a.fail(w, err)
 				return
@@ -106,8 +107,9 @@ func (a *admin) traffic(w http.ResponseWriter, r *http.Request) {
 				return
 			}
 		}
-		if errors.Is(err, bus.ErrUndecodable) {
-			continue // nothing that anybody has decided on
+		if odd {
+			unread++ // a newer program may have decided on it
+			continue
 		}
 		if line, err = appendTraffic(line[:0], e, gone.Size); err != nil {
 			panic(http.ErrAbortHandler)
@@ -120,7 +122,7 @@ func (a *admin) traffic(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "application/x-ndjson")
 		_ = json.NewEncoder(w).Encode(head)
 	}
-	_, _ = w.Write([]byte("{\"end\":true}\n")) // without it the traffic is not whole
+	_, _ = fmt.Fprintf(w, "{\"end\":true,\"unread\":%d}\n", unread) // without it the traffic is not whole
 }
 
 // A line of the traffic is an event in its written form, behind its body, where

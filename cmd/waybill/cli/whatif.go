@@ -16,6 +16,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/goccy/go-yaml"
+
 	"waybill.dev/schemas"
 	"waybill.dev/workers/policy"
 )
@@ -50,6 +52,7 @@ func (r *replaying) whatIf(ctx context.Context, env Env) error {
 		}
 		return w.of(ctx, since(ctx, c, r.from, r.since, r.tenant))
 	}
+	w.from = r.from
 	return w.of(ctx, traffic{events: inBatches(ctx, func(ctx context.Context) iter.Seq2[json.RawMessage, error] {
 		return r.events(ctx, r.session)
 	}, func(line []byte) (e record, err error) { return e, json.Unmarshal(line, &e) })})
@@ -63,11 +66,11 @@ func (r *replaying) rules(ctx context.Context) (*policy.Bundle, error) {
 	if err != nil {
 		return nil, fmt.Errorf("--policy: %w", err)
 	}
-	file := r.policy
+	file, names := r.policy, []string{r.policy}
 	if info.IsDir() {
 		file = filepath.Join(r.policy, "waybill.yaml")
 	}
-	if _, err := os.Stat(file); err == nil {
+	if _, err := os.Stat(file); err == nil && (info.IsDir() || !hasRules(file)) {
 		c, err := loadConfig(file)
 		if err != nil {
 			return nil, err
@@ -75,11 +78,12 @@ func (r *replaying) rules(ctx context.Context) (*policy.Bundle, error) {
 		b, _, err := c.compilePolicy()
 		return b, err
 	}
-	names, err := filepath.Glob(filepath.Join(r.policy, "*.yaml"))
-	if err != nil {
-		return nil, fmt.Errorf("--policy: %w", err)
+	if info.IsDir() {
+		if names, err = filepath.Glob(filepath.Join(r.policy, "*.yaml")); err != nil {
+			return nil, fmt.Errorf("--policy: %w", err)
+		}
+		names = slices.DeleteFunc(names, func(n string) bool { return strings.HasSuffix(n, testFile) })
 	}
-	names = slices.DeleteFunc(names, func(n string) bool { return strings.HasSuffix(n, testFile) })
 	if len(names) == 0 {
 		return nil, fmt.Errorf("--policy: %s has neither files of rules (*.yaml) nor a waybill.yaml", r.policy)
 	}
@@ -115,10 +119,19 @@ func (r *replaying) rules(ctx context.Context) (*policy.Bundle, error) {
 	return b, nil
 }
 
+// hasRules tells a file of rules from a configuration. What can be read as neither is
+// the latter, which says why.
+func hasRules(file string) bool {
+	var f struct{ Rules any }
+	text, err := os.ReadFile(file)
+	return err == nil && yaml.Unmarshal(text, &f) == nil && f.Rules != nil
+}
+
 // traffic is what was asked for and decided.
 type traffic struct {
 	all    bool                       // of everybody, or of one tenant: what rules count can be counted
 	head   func() trafficHead         // of all; known when events has yielded
+	unread func() int                 // events of all that the gateway cannot read; known when there are no more
 	events iter.Seq2[[]record, error] // by batches, in their order
 }
 
@@ -131,6 +144,7 @@ func since(ctx context.Context, c *client, from string, d time.Duration, t schem
 	}
 	q := url.Values{"since": {d.String()}, "before": {policy.LongestLimit.String()}, "from": {from}, "tenant": {string(t)}}
 	var head trafficHead
+	var end struct{ Unread int }
 	raw := func(ctx context.Context) iter.Seq2[json.RawMessage, error] {
 		return func(yield func(json.RawMessage, error) bool) {
 			n, whole := 0, false
@@ -142,8 +156,10 @@ func since(ctx context.Context, c *client, from string, d time.Duration, t schem
 						continue
 					}
 				case strings.HasPrefix(string(line), `{"end"`):
-					whole = true
-					continue
+					if err = json.Unmarshal(line, &end); err == nil {
+						whole = true
+						continue
+					}
 				}
 				if !yield(line, err) || err != nil {
 					return
@@ -155,7 +171,7 @@ func since(ctx context.Context, c *client, from string, d time.Duration, t schem
 		}
 	}
 	// The first batch comes after the head was read.
-	return traffic{all: true, head: func() trafficHead { return head }, events: inBatches(ctx, raw, readTraffic)}
+	return traffic{all: true, head: func() trafficHead { return head }, unread: func() int { return end.Unread }, events: inBatches(ctx, raw, readTraffic)}
 }
 
 // How many lines are read at once by one goroutine, and how many bytes about.
@@ -235,8 +251,9 @@ type whatIf struct {
 	bundle   *policy.Bundle
 	env      Env
 	json     bool
-	full     bool // each decision that would be another
-	examples int  // of each change, where it is not full
+	from     string // where it is read, of one session; "" for all traffic
+	full     bool   // each decision that would be another
+	examples int    // of each change, where it is not full
 
 	rerun  *policy.Rerun
 	since  time.Time
@@ -247,6 +264,8 @@ type whatIf struct {
 	size   int        // bytes of again
 	report report
 	shown  time.Time
+	first  schemas.Kind // of one session: what it begins with
+	erased string       // and what is said of its erasure
 }
 
 // waiting is a request on which nothing was decided yet, or that was held.
@@ -305,6 +324,18 @@ func (w *whatIf) of(ctx context.Context, t traffic) error {
 	if err := w.flush(); err != nil {
 		return err
 	}
+	if t.unread != nil {
+		w.report.Undecodable += t.unread()
+	}
+	switch {
+	case w.from == "" && w.report.Erased > 0:
+		w.report.Notes = append(w.report.Notes, count(w.report.Erased, "session")+" erased: what was decided in them before is not there")
+	case w.from == "":
+	case w.erased != "":
+		w.report.Notes = append(w.report.Notes, w.erased)
+	case w.first != "" && w.first != schemas.KindOpened:
+		w.report.Notes = append(w.report.Notes, halfAged(w.from))
+	}
 	if w.env.Terminal && !w.shown.IsZero() {
 		_, _ = fmt.Fprint(w.env.Stderr, "\r\x1b[K")
 	}
@@ -331,8 +362,15 @@ func (w *whatIf) take(r record) error {
 		w.report.Undecodable++
 		return nil
 	}
+	if w.first == "" {
+		w.first = r.Kind()
+	}
 	d := decision{at: r.Stored, counted: !r.Stored.Before(w.since)}
 	switch p := r.Data.(type) {
+	case *schemas.Erased:
+		w.erased = wasErased(r.Seq, p)
+		w.report.Erased++
+		return nil
 	case *schemas.Opened:
 		if w.rerun.Stateful() { // what was decided before does not count for it
 			if err := w.flush(); err != nil {

@@ -30,7 +30,9 @@ type report struct {
 	Undecided   int       `json:"cannot_be_decided"`
 	NoRequest   int       `json:"without_request,omitempty"` // whose request is not there
 	Undecodable int       `json:"undecodable,omitempty"`
+	Erased      int       `json:"erased_sessions,omitempty"`
 	More        int       `json:"changed_otherwise,omitempty"` // that are in no group, of which there are too many
+	Notes       []string  `json:"notes,omitempty"`             // of what of a session is not there
 	Seconds     float64   `json:"seconds"`
 }
 
@@ -231,7 +233,7 @@ func (r *report) print() error {
 	switch {
 	case r.Changed > 0:
 		return &outcome{exitChanges, "decisions would change"}
-	case r.Undecided > 0 || r.NoRequest > 0:
+	case r.Undecided > 0 || r.NoRequest > 0 || r.Undecodable > 0 || len(r.Notes) > 0 && r.w.from != "":
 		return &outcome{exitUndecided, "some decisions cannot be taken again"}
 	}
 	return nil
@@ -277,6 +279,9 @@ func (r *report) lines(changes []*change, gaps []*gap) error {
 	}
 	if r.Undecodable > 0 {
 		p.line("%s", p.paint(yellow, count(r.Undecodable, "event")+" that this program cannot read"))
+	}
+	for _, note := range r.Notes {
+		p.line("%s", p.paint(yellow, visible(note)))
 	}
 	if h := r.head; !h.Whole.IsZero() && h.Whole.After(h.Since) {
 		p.line("%s", p.paint(yellow, "the log has nothing of before "+h.Whole.Local().Format("2006-01-02 15:04:05")))
