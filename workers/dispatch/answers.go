@@ -184,7 +184,7 @@ func (a *answers) screen(server string, orders *schemas.Orders, body []byte) (_ 
 		}
 		if room.classes()&rules.classes() != 0 {
 			var err error
-			if body, err = rewrite(body, &found, func(text []byte, cuts []cut) ([]cut, error) { return rules.characters(text, cuts), nil }); err != nil {
+			if body, err = rewrite(body, &found, rules.finder); err != nil {
 				return nil, s, keep(schemas.FailWithheld, "%v", err)
 			}
 			if err := room.read(body, rules.Depth); err != nil {
@@ -206,8 +206,8 @@ func (a *answers) screen(server string, orders *schemas.Orders, body []byte) (_ 
 	}
 	if looks && rules.Secrets != Allow && a.secrets.mayHold(room.text) {
 		var err error
-		if body, err = rewrite(body, &found, func(text []byte, cuts []cut) ([]cut, error) {
-			return a.secrets.find(text, rules.Secrets, cuts)
+		if body, err = rewrite(body, &found, func(member string, text []byte, cuts []cut) ([]cut, error) {
+			return a.secrets.find(member, text, rules.Secrets, cuts)
 		}); err != nil {
 			return nil, s, keep(schemas.FailWithheld, "%v", err)
 		}
@@ -233,12 +233,12 @@ func (a *answers) words(server, text string) string {
 	out := quoted
 	err := room.read(out, answerDepth)
 	if err == nil && room.classes()&rules.classes() != 0 {
-		if out, err = rewrite(out, &found, func(t []byte, cuts []cut) ([]cut, error) { return rules.characters(t, cuts), nil }); err == nil {
+		if out, err = rewrite(out, &found, rules.finder); err == nil {
 			err = room.read(out, answerDepth)
 		}
 	}
 	if err == nil && rules.Secrets != Allow && a.secrets.mayHold(room.text) {
-		out, err = rewrite(out, &found, func(t []byte, cuts []cut) ([]cut, error) { return a.secrets.find(t, Redact, cuts) })
+		out, err = rewrite(out, &found, func(m string, t []byte, cuts []cut) ([]cut, error) { return a.secrets.find(m, t, Redact, cuts) })
 	}
 	if err != nil {
 		return "what was said cannot be looked through"

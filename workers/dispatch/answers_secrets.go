@@ -164,20 +164,13 @@ func (s *secrets) in(text []byte, n int) (hits []int) {
 // mayHold tells whether a text may hold a secret.
 func (s *secrets) mayHold(text []byte) bool { return len(s.in(text, 1)) > 0 }
 
-// find finds the secrets in a text.
-func (s *secrets) find(text []byte, did Action, cuts []cut) ([]cut, error) {
-	for _, i := range s.in(text, -1) {
-		f := &s.forms[i]
-		for _, m := range f.match.FindAllSubmatchIndex(text, -1) {
-			from, to := m[0], m[1]
-			if len(m) > 2 && m[2] >= 0 {
-				from, to = m[2], m[3]
-			}
-			if from == to || slices.Contains(f.except, string(text[from:to])) {
-				continue
-			}
-			cuts = append(cuts, cut{from: from, to: to, rule: f.rule, did: did, instead: f.instead})
-		}
+// find finds the secrets in a text, the value of a member of this name: of
+// {"password": "hunter2"} the value alone says nothing, and that it is in quotes must
+// not hide what is found in password: hunter2.
+func (s *secrets) find(member string, text []byte, did Action, cuts []cut) ([]cut, error) {
+	cuts = s.after(0, text, did, cuts)
+	if member != "" {
+		cuts = s.after(len(member)+len(called), slices.Concat([]byte(member), []byte(called), text), did, cuts)
 	}
 	if len(cuts) < 2 {
 		return cuts, nil
@@ -199,4 +192,22 @@ func (s *secrets) find(text []byte, did Action, cuts []cut) ([]cut, error) {
 		last.to = max(last.to, c.to)
 	}
 	return apart, nil
+}
+
+// after finds the secrets in a text beyond its head.
+func (s *secrets) after(head int, text []byte, did Action, cuts []cut) []cut {
+	for _, i := range s.in(text, -1) {
+		f := &s.forms[i]
+		for _, m := range f.match.FindAllSubmatchIndex(text, -1) {
+			from, to := m[0], m[1]
+			if len(m) > 2 && m[2] >= 0 {
+				from, to = m[2], m[3]
+			}
+			if from == to || to <= head || slices.Contains(f.except, string(text[from:to])) {
+				continue
+			}
+			cuts = append(cuts, cut{from: max(from, head) - head, to: to - head, rule: f.rule, did: did, instead: f.instead})
+		}
+	}
+	return cuts
 }

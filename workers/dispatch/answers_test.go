@@ -55,6 +55,7 @@ func TestAnswerRules(t *testing.T) {
 	}
 	at := "/result/content/0/text"
 	github := "gh" + "p_" + token36
+	aws := "AbCd" + token36 // whose own form says nothing
 	only := func(a Answers) func(*Options) { return func(o *Options) { o.Answers = a } }
 	for _, c := range []struct {
 		name   string
@@ -110,6 +111,11 @@ func TestAnswerRules(t *testing.T) {
 		{"in JSON in JSON in a text", nil, result(`[\"{\\\"a\\\":\\\"\\\\u202e\\\"}\"]`), result(`[\"{\\\"a\\\":\\\"\\\"}\"]`), "bidi stripped 1 at " + at},
 		{"after an escape in a text that is no JSON", nil, result(`{\"a\":\"\\n` + github + `\" and so on`), result(`{\"a\":\"\\n[redacted: github-token]\" and so on`), "secret github-token redacted 1 at " + at},
 		{"JSON in a text that is clean", nil, result(`{\"a\":\"caf\\u00e9\\n\"}`), "same", ""},
+		{"known by its name alone", nil, `{"jsonrpc":"2.0","id":1,"result":{"structuredContent":{"aws_secret_access_key" : "` + aws + `","note":"` + aws + `","Authorization":["x"]},"headers":{"Authorization":"Bearer ` + aws + `"}}}`,
+			`{"jsonrpc":"2.0","id":1,"result":{"structuredContent":{"aws_secret_access_key" : "[redacted: aws-secret-key]","note":"` + aws + `","Authorization":["x"]},"headers":{"Authorization":"Bearer [redacted: authorization-header]"}}}`,
+			"secret aws-secret-key redacted 1 at /result/structuredContent/aws_secret_access_key; secret authorization-header redacted 1 at /result/headers/Authorization"},
+		{"known by its name in JSON in a text", nil, result(`{\"aws_secret_access_key\":\"` + aws + `\",\"note\":\"a\\nb\"}`), result(`{\"aws_secret_access_key\":\"[redacted: aws-secret-key]\",\"note\":\"a\\nb\"}`), "secret aws-secret-key redacted 1 at " + at},
+		{"name and value as one", func(o *Options) { o.SecretRules = []SecretRule{{ID: "code", Match: `pin\W+\d{4}`}} }, `{"jsonrpc":"2.0","id":1,"result":{"pin":"1234 5678"}}`, `{"jsonrpc":"2.0","id":1,"result":{"pin":"[redacted: code] 5678"}}`, "secret code redacted 1 at /result/pin"},
 		{"in colour", only(Answers{ANSI: Allow}), result(`\u001b[31m` + github), result(`\u001b[31m[redacted: github-token]`), "secret github-token redacted 1 at " + at},
 		{"rejected secret", only(Answers{Secrets: Reject}), result(github), "", "secret github-token rejected 1 at " + at},
 		{"too deep", only(Answers{Depth: 4}), `{"jsonrpc":"2.0","id":1,"result":{"a":[[[]]]}}`, "", ""},
@@ -227,7 +233,7 @@ func TestBuiltInSecrets(t *testing.T) {
 			hidden = secret[m[2]:m[3]]
 		}
 		text := "say " + secret + " and"
-		cuts, err := s.find([]byte(text), Redact, nil)
+		cuts, err := s.find("", []byte(text), Redact, nil)
 		if err != nil || len(cuts) == 0 {
 			t.Errorf("%s: %q is not found: %v", r.ID, text, err)
 			continue

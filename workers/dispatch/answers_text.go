@@ -221,6 +221,11 @@ func (a Answers) characters(text []byte, cuts []cut) []cut {
 	return cuts
 }
 
+// finder is [Answers.characters], wherever the text stands.
+func (a Answers) finder(_ string, text []byte, cuts []cut) ([]cut, error) {
+	return a.characters(text, cuts), nil
+}
+
 // reading is the text of all strings of a message, one on a line.
 type reading struct{ text []byte }
 
@@ -279,7 +284,11 @@ func (t *reading) more(raw []byte, depth, quoted int) error {
 				}
 			}
 			inner := t.text[begin:]
-			t.text = append(t.text, '\n')
+			if names(raw[end:]) {
+				t.text = append(t.text, called...) // as find reads a value
+			} else {
+				t.text = append(t.text, '\n')
+			}
 			if quoted < maxQuoted && quotes(inner) {
 				_ = t.more(inner, len(inner), quoted+1) // what is no JSON has been read as the text that it is
 			}
@@ -287,6 +296,16 @@ func (t *reading) more(raw []byte, depth, quoted int) error {
 		}
 	}
 	return nil
+}
+
+// called stands between the name of a member and its value where both are read as one
+// text: what some secrets are is only said by what they are called.
+const called = ": "
+
+// names tells whether a string of JSON is the name of a member, by what follows it.
+func names(rest []byte) bool {
+	rest = bytes.TrimLeft(rest, " \t\r\n")
+	return len(rest) > 0 && rest[0] == ':'
 }
 
 // classes are those of which characters are in the text.
@@ -425,10 +444,14 @@ type level struct {
 	index  int    // of an array
 }
 
+// finder finds what is to be taken out of a text, which is the value of a member of
+// this name, or not of a member's own: "".
+type finder func(member string, text []byte, cuts []cut) ([]cut, error)
+
 // rewrite has every string of a message looked through by find, takes out what it
 // finds, and counts it. The error is that of find, or says that a rule rejects the
 // message.
-func rewrite(raw []byte, found *findings, find func(text []byte, cuts []cut) ([]cut, error)) ([]byte, error) {
+func rewrite(raw []byte, found *findings, find finder) ([]byte, error) {
 	out, err := rewriteIn(raw, "", 0, found, find)
 	if err == nil {
 		err = found.rejected()
@@ -438,7 +461,7 @@ func rewrite(raw []byte, found *findings, find func(text []byte, cuts []cut) ([]
 
 // rewriteIn is rewrite of JSON that is quoted as often as quoted says, in the string
 // at within, and does not yet look whether something is to be rejected.
-func rewriteIn(raw []byte, within string, quoted int, found *findings, find func(text []byte, cuts []cut) ([]cut, error)) ([]byte, error) {
+func rewriteIn(raw []byte, within string, quoted int, found *findings, find finder) ([]byte, error) {
 	var out []byte // nil: nothing was taken out so far
 	var levels []level
 	var text []byte
@@ -494,8 +517,12 @@ func rewriteIn(raw []byte, within string, quoted int, found *findings, find func
 				i = end - 1
 				continue
 			}
+			member := ""
+			if !name && n > 0 && levels[n-1].object {
+				member = levels[n-1].name
+			}
 			var err error
-			if cuts, err = find(text, cuts[:0]); err != nil {
+			if cuts, err = find(member, text, cuts[:0]); err != nil {
 				return nil, err
 			}
 			left := text
