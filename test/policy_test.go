@@ -146,6 +146,10 @@ rules:
 	}
 	r.say("grant", a.ID, "--by", "ann")
 	r.want("granted", one, true, 1)
+	// Somebody else has looked at it too, and grants nothing more by that.
+	if _, errs, exit := r.CLI("approvals", "grant", a.ID, "--by", "bob"); exit != 1 || !strings.Contains(errs, "ann has granted it already") {
+		t.Errorf("granted twice: exit %d, %s", exit, errs)
+	}
 
 	two := r.later("count", `{"key":"a"}`) // the same again
 	if b := r.asked(`{"key":"a"}`, 1); b.ID != a.ID {
@@ -154,6 +158,9 @@ rules:
 	r.say("refuse", a.ID, "--by", "ann")
 	r.want("a second use, refused", two, false, 1)
 	r.want("refused already", r.later("count", `{"key":"a"}`), false, 1)
+	if _, errs, exit := r.CLI("approvals", "grant", a.ID, "--by", "bob"); exit != 1 || !strings.Contains(errs, "ann has refused it already") {
+		t.Errorf("granted what was refused: exit %d, %s", exit, errs)
+	}
 
 	three := r.later("count", `{"key":"b"}`)
 	b := r.asked(`{"key":"b"}`, 1)

@@ -68,39 +68,55 @@ func CheckWord(w Word, agent schemas.Agent) error {
 
 const maxUses = 1000
 
-// approvalID is what an approval is bound to: caller, tool, its definition, and
-// the arguments.
+// approvalID is what an approval is bound to: caller, tool, its definition, the
+// arguments, and what the call asks with beside them.
 func approvalID(e schemas.Event, q *schemas.Requested, word schemas.Decision) string {
 	args := word.ArgsSHA256
 	if args == "" {
-		args = digestParams(e.Body)
+		args, _ = digestParams(e.Body, func(member string) bool { return member != "_meta" })
 	}
-	b, _ := json.Marshal([]string{ // of strings: cannot fail
-		string(e.Tenant), string(e.Agent), string(q.Protocol), q.Server, q.Method, q.Name, word.ToolSHA256, args,
-	})
+	bound := []string{string(e.Tenant), string(e.Agent), string(q.Protocol), q.Server, q.Method, q.Name, word.ToolSHA256, args}
+	if q.Method == toolsCall {
+		if beside, some := digestParams(e.Body, Beside); some {
+			bound = append(bound, beside)
+		}
+	}
+	b, _ := json.Marshal(bound) // of strings: cannot fail
 	return "a" + digest(b)[:24]
 }
 
-// digestParams is the digest of what a request asks with, whatever its method: the
-// params. Neither the request's id nor its _meta is of it: both may be others each
-// time, and who asks for the same again is not to wait for another approval.
-func digestParams(body []byte) string {
+// Beside tells of a member of the params of a tools/call whether it is something that
+// the call asks with beside its arguments, such as what its client answers to what the
+// server has asked (inputResponses). Who approves has to see it.
+func Beside(member string) bool {
+	switch member {
+	case "name", "arguments", "_meta", "task": // task: for how long the result is kept
+		return false
+	}
+	return true
+}
+
+// digestParams is the digest of those members of a request's params that count, and
+// whether there are any; of params that have no members, of all of them. The request's
+// id never counts, nor does its _meta: both may be others each time, and who asks for
+// the same again is not to wait for another approval.
+func digestParams(body []byte, counts func(member string) bool) (_ string, some bool) {
 	m, err := jsonrpc.Decode(body, jsonrpc.Limits{})
 	if err != nil {
-		return digest(body)
+		return digest(body), true
 	}
 	p := m.Params()
 	if p.Kind() != jsonrpc.Object {
-		return digest(p.Raw())
+		return digest(p.Raw()), p.Exists()
 	}
 	var all [][]byte
 	for name, v := range p.Members() {
-		if name != "_meta" {
+		if counts(name) {
 			key, _ := json.Marshal(name) // a string: cannot fail
 			all = append(all, slices.Concat(key, []byte(":"), v.Raw()))
 		}
 	}
-	return digest(slices.Concat([]byte("{"), bytes.Join(all, []byte(",")), []byte("}")))
+	return digest(slices.Concat([]byte("{"), bytes.Join(all, []byte(",")), []byte("}"))), len(all) > 0
 }
 
 // holds is what is held, and what was said.

@@ -475,6 +475,21 @@ func TestApprovalIsBound(t *testing.T) {
 			}
 		}
 	}
+	// So is what a call asks with beside them, and nothing that differs each time.
+	plain := id(toolsCall, `,"params":{"name":"x","arguments":{}}`)
+	seen := map[string]bool{plain: true}
+	for _, more := range []string{`"inputResponses":{"sure":true}`, `"inputResponses":{"sure":false}`, `"requestState":"a"`, `"other":1`} {
+		got := id(toolsCall, `,"params":{"name":"x",`+more+`,"arguments":{}}`)
+		if seen[got] {
+			t.Errorf("%s passes for something else", more)
+		}
+		seen[got] = true
+	}
+	for _, more := range []string{`"_meta":{"progressToken":7}`, `"task":{"ttl":1}`} {
+		if got := id(toolsCall, `,"params":{"name":"x",`+more+`,"arguments":{}}`); got != plain {
+			t.Errorf("%s asks for another approval", more)
+		}
+	}
 	with := id("resources/read", `,"params":{"_meta":{"progressToken":7},"uri":"a"}`)
 	if got := id("resources/read", `,"params":{"uri":"a"}`); got != with {
 		t.Errorf("%s without a progress token, %s with one", got, with)

@@ -43,6 +43,28 @@ type approvalLine struct {
 	Expires time.Time          `json:"expires"`
 	Args    json.RawMessage    `json:"args,omitempty"` // as the request has them
 	Word    *policy.Word       `json:"word,omitempty"` // what was said last
+
+	word uint64     // the sequence of its record; 0: there is none
+	use  policy.Use // the last that was made of what was granted
+}
+
+// stands says why a grant that names no number of uses is not taken: somebody has said
+// something already that is still good, and no call waits for more. Of two people who
+// look at the same call, the second would else let another of its kind go on, or what
+// the first has refused. "": it is taken.
+func (l *approvalLine) stands(now time.Time) string {
+	waits := l.Calls
+	if waits > 0 && l.use.Call == l.Call {
+		waits-- // it is about to go on
+	}
+	switch {
+	case l.Word == nil, !now.Before(l.Word.Expires):
+		return ""
+	case l.Word.Said == policy.ApprovalGranted && l.use.Grant == l.word && waits > 0:
+		return "" // which it was for others
+	}
+	return fmt.Sprintf("%s has %s it already, which is good until %s; who grants more says how many calls (--uses)",
+		l.Word.By, l.Word.Said, l.Word.Expires.Local().Format(time.DateTime))
 }
 
 func (a *approvals) list(w http.ResponseWriter, r *http.Request) {
@@ -118,12 +140,19 @@ func (a *approvals) asked(ctx context.Context, id string) ([]*approvalLine, erro
 		if err != nil {
 			return nil, err
 		}
+		line.word = rec.Seq
 		var word policy.Word
 		if json.Unmarshal(rec.Body, &word) == nil {
 			line.Word = &word
 			if line.State == "over" {
 				line.State = word.Said
 			}
+		}
+		rec, err = a.sys.Latest(ctx, policy.UseKind, line.ID)
+		if err == nil {
+			_ = json.Unmarshal(rec.Body, &line.use) // of what cannot be read nothing is known
+		} else if !errors.Is(err, schemas.ErrNotFound) {
+			return nil, err
 		}
 	}
 	return lines, nil
@@ -139,8 +168,8 @@ func (a *approvals) args(ctx context.Context, h *schemas.Held) json.RawMessage {
 }
 
 // shownArgs are the arguments of a tool or a prompt, and the whole params of anything
-// else: in these, a member called arguments is one of many, and to show it alone
-// would hide the rest from who approves.
+// else, and of a call that asks with more than arguments: in these, a member called
+// arguments is one of many, and to show it alone would hide the rest from who approves.
 func shownArgs(method string, body []byte) json.RawMessage {
 	m, err := jsonrpc.Decode(body, jsonrpc.Limits{})
 	if err != nil {
@@ -148,7 +177,11 @@ func shownArgs(method string, body []byte) json.RawMessage {
 	}
 	args := m.Params()
 	if method == "tools/call" || method == "prompts/get" {
-		if v := args.Get("arguments"); v.Exists() {
+		more := false
+		for name := range args.Members() {
+			more = more || policy.Beside(name)
+		}
+		if v := args.Get("arguments"); v.Exists() && !more {
 			args = v
 		}
 	}
@@ -190,6 +223,10 @@ func (a *approvals) say(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	word := said.Word
+	if why := lines[0].stands(time.Now()); why != "" && word.Said == policy.ApprovalGranted && word.Uses == 0 {
+		http.Error(w, why, http.StatusConflict)
+		return
+	}
 	word.Expires = time.Now().UTC().Add(time.Duration(said.For * float64(time.Second)))
 	if word.Said == policy.ApprovalGranted && word.Uses == 0 {
 		word.Uses = max(1, lines[0].Calls)
@@ -200,7 +237,11 @@ func (a *approvals) say(w http.ResponseWriter, r *http.Request) {
 	}
 	record, err := json.Marshal(word)
 	if err == nil {
-		_, err = a.sys.Append(r.Context(), policy.WordKind, id, record)
+		_, err = a.sys.AppendAfter(r.Context(), policy.WordKind, id, record, lines[0].word)
+	}
+	if errors.Is(err, bus.ErrOvertaken) {
+		http.Error(w, "somebody else has said something of it meanwhile; `waybill approvals --all` lists what", http.StatusConflict)
+		return
 	}
 	if err != nil {
 		a.fail(w, err)

@@ -137,7 +137,7 @@ func (c *client) post(ctx context.Context, path string, body []byte) ([]byte, er
 	switch resp.StatusCode {
 	case http.StatusOK:
 		return io.ReadAll(io.LimitReader(resp.Body, 1<<20))
-	case http.StatusBadRequest, http.StatusForbidden:
+	case http.StatusBadRequest, http.StatusForbidden, http.StatusConflict:
 		text, _ := io.ReadAll(io.LimitReader(resp.Body, 4096)) // what there is of it
 		return nil, errors.New(visible(string(bytes.TrimSpace(text))))
 	}

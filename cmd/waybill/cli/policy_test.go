@@ -132,6 +132,8 @@ func TestShownArgs(t *testing.T) {
 	for _, tt := range []struct{ method, params, want string }{
 		{"tools/call", `{"name":"x","arguments":{"a":1}}`, `{"a":1}`},
 		{"tools/call", `{"name":"x","arguments":[1]}`, `[1]`},
+		{"tools/call", `{"name":"x","arguments":{"a":1},"_meta":{},"task":{"ttl":1}}`, `{"a":1}`},
+		{"tools/call", `{"name":"x","arguments":{"a":1},"inputResponses":{"sure":true}}`, `{"name":"x","arguments":{"a":1},"inputResponses":{"sure":true}}`},
 		{"prompts/get", `{"name":"x","arguments":{"a":1}}`, `{"a":1}`},
 		{"prompts/get", `{"name":"x"}`, `{"name":"x"}`},
 		{"resources/read", `{"uri":"file:///etc","arguments":{}}`, `{"uri":"file:///etc","arguments":{}}`},
