@@ -56,7 +56,7 @@ func (a *approvals) pin(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "nothing of this name is known; `waybill tools` lists what is", http.StatusBadRequest)
 		return
 	case now.SHA256 != word.SHA256:
-		http.Error(w, "it has changed: what its server shows by now is "+now.SHA256+"; look at it again", http.StatusBadRequest)
+		http.Error(w, anotherByNow(now), http.StatusConflict)
 		return
 	case word.Said == registry.Approved && len(now.Now) == 0:
 		http.Error(w, "its server has changed it so often that the text was not kept; quarantine any of the server's tools, have it listed again, and look at it then", http.StatusBadRequest)
@@ -70,10 +70,18 @@ func (a *approvals) pin(w http.ResponseWriter, r *http.Request) {
 		a.fail(w, err)
 		return
 	}
-	now, _ = a.entry(word.Ref)
+	if now, _ = a.entry(word.Ref); word.Said == registry.Approved && now.State != registry.Approved {
+		http.Error(w, anotherByNow(now), http.StatusConflict)
+		return
+	}
 	now.Now = nil
 	w.Header().Set("Content-Type", "application/x-ndjson")
 	_ = json.NewEncoder(w).Encode(now)
+}
+
+// anotherByNow is said to who has looked at what a definition was.
+func anotherByNow(now registry.Entry) string {
+	return "it has changed: what its server shows by now is " + now.SHA256 + "; look at it again"
 }
 
 func (a *approvals) entry(ref registry.Ref) (registry.Entry, bool) {
