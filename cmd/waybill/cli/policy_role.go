@@ -81,7 +81,7 @@ func (g *gateway) addPolicy(ctx context.Context, _ net.Listener) error {
 	ready, following, held := g.up("policy"), g.up("policy rules"), g.up("approvals")
 	g.workers = append(g.workers,
 		part{"rules", func(ctx context.Context) error { return r.follow(ctx, following.Store) }},
-		part{"late rules", r.again},
+		part{"late rules", r.retake},
 		part{"rule files", r.watch},
 		part{"limits", r.count},
 		part{"held", func(ctx context.Context) error {
@@ -205,7 +205,10 @@ type rules struct {
 	newest uint64      // sequence of the newest one
 	late   *bus.Record // it, if its bundle could not be had
 
-	files string // owned by watch: how they looked when they were last read
+	// Owned by watch, after load.
+	files  string // how the files looked when they were last read
+	before string // how they looked the last time
+	again  bool   // what was tried then has failed, and may not the next time
 }
 
 // load reads the files when the process starts, and puts them in force, unless
@@ -213,6 +216,7 @@ type rules struct {
 // replaced long ago must not bring it back.
 func (r *rules) load(ctx context.Context) error {
 	r.files = r.look()
+	r.before = r.files
 	b, encoded, err := r.g.c.compilePolicy()
 	if err != nil {
 		return err
@@ -387,8 +391,8 @@ func (r *rules) obey(ctx context.Context, rec bus.Record) (worthAnother bool, er
 	return true, r.activate(ctx, b)
 }
 
-// again takes an activation that could not be taken, until it can.
-func (r *rules) again(ctx context.Context) error {
+// retake takes an activation that could not be taken, until it can.
+func (r *rules) retake(ctx context.Context) error {
 	t := time.NewTicker(time.Second)
 	defer t.Stop()
 	for {
@@ -417,15 +421,17 @@ func bundleOf(ctx context.Context, sys *bus.System, digest string) (*policy.Bund
 	return policy.Compile(encoded)
 }
 
+// lookEvery is how often it is looked at the files.
+const lookEvery = 500 * time.Millisecond
+
 // watch reads the files again when they have changed, or on SIGHUP. Files that
 // do not compile change nothing; what fails for another reason is tried again.
 func (r *rules) watch(ctx context.Context) error {
 	hup := make(chan os.Signal, 1)
 	signal.Notify(hup, syscall.SIGHUP)
 	defer signal.Stop(hup)
-	t := time.NewTicker(time.Second)
+	t := time.NewTicker(lookEvery)
 	defer t.Stop()
-	again := false
 	for {
 		asked := false
 		select {
@@ -436,13 +442,17 @@ func (r *rules) watch(ctx context.Context) error {
 		case <-t.C:
 		}
 		now := r.look()
-		if now == r.files && !asked && !again {
+		if !r.due(now, asked) {
 			continue
 		}
-		r.files, again = now, false
-		if err := r.reload(ctx, asked); err != nil && ctx.Err() == nil {
+		err := r.reload(ctx, now, asked)
+		if errors.Is(err, errMoving) {
+			continue
+		}
+		r.files, r.again = now, false
+		if err != nil && ctx.Err() == nil {
 			text := err.Error()
-			again = r.worthAnother(err)
+			r.again = r.worthAnother(err)
 			r.broken.Store(&text)
 			r.failures.Add(1)
 			r.g.log.Error("the rules were changed and cannot be put in force; the former stay", "error", err)
@@ -452,6 +462,19 @@ func (r *rules) watch(ctx context.Context) error {
 	}
 }
 
+// due tells whether the files are to be read again, by how they look now: otherwise
+// than when they were last read, and as they did the time before. While they are being
+// saved, one may be away or half written, and what is there without it be whole rules,
+// of which nothing forbids what it forbids.
+func (r *rules) due(now string, asked bool) bool {
+	settled := now == r.before
+	r.before = now
+	return asked || settled && (now != r.files || r.again)
+}
+
+// errMoving: the files have changed between two looks at them.
+var errMoving = errors.New("the files of rules are being changed")
+
 // worthAnother tells whether to try again what has failed, though the files stay as
 // they are: not if it is they that are wrong, or that cannot be read, which look
 // sees the end of.
@@ -459,10 +482,13 @@ func (r *rules) worthAnother(err error) bool {
 	return !errors.As(err, new(badRules)) && !strings.HasPrefix(r.files, unreadable)
 }
 
-func (r *rules) reload(ctx context.Context, asked bool) error {
+func (r *rules) reload(ctx context.Context, look string, asked bool) error {
 	b, encoded, err := r.g.c.compilePolicy()
 	if err != nil {
 		return err
+	}
+	if !asked && len(r.g.c.Policies) > 0 && lookOf(b.Source.Files) != look {
+		return errMoving
 	}
 	if now := r.p.Bundle(); now != nil && now.Digest == b.Digest {
 		if asked {
@@ -485,6 +511,11 @@ func (r *rules) look() string {
 	if err != nil {
 		return unreadable + err.Error()
 	}
+	return lookOf(files)
+}
+
+func lookOf(files []policy.File) string {
+	files = slices.SortedFunc(slices.Values(files), func(a, b policy.File) int { return strings.Compare(a.Name, b.Name) })
 	h := sha256.New()
 	for _, f := range files {
 		_, _ = fmt.Fprintf(h, "%q %d %s", f.Name, len(f.Text), f.Text)

@@ -111,6 +111,45 @@ func TestRulesMidSave(t *testing.T) {
 	check("r/a.yaml:1: has no rules", true)
 	write("r/a.yaml", "rules: []\n")
 	check("", false)
+	// One of several is away while it is saved, or there in part: what the others say
+	// is not put in force.
+	write("r/b.yaml", "rules:\n- {id: b, effect: forbid}\n- {id: c, effect: forbid}\n")
+	c, err := loadConfig(filepath.Join(dir, "waybill.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &rules{g: &gateway{c: c}, p: new(policy.Policy)}
+	r.files = r.look()
+	whole := r.files
+	r.before = whole
+	for i, step := range []struct {
+		text string // of b.yaml; "": it is away
+		due  bool
+	}{
+		{"rules:\n- {id: b, effect: forbid}\n- {id: c, effect: forbid}\n", false},
+		{"", false},
+		{"rules:\n- {id: b, effect: forbid}\n", false},
+		{"rules:\n- {id: b, effect: forbid}\n- {id: c, effect: forbid}\n", false},
+		{"rules:\n- {id: b, effect: forbid}\n", false},
+		{"rules:\n- {id: b, effect: forbid}\n", true},
+		{"", false},
+		{"", true},
+	} {
+		if write("r/b.yaml", step.text); step.text == "" {
+			if err := os.Remove(filepath.Join(dir, "r/b.yaml")); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if due := r.due(r.look(), false); due != step.due {
+			t.Errorf("look %d: due is %t", i, due)
+		}
+	}
+	if !r.due(whole, true) {
+		t.Error("who asks for it is not heeded")
+	}
+	if err := r.reload(t.Context(), whole, false); !errors.Is(err, errMoving) {
+		t.Errorf("what was read is not what was looked at: %v", err)
+	}
 	if r := (&rules{files: "0a"}); !r.worthAnother(errors.New("the log is away")) {
 		t.Error("what the log refused is not tried again")
 	}
@@ -218,7 +257,7 @@ func TestPolicyThatComesLate(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	again := make(chan error, 1)
-	go func() { again <- r.again(ctx) }()
+	go func() { again <- r.retake(ctx) }()
 	for p.Bundle().Digest != third {
 		runtime.Gosched()
 	}
