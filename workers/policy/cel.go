@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode"
 
 	"cel.dev/cel-go/cel"
 	"cel.dev/cel-go/common"
@@ -323,7 +324,18 @@ func argumentsOf(method string, body []byte) (jsonrpc.Value, error) {
 	if err != nil {
 		return jsonrpc.Value{}, err
 	}
-	v := m.Params()
+	return askedWith(method, m.Params())
+}
+
+// Arguments are what a tools/call has its tool asked with; nil: nothing. The error is
+// of what policy would not take for arguments either.
+func Arguments(body []byte) ([]byte, error) {
+	v, err := argumentsOf(toolsCall, body)
+	return v.Raw(), err
+}
+
+// askedWith is argumentsOf of the params.
+func askedWith(method string, v jsonrpc.Value) (jsonrpc.Value, error) {
 	if (method == toolsCall || method == promptsGet) && (v.Kind() == jsonrpc.Object || !v.Exists()) {
 		for name := range v.Members() {
 			// There are servers to which this is the same.
@@ -337,6 +349,29 @@ func argumentsOf(method string, body []byte) (jsonrpc.Value, error) {
 		return v, fmt.Errorf("they are no object but %s", v.Kind())
 	}
 	return v, nil
+}
+
+// misnamed tells of a request without a name, as far as rules can see, whether there
+// is one all the same, of which a server might think that it is it.
+func misnamed(method string, body []byte) bool {
+	member := "name"
+	switch method {
+	case toolsCall, promptsGet:
+	case "resources/read", "resources/subscribe", "resources/unsubscribe":
+		member = "uri"
+	default:
+		return false
+	}
+	m, err := jsonrpc.Decode(body, jsonrpc.Limits{})
+	if err != nil {
+		return false // nor will a server read it
+	}
+	for name := range m.Params().Members() {
+		if name != member && strings.EqualFold(name, member) {
+			return true
+		}
+	}
+	return false
 }
 
 // celValue is a piece of JSON as a condition sees it. A number is an int if it is
@@ -390,12 +425,15 @@ func celValue(v jsonrpc.Value, n *int) ref.Val {
 type members struct {
 	names  []string
 	values []ref.Val
-	at     map[string]int // of many names, where they are
+	at     map[string]int    // of many names, where they are
+	folded map[string]string // of many names, these by what they are but for case; nil: nobody has asked
 }
 
 var _ traits.Mapper = (*members)(nil)
 
-// Find finds a member by its name.
+// Find finds a member by its name. That one is there whose name is another only by
+// its case is an error: there are servers to which this is the same, and a caller
+// would pass by it the rule that asks whether there is such a member.
 func (m *members) Find(key ref.Val) (ref.Val, bool) {
 	name, ok := key.(types.String)
 	if !ok {
@@ -406,16 +444,64 @@ func (m *members) Find(key ref.Val) (ref.Val, bool) {
 		i = slices.Index(m.names, string(name))
 		ok = i >= 0
 	}
-	if !ok {
-		return nil, false
+	if ok {
+		return m.values[i], true
 	}
-	return m.values[i], true
+	if like, ok := m.like(string(name)); ok {
+		return types.WrapErr(errVariant(like, string(name))), false
+	}
+	return nil, false
+}
+
+// like finds the name that is another only by its case. Of two that are alike the
+// request would not have been read.
+func (m *members) like(name string) (string, bool) {
+	if m.at == nil {
+		i := slices.IndexFunc(m.names, func(n string) bool { return strings.EqualFold(n, name) })
+		if i < 0 {
+			return "", false
+		}
+		return m.names[i], true
+	}
+	if m.folded == nil {
+		m.folded = make(map[string]string, len(m.names))
+		for _, n := range m.names {
+			m.folded[fold(n)] = n
+		}
+	}
+	like, ok := m.folded[fold(name)]
+	return like, ok
+}
+
+// fold is the same for names that are equal but for case ([strings.EqualFold]).
+func fold(name string) string {
+	return strings.Map(func(r rune) rune {
+		least := r
+		for f := unicode.SimpleFold(r); f != r; f = unicode.SimpleFold(f) {
+			least = min(least, f)
+		}
+		return least
+	}, name)
+}
+
+// errVariant says that something is named otherwise than it should be.
+func errVariant(is, should string) error {
+	return fmt.Errorf("it is named %q, not %q", is, should)
+}
+
+// Contains tells whether there is a member of a name.
+func (m *members) Contains(key ref.Val) ref.Val {
+	v, ok := m.Find(key)
+	if !ok && v != nil {
+		return v
+	}
+	return types.Bool(ok)
 }
 
 // Get is the member of a name.
 func (m *members) Get(key ref.Val) ref.Val {
 	v, ok := m.Find(key)
-	if !ok {
+	if !ok && v == nil {
 		return types.NewErr("no such key: %v", key)
 	}
 	return v
@@ -436,7 +522,6 @@ func (m *members) asMap() traits.Mapper {
 
 func (m *members) Type() ref.Type                              { return types.MapType }
 func (m *members) Size() ref.Val                               { return types.Int(len(m.names)) }
-func (m *members) Contains(key ref.Val) ref.Val                { _, ok := m.Find(key); return types.Bool(ok) }
 func (m *members) Equal(other ref.Val) ref.Val                 { return m.asMap().Equal(other) }
 func (m *members) Value() any                                  { return m.asMap().Value() }
 func (m *members) ConvertToType(t ref.Type) ref.Val            { return m.asMap().ConvertToType(t) }

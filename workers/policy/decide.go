@@ -131,7 +131,7 @@ func (b *Bundle) Decide(e schemas.Event, facts Facts) Verdict {
 }
 
 func (b *Bundle) decide(in *Input) Verdict {
-	if reason := b.senseless(in.Request, in.Facts); reason != "" {
+	if reason := b.senseless(in); reason != "" {
 		return Verdict{Reason: reason}
 	}
 	var s voices
@@ -143,7 +143,8 @@ func (b *Bundle) decide(in *Input) Verdict {
 }
 
 // senseless says why no rule is asked about a request; "" if they are.
-func (b *Bundle) senseless(q *schemas.Requested, facts Facts) string {
+func (b *Bundle) senseless(in *Input) string {
+	q, facts := in.Request, in.Facts
 	switch {
 	case q == nil:
 		return "not a request"
@@ -155,6 +156,8 @@ func (b *Bundle) senseless(q *schemas.Requested, facts Facts) string {
 		return "unknown server"
 	case q.Method == "":
 		return "no method is named"
+	case q.Name == "" && misnamed(q.Method, in.Event.Body):
+		return "what it names is not named as it should be"
 	case facts.Refused != "":
 		return facts.Refused
 	case facts.Arguments != "":

@@ -149,6 +149,15 @@ func TestDecideRefuses(t *testing.T) {
 		"server in caps":    func(_ *schemas.Event, q *schemas.Requested) { q.Server = "Files" },
 		"a server's prefix": func(_ *schemas.Event, q *schemas.Requested) { q.Server = "file" },
 		"no method":         func(_ *schemas.Event, q *schemas.Requested) { q.Method = "" },
+		"name in caps": func(e *schemas.Event, q *schemas.Requested) {
+			q.Name, e.Body = "", []byte(`{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"Name":"read"}}`)
+		},
+		"a prompt's": func(e *schemas.Event, q *schemas.Requested) {
+			q.Method, q.Name, e.Body = "prompts/get", "", []byte(`{"jsonrpc":"2.0","id":1,"method":"prompts/get","params":{"\u004eame":"p"}}`)
+		},
+		"a resource's": func(e *schemas.Event, q *schemas.Requested) {
+			q.Method, q.Name, e.Body = "resources/read", "", []byte(`{"jsonrpc":"2.0","id":1,"method":"resources/read","params":{"URI":"file:///etc"}}`)
+		},
 	} {
 		e := call("tools/call", "read")
 		spoil(&e, e.Data.(*schemas.Requested))

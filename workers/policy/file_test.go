@@ -3,6 +3,7 @@ package policy
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -123,7 +124,12 @@ rules:
   - {id: country, effect: forbid, match: {tools: [send]}, when: 'has(args.to.country) && args.to.country in ["KP", "IR"]'}
   - {id: items, effect: forbid, match: {tools: [order]}, when: 'args.items.exists(i, i.qty > 10)'}
   - {id: depth, effect: forbid, match: {tools: [deep]}, when: 'has(args.a) && has(args.a.b) && has(args.a.b.c) && args.a.b.c == true'}
+  - {id: in, effect: forbid, match: {tools: [in]}, when: '"force" in args'}
 `)
+	many := `"m0":0` // members
+	for i := range 20 {
+		many += fmt.Sprintf(`,"m%d":0`, i+1)
+	}
 	for tool, args := range map[string][]string{
 		"pay": {
 			`{"amount":99999}`, `{"amount":"99999"}`, `{"amount":[99999]}`, `{"amount":null}`, `{"amount":99999.5}`, `{"amount":{}}`,
@@ -137,7 +143,8 @@ rules:
 		},
 		"send":  {`{"to":{"country":"KP"}}`, `{"to":"DE"}`, `{"to":["KP"]}`, `{"to":null}`, `{"to":7}`, `{}`, `{"to":true}`},
 		"order": {`{"items":[{"qty":1},{"qty":11}]}`, `{"items":[{"qty":"11"}]}`, `{"items":{"qty":11}}`, `{"items":"11"}`, `{"items":null}`, `{"items":[null]}`, `{"items":[[]]}`, `{}`},
-		"deep":  {`{"a":{"b":{"c":true}}}`, `{"a":"b"}`, `{"a":{"b":"c"}}`, `{"a":[]}`},
+		"deep":  {`{"a":{"b":{"c":true}}}`, `{"a":"b"}`, `{"a":{"b":"c"}}`, `{"a":[]}`, `{"A":{"b":{"c":true}}}`, `{"a":{"B":{"c":true}}}`, `{"a":{"b":{"C":true}}}`, `{"a":{"b":{"C":true,` + many + `}}}`},
+		"in":    {`{"force":1}`, `{"Force":1}`, `{"\u0046ORCE":1}`, `{"FORCE":1,` + many + `}`},
 	} {
 		for _, a := range args {
 			if v := b.Decide(with(tool, a), Facts{}); v.Permit {
@@ -153,7 +160,8 @@ rules:
 	}
 	for tool, args := range map[string][]string{
 		"pay": {`{"amount":5000}`, `{"amount":1.5}`, `{"amount":-3}`}, "read": {`{"path":"a/b"}`},
-		"send": {`{"to":{}}`, `{"to":{"country":"DE"}}`}, "order": {`{"items":[]}`, `{"items":[{"qty":10.0}]}`}, "deep": {`{}`, `{"a":{}}`, `{"a":{"b":{"c":false}}}`},
+		"send": {`{"to":{}}`, `{"to":{"country":"DE"}}`}, "order": {`{"items":[]}`, `{"items":[{"qty":10.0}]}`}, "deep": {`{}`, `{"a":{}}`, `{"a":{"b":{"c":false}}}`, `{"a":{"b":{"d":true,` + many + `}}}`},
+		"in": {`{}`, `{"forces":1}`, `{` + many + `}`},
 	} {
 		for _, a := range args {
 			if v := b.Decide(with(tool, a), Facts{}); !v.Permit {
@@ -342,6 +350,25 @@ func TestRedact(t *testing.T) {
 	}
 	if _, err := redact(q, []byte("{"), []string{"to.iban"}); err == nil {
 		t.Error("what cannot be read is redacted")
+	}
+	// A server may not care for the case of a name, nor for what the arguments are.
+	for _, args := range []string{`{"To":{"iban":"DE1"}}`, `{"to":{"IBAN":"DE1"}}`, `{"to":{},"items":[{"NOTE":"a"}]}`, `["DE1"]`, `"DE1"`, `7`} {
+		if body, err := redact(q, with("transfer", args).Body, []string{"to.iban", "items.*.note"}); !errors.Is(err, errRedact) {
+			t.Errorf("%s: %s, %v", args, body, err)
+		}
+	}
+	for _, method := range []string{"tools/call", "prompts/get"} {
+		e := with("transfer", `{"to":{"iban":"DE1"}}`)
+		q := &schemas.Requested{Target: schemas.Target{Method: method}}
+		if body, err := redact(q, bytes.Replace(e.Body, []byte(`"arguments"`), []byte(`"Arguments"`), 1), []string{"to.iban"}); !errors.Is(err, errRedact) {
+			t.Errorf("%s with Arguments: %s, %v", method, body, err)
+		}
+	}
+	for _, args := range []string{`null`, `{}`, `{"to":null}`, `{"to":"DE1"}`} {
+		e := with("transfer", args)
+		if body, err := redact(e.Data.(*schemas.Requested), e.Body, []string{"to.iban"}); err != nil || !bytes.Equal(body, e.Body) {
+			t.Errorf("%s: %s, %v", args, body, err)
+		}
 	}
 }
 

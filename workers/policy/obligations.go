@@ -127,19 +127,23 @@ const redacted = `"[redacted]"`
 var errRedact = errors.New("the arguments cannot be redacted")
 
 // redact takes the arguments at some paths out of a request. What is not there
-// needs no redacting. It is pure, and so is the request that it makes.
+// needs no redacting; what is there under a name that is another only by its case,
+// or in arguments that are no object, cannot be redacted. It is pure, and so is the
+// request that it makes.
 func redact(q *schemas.Requested, body []byte, paths []string) ([]byte, error) {
 	m, err := jsonrpc.Decode(body, jsonrpc.Limits{})
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", errRedact, err)
 	}
-	args := m.Params()
-	if q.Method == toolsCall || q.Method == promptsGet {
-		args = args.Get("arguments")
+	args, err := askedWith(q.Method, m.Params())
+	if err != nil && args.Kind() != jsonrpc.Null {
+		return nil, fmt.Errorf("%w: %w", errRedact, err)
 	}
 	var found []jsonrpc.Value
 	for _, p := range paths {
-		found = append(found, at(args, strings.Split(p, "."))...)
+		if found, err = at(found, args, strings.Split(p, ".")); err != nil {
+			return nil, fmt.Errorf("%w: %s: %w", errRedact, p, err)
+		}
 	}
 	if len(found) == 0 {
 		return body, nil
@@ -168,23 +172,35 @@ func redact(q *schemas.Requested, body []byte, paths []string) ([]byte, error) {
 	return patch.Bytes(), nil
 }
 
-// at finds the values at a path; * stands for every member or element.
-func at(v jsonrpc.Value, path []string) []jsonrpc.Value {
+// at adds the values at a path; * stands for every member or element.
+func at(found []jsonrpc.Value, v jsonrpc.Value, path []string) ([]jsonrpc.Value, error) {
 	if len(path) == 0 {
 		if v.Exists() {
-			return []jsonrpc.Value{v}
+			found = append(found, v)
 		}
-		return nil
+		return found, nil
 	}
-	if path[0] != "*" {
-		return at(v.Get(path[0]), path[1:])
+	var err error
+	if path[0] == "*" {
+		for _, m := range v.Members() {
+			if found, err = at(found, m, path[1:]); err != nil {
+				return nil, err
+			}
+		}
+		for e := range v.Elements() {
+			if found, err = at(found, e, path[1:]); err != nil {
+				return nil, err
+			}
+		}
+		return found, nil
 	}
-	var all []jsonrpc.Value
-	for _, m := range v.Members() {
-		all = append(all, at(m, path[1:])...)
+	for name, m := range v.Members() {
+		if name == path[0] {
+			return at(found, m, path[1:])
+		}
+		if strings.EqualFold(name, path[0]) {
+			return nil, errVariant(name, path[0])
+		}
 	}
-	for e := range v.Elements() {
-		all = append(all, at(e, path[1:])...)
-	}
-	return all
+	return found, nil
 }

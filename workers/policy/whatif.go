@@ -54,7 +54,7 @@ func (b *Bundle) DecideAgain(e schemas.Event, facts Facts, gone bool) (v Verdict
 }
 
 func (b *Bundle) decideAgain(in *Input) (v Verdict, missing []string) {
-	if reason := b.senseless(in.Request, in.Facts); reason != "" {
+	if reason := b.senseless(in); reason != "" {
 		return Verdict{Reason: reason}, nil
 	}
 	defer func() {

@@ -7,7 +7,6 @@ import (
 
 	"waybill.dev/bus"
 	"waybill.dev/schemas"
-	"waybill.dev/schemas/jsonrpc"
 	"waybill.dev/workers/dispatch"
 	"waybill.dev/workers/policy"
 	"waybill.dev/workers/registry"
@@ -142,10 +141,14 @@ func (p *pins) definitions() *dispatch.Definitions {
 				return a.Refused, a.Unlisted
 			}
 			var args []byte
-			if m, err := jsonrpc.Decode(body, jsonrpc.Limits{Bytes: len(body)}); err == nil {
-				args = m.Params().Get("arguments").Raw()
+			var err error
+			if q.Method == "tools/call" {
+				args, err = policy.Arguments(body)
 			}
 			a := p.Admit(q.Server, q.Method, q.Name, args)
+			if err != nil && a.SHA256 != "" && a.Arguments == "" {
+				a.Arguments = "they cannot be read as an object"
+			}
 			if a.Refused == "" && a.Arguments != "" {
 				a.Refused = "the arguments do not fit the tool's input schema: " + a.Arguments
 			}
