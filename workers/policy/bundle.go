@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"unicode/utf8"
 
 	"waybill.dev/schemas"
 )
@@ -42,6 +43,12 @@ const (
 // Encode writes the bundle's one form.
 func (s Source) Encode() ([]byte, error) {
 	s.Version, s.Engine = 1, Engine
+	for _, f := range s.Files {
+		if at := strings.IndexRune(strings.ToValidUTF8(f.Text, "\x00"), 0); !utf8.ValidString(f.Text) || at >= 0 {
+			// JSON would have others in the place of such characters.
+			return nil, fmt.Errorf("%s:%d: it is not UTF-8, or has a zero in it", f.Name, 1+strings.Count(f.Text[:max(at, 0)], "\n"))
+		}
+	}
 	s.Files = slices.Clone(s.Files)
 	slices.SortFunc(s.Files, func(a, b File) int { return strings.Compare(a.Name, b.Name) })
 	b, err := json.Marshal(s)
@@ -112,6 +119,9 @@ func (s Source) rules() ([]Rule, error) {
 	written, err := rulesOf(s.Files)
 	var errs []error
 	for _, r := range written {
+		if slices.ContainsFunc(rules, func(own Rule) bool { return own.ID == r.ID }) {
+			errs = append(errs, fmt.Errorf("%s: a rule of the gateway's own is called %s", r.where, r.ID))
+		}
 		for _, g := range r.Obligations.Guards {
 			if !slices.Contains(s.Guards, g.Name) {
 				errs = append(errs, fmt.Errorf("%s: rule %s: obligations.guards: no guard is called %q", r.where, r.ID, g.Name))

@@ -61,23 +61,23 @@ type ruleYAML struct {
 }
 
 type matchYAML struct {
-	Tenants *[]string `yaml:"tenants"`
-	Agents  *[]string `yaml:"agents"`
-	Groups  *[]string `yaml:"groups"`
-	Servers *[]string `yaml:"servers"`
-	Methods *[]string `yaml:"methods"`
-	Tools   *[]string `yaml:"tools"`
+	Tenants *[]name `yaml:"tenants"`
+	Agents  *[]name `yaml:"agents"`
+	Groups  *[]name `yaml:"groups"`
+	Servers *[]name `yaml:"servers"`
+	Methods *[]name `yaml:"methods"`
+	Tools   *[]name `yaml:"tools"`
 }
 
 type obligationsYAML struct {
-	Redact   []string   `yaml:"redact"`
-	Tags     []string   `yaml:"tags"`
+	Redact   []name     `yaml:"redact"`
+	Tags     []name     `yaml:"tags"`
 	Deadline written    `yaml:"deadline"`
 	Limit    *limitYAML `yaml:"limit"`
 
-	RedactResult []string    `yaml:"redact_result"`
+	RedactResult []name      `yaml:"redact_result"`
 	MaxResult    *int        `yaml:"max_result"`
-	Labels       []string    `yaml:"labels"`
+	Labels       []name      `yaml:"labels"`
 	Guards       []guardYAML `yaml:"guards"`
 }
 
@@ -105,7 +105,37 @@ func (w *written) UnmarshalYAML(n ast.Node) error {
 	if l, ok := n.(*ast.LiteralNode); ok {
 		w.line = l.Start.Position.Line + 1
 	}
-	return yaml.NodeToValue(n, &w.text, yaml.Strict())
+	var err error
+	w.text, err = textOf(n)
+	return err
+}
+
+// name is a text in a list.
+type name string
+
+// UnmarshalYAML reads a text.
+func (w *name) UnmarshalYAML(n ast.Node) error {
+	text, err := textOf(n)
+	*w = name(text)
+	return err
+}
+
+// textOf is a text as it is written, also where YAML would read something else: the
+// tool 0x10 is not the tool 16.
+func textOf(n ast.Node) (text string, err error) {
+	switch n.(type) {
+	case *ast.IntegerNode, *ast.FloatNode, *ast.BoolNode, *ast.InfinityNode, *ast.NanNode:
+		return n.GetToken().Value, nil
+	}
+	err = yaml.NodeToValue(n, &text, yaml.Strict())
+	return text, err
+}
+
+func texts(words []name) (all []string) {
+	for _, w := range words {
+		all = append(all, string(w))
+	}
+	return all
 }
 
 // UnmarshalYAML reads a rule.
@@ -151,16 +181,9 @@ func rulesOf(files []File) ([]Rule, error) {
 // silence is refused here, since a rule that is not read, or is read without its
 // match, may be the one that forbids.
 func (f File) read() ([]ruleYAML, []error) {
-	tree, err := parser.ParseBytes([]byte(f.Text), 0)
+	tree, err := f.tree("rules")
 	if err != nil {
-		return nil, []error{inFile(f.Name, err)}
-	}
-	if len(tree.Docs) > 1 {
-		line := 1
-		if start := tree.Docs[1].Start; start != nil {
-			line = start.Position.Line
-		}
-		return nil, []error{fmt.Errorf("%s:%d: another document begins, and a file of rules is one, without directives", f.Name, line)}
+		return nil, []error{err}
 	}
 	var errs []error
 	for _, d := range tree.Docs {
@@ -173,8 +196,8 @@ func (f File) read() ([]ruleYAML, []error) {
 	}
 	var y fileYAML
 	if len(errs) == 0 {
-		if err := yaml.UnmarshalWithOptions([]byte(f.Text), &y, yaml.Strict()); err != nil {
-			errs = append(errs, inFile(f.Name, err))
+		if err := f.into(tree, &y); err != nil {
+			errs = append(errs, err)
 		} else if y.Rules == nil {
 			// As it looks while it is being written.
 			errs = append(errs, fmt.Errorf("%s:1: has no rules; of a file that is to have none, `rules: []` says so", f.Name))
@@ -184,6 +207,43 @@ func (f File) read() ([]ruleYAML, []error) {
 		return nil, errs
 	}
 	return *y.Rules, nil
+}
+
+// tree parses a file of rules, or of tests, which is one document.
+func (f File) tree(what string) (*ast.File, error) {
+	tree, err := parser.ParseBytes([]byte(strings.TrimPrefix(f.Text, "\ufeff")), 0)
+	if err != nil {
+		return nil, inFile(f.Name, err)
+	}
+	if len(tree.Docs) > 1 {
+		line := 1
+		if start := tree.Docs[1].Start; start != nil {
+			line = start.Position.Line
+		}
+		return nil, fmt.Errorf("%s:%d: another document begins, and a file of %s is one, without directives", f.Name, line, what)
+	}
+	return tree, nil
+}
+
+// into reads what was parsed.
+func (f File) into(tree *ast.File, v any) (err error) {
+	for _, d := range tree.Docs {
+		if d.Body == nil {
+			continue
+		}
+		for _, t := range ast.Filter(ast.TagType, d.Body) { // which the decoder cannot take everywhere
+			return fmt.Errorf("%s:%d: has a tag (%s); there are none here", f.Name, t.GetToken().Position.Line, t.GetToken().Value)
+		}
+	}
+	defer func() {
+		if recover() != nil { // the decoder's
+			err = fmt.Errorf("%s: cannot be read as YAML", f.Name)
+		}
+	}()
+	if err := yaml.UnmarshalWithOptions([]byte(strings.TrimPrefix(f.Text, "\ufeff")), v, yaml.Strict()); err != nil {
+		return inFile(f.Name, err)
+	}
+	return nil
 }
 
 // nulls are the places where a key or an element has no value, by whatever spelling.
@@ -243,34 +303,31 @@ func (w *ruleYAML) rule(env *cel.Env, file string) (Rule, []error) {
 		bad(w.Reason.line, "reason: has %d bytes, may have 500", len(r.Reason))
 	}
 	s := selectors{tools: patterns{all: true}}
-	choose := func(key string, list *[]string) (patterns, bool) {
-		if list == nil {
-			return patterns{}, false
+	choose := func(key string, words *[]name) (_ patterns, list []string, _ bool) {
+		if words == nil {
+			return patterns{}, nil, false
 		}
-		if len(*list) == 0 {
+		list = texts(*words)
+		if len(list) == 0 {
 			bad(w.line, "match.%s: is empty, so the rule would concern nothing; leave it out for any", key)
 		}
-		for _, p := range *list {
+		for _, p := range list {
 			if err := checkPattern(p); err != nil {
 				bad(w.line, "match.%s: %q: %v", key, p, err)
 			}
 		}
-		return ready(*list), true
+		return ready(list), list, true
 	}
-	s.tenants, s.byTenant = choose("tenants", w.Match.Tenants)
-	s.agents, s.byAgent = choose("agents", w.Match.Agents)
-	s.groups, s.byGroup = choose("groups", w.Match.Groups)
-	if p, ok := choose("servers", w.Match.Servers); ok {
-		s.servers, s.byServer, r.Servers = p, true, slices.Clone(*w.Match.Servers)
-	}
-	if p, ok := choose("methods", w.Match.Methods); ok {
-		s.methods, s.byMethod, r.Methods = p, true, slices.Clone(*w.Match.Methods)
-	}
-	if p, ok := choose("tools", w.Match.Tools); ok {
+	s.tenants, _, s.byTenant = choose("tenants", w.Match.Tenants)
+	s.agents, _, s.byAgent = choose("agents", w.Match.Agents)
+	s.groups, _, s.byGroup = choose("groups", w.Match.Groups)
+	s.servers, r.Servers, s.byServer = choose("servers", w.Match.Servers)
+	s.methods, r.Methods, s.byMethod = choose("methods", w.Match.Methods)
+	if p, list, ok := choose("tools", w.Match.Tools); ok {
 		if s.byMethod {
 			bad(w.line, "match: tools and methods exclude each other: tools means tools/call of these")
 		}
-		s.tools, s.toolList = p, slices.Clone(*w.Match.Tools)
+		s.tools, s.toolList = p, list
 		s.methods, s.byMethod, r.Methods = ready([]string{toolsCall}), true, []string{toolsCall}
 		if p.all {
 			s.toolList = []string{"*"}
@@ -313,25 +370,27 @@ func (w *ruleYAML) obligations(r *Rule, bad func(int, string, ...any)) (o Obliga
 	if r.Effect == Forbid {
 		bad(w.line, "obligations: a forbid lets nothing go on that they could be for")
 	}
-	paths := func(key string, list []string, such string) {
-		for _, p := range list {
+	paths := func(key string, list []name, such string) (all []string) {
+		for _, p := range texts(list) {
 			if p == "" || len(p) > 200 || slices.Contains(strings.Split(p, "."), "") {
 				bad(w.line, "obligations.%s: %q is no path such as %s", key, p, such)
 			}
+			all = append(all, p)
 		}
+		return all
 	}
-	paths("redact", y.Redact, "to.iban or items.*.note")
-	paths("redact_result", y.RedactResult, "structuredContent.iban or content.*.text")
-	words := func(key string, list []string) {
-		for _, t := range list {
+	o.Redact = paths("redact", y.Redact, "to.iban or items.*.note")
+	o.RedactResult = paths("redact_result", y.RedactResult, "structuredContent.iban or content.*.text")
+	words := func(key string, list []name) (all []string) {
+		for _, t := range texts(list) {
 			if !ruleID.MatchString(t) {
 				bad(w.line, "obligations.%s: %q is not 1 to 64 letters, digits, dots, hyphens and underscores", key, t)
 			}
+			all = append(all, t)
 		}
+		return all
 	}
-	words("tags", y.Tags)
-	words("labels", y.Labels)
-	o.RedactResult, o.Labels = slices.Clone(y.RedactResult), slices.Clone(y.Labels)
+	o.Tags, o.Labels = words("tags", y.Tags), words("labels", y.Labels)
 	if m := y.MaxResult; m != nil {
 		if *m < 1 || *m > maxResult {
 			bad(w.line, "obligations.max_result: %d is not between 1 and %d bytes", *m, maxResult)
@@ -364,7 +423,6 @@ func (w *ruleYAML) obligations(r *Rule, bad func(int, string, ...any)) (o Obliga
 	if len(y.Guards) > maxGuards {
 		bad(w.line, "obligations.guards: %d, may be %d", len(y.Guards), maxGuards)
 	}
-	o.Redact, o.Tags = slices.Clone(y.Redact), slices.Clone(y.Tags)
 	if y.Deadline.line > 0 {
 		d, err := duration(y.Deadline.text, time.Millisecond, 24*time.Hour)
 		if err != nil {

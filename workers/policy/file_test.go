@@ -25,7 +25,7 @@ func bundle(t testing.TB, text string) *Bundle {
 }
 
 func tryBundle(files ...File) (*Bundle, error) {
-	encoded, err := Source{Servers: []string{"files", "mail"}, Files: files, Guards: []string{"lamp", "shield"}}.Encode()
+	encoded, err := Source{Servers: []string{"files", "mail", "all"}, Fronts: []string{"all"}, Files: files, Guards: []string{"lamp", "shield"}}.Encode()
 	if err != nil {
 		return nil, err
 	}
@@ -199,6 +199,59 @@ func TestErrorsFire(t *testing.T) {
 	}
 }
 
+// What a rule is to concern is what is written, however YAML would read it.
+func TestTextsAreTexts(t *testing.T) {
+	b := bundle(t, "\ufeffrules:\n- {id: all, effect: permit, match: {tools: ['*']}}\n- {id: 010, effect: forbid, match: {tools: [0x10, 1e3, 1.0, true, .inf, -7, 2026-01-01]}}\n")
+	for _, tool := range []string{"0x10", "1e3", "1.0", "true", ".inf", "-7", "2026-01-01"} {
+		if v := b.Decide(with(tool, `{}`), Facts{}); v.Permit || v.Rule != "010" {
+			t.Errorf("%s: %+v", tool, v)
+		}
+	}
+	for _, tool := range []string{"16", "1000", "1", "7"} {
+		if v := b.Decide(with(tool, `{}`), Facts{}); !v.Permit {
+			t.Errorf("%s: %+v", tool, v)
+		}
+	}
+}
+
+// A file of tests is read as strictly as one of rules.
+func TestTestFiles(t *testing.T) {
+	b := bundle(t, "rules:\n- {id: all, effect: permit, match: {tools: ['*']}}\n")
+	for text, want := range map[string]string{
+		"tests: []\n---\ntests: []\n": "t.yaml:2: another document",
+		"tests: !!seq []\n":           "t.yaml:1: has a tag",
+		"tests:\n- {name: x, call: {agent: a, server: files, tool: x, approval: yes}, expect: permit}\n":             `t.yaml:2: approval: "yes" is neither`,
+		"tests:\n- {name: x, call: {agent: a, server: files, tool: x, guards: {lamp: no}}, expect: permit}\n":        `t.yaml:2: guards: "no" is none of`,
+		"tests:\n- {name: x, call: {agent: a, server: files, tool: x, args: {a: null, b: [1, x: y]}}, expect: it}\n": `t.yaml:2: expect: "it"`,
+	} {
+		if _, err := b.Test(File{"t.yaml", text}); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %s", text, err, want)
+		}
+	}
+}
+
+// FuzzRules: a file of rules is refused with words that name it, or it decides.
+func FuzzRules(f *testing.F) {
+	for _, s := range []string{
+		payments, "rules: [{id: a, effect: permit, match: {tools: !!str x}}]", "rules: &a [*a]", "rules: [{<<: {id: a}}]", "\ufeffrules:\n- id: |\n   a\n",
+		"rules: [{id: 1e9, effect: oblige, obligations: {limit: {calls: 0x5, per: 1m, by: [agent]}, guards: [{name: lamp, on: [answer]}]}}]",
+		"rules:\n- id: a\n  effect: forbid\n  match: {tools: [x]}\n  when: >-\n    args.x.exists(y, y > 1)\n",
+	} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		b, err := tryBundle(File{"rules.yaml", text})
+		if err != nil {
+			if !strings.Contains(err.Error(), "rules.yaml") && !strings.Contains(err.Error(), "may have") {
+				t.Errorf("refused as %q", err)
+			}
+			return
+		}
+		b.Decide(with("transfer", `{"amount":1}`), Facts{})
+		_, _ = b.Test(File{"rules_test.yaml", text}) // it is none, and is told so
+	})
+}
+
 // TestFileErrors: what is wrong is said with file and line.
 func TestFileErrors(t *testing.T) {
 	for _, tt := range []struct{ name, text, want string }{
@@ -254,6 +307,11 @@ func TestFileErrors(t *testing.T) {
 		{"null by its tag", "rules:\n  - id: a\n    effect: permit\n    match: {agents: !!null ''}\n", "rules.yaml:4: rules[0].match.agents: has no value"},
 		{"null by an alias", "rules:\n  - id: a\n    effect: permit\n    reason: &x\n    match: *x\n", "rules.yaml:4: rules[0].reason: has no value"},
 		{"a limit of nothing", "rules:\n  - id: a\n    effect: permit\n    obligations: {limit: null}\n", "rules.yaml:4: rules[0].obligations.limit: has no value"},
+		{"a tag", "rules:\n  - id: a\n    effect: permit\n    match: {tools: !!str x}\n", "rules.yaml:4: has a tag (!!str)"},
+		{"a tag of nobody's", "rules:\n  - id: a\n    effect: permit\n    match: !x {tools: [x]}\n", "rules.yaml:4: has a tag (!x)"},
+		{"not UTF-8", "rules:\n  - {id: a, effect: permit}\n  - {id: b, effect: forbid, match: {tools: [\"\xff\"]}}\n", "rules.yaml:3: it is not UTF-8"},
+		{"a zero", "rules: []\n# \x00\n", "rules.yaml:2: it is not UTF-8, or has a zero"},
+		{"the gateway's own", "rules:\n  - {id: 'fronts', effect: permit}\n", "rules.yaml:2: a rule of the gateway's own is called fronts"},
 		{"no path", "rules:\n  - id: a\n    effect: oblige\n    obligations: {redact: [a..b]}\n", "obligations.redact"},
 	} {
 		_, err := tryBundle(File{"rules.yaml", tt.text})

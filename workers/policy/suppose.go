@@ -132,8 +132,12 @@ type Result struct {
 // cannot be read.
 func (b *Bundle) Test(f File) ([]Result, error) {
 	var y testFileYAML
-	if err := yaml.UnmarshalWithOptions([]byte(f.Text), &y, yaml.Strict()); err != nil {
-		return nil, inFile(f.Name, err)
+	tree, err := f.tree("tests")
+	if err == nil {
+		err = f.into(tree, &y)
+	}
+	if err != nil {
+		return nil, err
 	}
 	var results []Result
 	var errs []error
@@ -156,6 +160,14 @@ func (b *Bundle) Test(f File) ([]Result, error) {
 			var err error
 			if s.Time, err = time.Parse(time.RFC3339, t.Call.Time); err != nil {
 				errs = append(errs, fmt.Errorf("%s: time: %w", r.Where, err))
+			}
+		}
+		if a := t.Call.Approval; a != "" && a != ApprovalGranted && a != ApprovalRefused {
+			errs = append(errs, fmt.Errorf("%s: approval: %q is neither granted nor refused", r.Where, a))
+		}
+		for _, said := range t.Call.Guards {
+			if said != schemas.CheckAllow && said != schemas.CheckDeny && said != schemas.CheckFailed {
+				errs = append(errs, fmt.Errorf("%s: guards: %q is none of allow, deny and failed", r.Where, said))
 			}
 		}
 		switch t.Expect.text {
