@@ -530,6 +530,11 @@ func TestSchemas(t *testing.T) {
 		"down an instance":     {`{"additionalProperties":{"allOf":[{"$ref":"#"},{"$ref":"#"},{"$ref":"#"}]}}`, "", deep(60), "it cannot be checked in the time that there is"},
 		"a pattern":            {`{"properties":{"a":{"pattern":"(((a{30}){30})*b)*c"}}}`, "", `{"a":"` + strings.Repeat("a", 1<<20) + `"}`, "it cannot be checked in the time that there is"},
 		"many schemas":         {`{"anyOf":[` + strings.TrimSuffix(strings.Repeat(`{"type":"string"},`, maxSchemas), ",") + `]}`, "more than 4096", "", ""},
+		"numbers without end":  {`{"properties":{"a":{"items":{"type":"integer"}}}}`, "", `{"a":[` + strings.TrimSuffix(strings.Repeat("1e1000000,", 20_000), ",") + `]}`, "it has a number that cannot be held"},
+		"many large numbers":   {`{"properties":{"a":{"items":{"type":"integer"}}}}`, "", `{"a":[` + strings.TrimSuffix(strings.Repeat("1e-999,", 100_000), ",") + `]}`, "it cannot be checked in the time that there is"},
+		"a long number":        {`{"properties":{"a":{"type":"integer"}}}`, "", `{"a":` + strings.Repeat("1", 2000) + `}`, "it has a number that cannot be held"},
+		"a long enum":          {`{"properties":{"a":{"items":{"enum":[` + strings.Repeat(`"aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",`, 5000) + `"b"]}}}}`, "", `{"a":[` + strings.TrimSuffix(strings.Repeat(`"b",`, 500_000), ",") + `]}`, "it cannot be checked in the time that there is"},
+		"a long enum, few":     {`{"properties":{"a":{"enum":[` + strings.Repeat(`"a",`, 5000) + `1.5]}}}`, "", `{"a":1.50}`, ""},
 		"many items":           {`{"properties":{"a":{"items":{"type":"integer"}}}}`, "", `{"a":[` + strings.TrimSuffix(strings.Repeat("1,", 100_000), ",") + `]}`, ""},
 	} {
 		t.Run(name, func(t *testing.T) {

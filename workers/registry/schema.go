@@ -23,7 +23,9 @@ import (
 // number of steps. A step is taken by every schema that is held against a value,
 // before it goes on to others: each schema gets a format of our own, which counts.
 // So all that is reached must have been seen here first: references lead to
-// schemas that walk has seen, and nothing in a schema has a base of its own.
+// schemas that walk has seen, and nothing in a schema has a base of its own. What
+// takes long before a schema has taken its step is bounded beforehand ([weigh]):
+// numbers, which are read as exact fractions, and what values are compared with.
 
 const (
 	maxSchemas    = 4096 // in one
@@ -32,11 +34,16 @@ const (
 	maxSteps      = 2_000_000
 	leastSteps    = 50_000
 	stepsPerByte  = 16 // of what is checked
+
+	maxDigits   = 1000       // of a number, and what its exponent may be: a double's is less
+	maxExponent = 1_000_000  // of all numbers of a value together
+	maxCompared = 20_000_000 // values times what they may be compared with
 )
 
 // checker holds values against a schema, one at a time.
 type checker struct {
-	schema *jsonschema.Schema
+	schema   *jsonschema.Schema
+	compared int // the weight of all that values are compared with (enum, const)
 
 	mu    sync.Mutex
 	left  int  // steps of the check under way
@@ -96,7 +103,7 @@ func compile(text []byte) (_ *checker, err error) {
 			return nil, fmt.Errorf("it refers to %q, where there is no schema", clip("#"+ref, 100))
 		}
 	}
-	c := &checker{left: maxSteps}
+	c := &checker{left: maxSteps, compared: w.compared}
 	lib := jsonschema.NewCompiler()
 	lib.DefaultDraft(jsonschema.Draft2020)
 	lib.UseLoader(nothing{})
@@ -126,8 +133,9 @@ func (nothing) Load(url string) (any, error) {
 
 // walker goes through the schemas in a schema.
 type walker struct {
-	at   map[string]bool // where there are schemas, as JSON Pointers
-	refs []string        // JSON Pointers that are referred to
+	at       map[string]bool // where there are schemas, as JSON Pointers
+	refs     []string        // JSON Pointers that are referred to
+	compared int
 }
 
 func (w *walker) schema(v any, at string, depth int) error {
@@ -154,6 +162,10 @@ func (w *walker) schema(v any, at string, depth int) error {
 			if _, ok := v.(string); ok {
 				err = errors.New("a schema in it has a base of its own ($id)")
 			}
+		case "enum", "const":
+			var n int
+			n, err = weigh(v)
+			w.compared += n
 		case "$schema":
 			if at != "" {
 				err = errors.New("a schema in it is of a dialect of its own ($schema)")
@@ -281,12 +293,67 @@ func (c *checker) regexp(text string) (jsonschema.Regexp, error) {
 	return p, nil
 }
 
+var (
+	errNumber = errors.New("it has a number that cannot be held")
+	errHeavy  = errors.New("it cannot be checked in the time that there is")
+)
+
+// weigh tells how much there is in a value: of numbers, which are dear to compare, more.
+// The error is of numbers that it would take too long to read.
+func weigh(v any) (weight int, err error) {
+	exponents := 0
+	var walk func(v any) error
+	walk = func(v any) error {
+		weight++
+		switch v := v.(type) {
+		case []any:
+			for _, e := range v {
+				if err := walk(e); err != nil {
+					return err
+				}
+			}
+		case map[string]any:
+			for _, e := range v {
+				if err := walk(e); err != nil {
+					return err
+				}
+			}
+		case json.Number:
+			weight += 50
+			text, exponent := string(v), 0
+			if i := strings.IndexAny(text, "eE"); i >= 0 {
+				var err error
+				if exponent, err = strconv.Atoi(text[i+1:]); err != nil {
+					return errNumber
+				}
+				text = text[:i]
+			}
+			if len(text) > maxDigits || exponent > maxDigits || exponent < -maxDigits {
+				return errNumber
+			}
+			if exponents += max(exponent, -exponent); exponents > maxExponent {
+				return errHeavy
+			}
+		}
+		return nil
+	}
+	err = walk(v)
+	return weight, err
+}
+
 // check says where a value does not fit, in words that hold nothing of the value
 // but names of members; "" if it fits.
 func (c *checker) check(text []byte) (wrong string) {
 	v, err := jsonschema.UnmarshalJSON(bytes.NewReader(text))
 	if err != nil {
 		return "it cannot be read"
+	}
+	weight, err := weigh(v)
+	if err == nil && c.compared > 0 && weight > maxCompared/c.compared {
+		err = errHeavy
+	}
+	if err != nil {
+		return err.Error()
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -298,7 +365,7 @@ func (c *checker) check(text []byte) (wrong string) {
 	}()
 	err = c.schema.Validate(v)
 	if c.spent {
-		return "it cannot be checked in the time that there is"
+		return errHeavy.Error()
 	}
 	if err == nil {
 		return ""
