@@ -164,7 +164,7 @@ func TestAudit(t *testing.T) {
 	if out, err := node(proof, key); err != nil || !strings.HasPrefix(out, fmt.Sprintf("proved: EVENTS 2 is leaf %d of %d", p.Number, s.Leaves)) {
 		t.Errorf("node: %v %s", err, out)
 	}
-	for _, change := range [][2]string{{`\"tenant\":\"acme\"`, `\"tenant\":\"acne\"`}, {fmt.Sprintf(`"number":%d`, p.Number), fmt.Sprintf(`"number":%d`, p.Number+1)}, {`"path":["`, `"path":["A`}} {
+	for _, change := range [][2]string{{`\"tenant\":\"acme\"`, `\"tenant\":\"acne\"`}, {fmt.Sprintf(`"number":%d`, p.Number), fmt.Sprintf(`"number":%d`, p.Number+1)}, {`"path":["`, `"path":["A`}, {`"header":{"`, `"header":{"X`}} {
 		bad := strings.Replace(string(text), change[0], change[1], 1)
 		if bad == string(text) {
 			t.Fatalf("the proof has no %s", change[0])

@@ -157,6 +157,11 @@ func ReadRecord(record []byte) (Leaf, error) {
 	return l, nil
 }
 
+// Of tells whether a leaf is of a message, or of a gap in which the message was.
+func (l Leaf) Of(stream string, seq uint64) bool {
+	return l.Stream == stream && l.Seq <= seq && seq <= max(l.Seq, l.To)
+}
+
 // Opened reads the event that a leaf has; false where the message was none.
 func (l Leaf) Opened() (schemas.Event, bool) {
 	var e schemas.Event

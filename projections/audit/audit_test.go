@@ -564,7 +564,7 @@ func TestProof(t *testing.T) {
 			i := rapid.IntRange(0, len(s)-1).Draw(t, "at")
 			return s[:i] + string(s[i]^1) + s[i+1:]
 		}
-		switch rapid.IntRange(0, 5).Draw(t, "what") {
+		switch rapid.IntRange(0, 8).Draw(t, "what") {
 		case 0:
 			p.Record = change(p.Record)
 		case 1:
@@ -583,6 +583,12 @@ func TestProof(t *testing.T) {
 			p.Body = &body
 		case 5:
 			p.Checkpoint = strings.Replace(p.Checkpoint, "\n301\n", "\n300\n", 1)
+		case 6:
+			p.Size++
+		case 7:
+			p.Origin += "x"
+		case 8: // also where the body is left out
+			p.Header, p.Body = map[string][]string{"Waybill-Event": {"other"}}, nil
 		}
 		if err := p.Check(keys); !errors.Is(err, ErrProof) {
 			t.Fatalf("a changed proof: %v", err)

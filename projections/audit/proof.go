@@ -82,18 +82,26 @@ func (p Proof) Check(trusted []string) error {
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrProof, err)
 	}
+	// What is said beside the record is no proof by itself, and has to be the same.
+	if p.Origin != c.Origin || p.Size != c.Size {
+		return fmt.Errorf("%w: it says %s and %d leaves, and the checkpoint %s and %d", ErrProof, p.Origin, p.Size, c.Origin, c.Size)
+	}
+	salt, err := hex.DecodeString(p.Salt)
+	if err != nil {
+		return fmt.Errorf("%w: the salt cannot be read", ErrProof)
+	}
+	if p.Header != nil && hex.EncodeToString(headDigest(salt, p.Header)) != l.Head {
+		return fmt.Errorf("%w: the headers are not those in the record", ErrProof)
+	}
 	if p.Body == nil {
 		return nil
 	}
-	salt, err := hex.DecodeString(p.Salt)
-	body, err2 := base64.StdEncoding.DecodeString(*p.Body)
-	switch {
-	case err != nil || err2 != nil:
-		return fmt.Errorf("%w: salt or body cannot be read", ErrProof)
-	case hex.EncodeToString(bodyDigest(salt, body)) != l.Body:
+	body, err := base64.StdEncoding.DecodeString(*p.Body)
+	if err != nil {
+		return fmt.Errorf("%w: the body cannot be read", ErrProof)
+	}
+	if hex.EncodeToString(bodyDigest(salt, body)) != l.Body {
 		return fmt.Errorf("%w: the body is not the one in the record", ErrProof)
-	case hex.EncodeToString(headDigest(salt, p.Header)) != l.Head:
-		return fmt.Errorf("%w: the headers are not those in the record", ErrProof)
 	}
 	return nil
 }

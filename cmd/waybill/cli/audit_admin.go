@@ -127,12 +127,8 @@ func (a *admin) auditCheckpoint(w http.ResponseWriter, r *http.Request) {
 
 // auditProof proves that a message is in the log.
 func (a *admin) auditProof(w http.ResponseWriter, r *http.Request) {
-	stream, text := audit.Events, r.URL.Query().Get("event")
-	if s, rest, ok := strings.Cut(text, "/"); ok {
-		stream, text = s, rest
-	}
-	seq, err := strconv.ParseUint(text, 10, 64)
-	if err != nil || stream != audit.Events && stream != audit.System {
+	stream, seq, ok := place(r.URL.Query().Get("event"))
+	if !ok {
 		http.Error(w, "event: not the sequence of an event, or SYSTEM/SEQUENCE", http.StatusBadRequest)
 		return
 	}
@@ -162,6 +158,22 @@ func prove(ctx context.Context, of *bus.Audit, keys audit.Keys, stream string, s
 	if err != nil {
 		return audit.Proof{}, err
 	}
+	r, err := of.Record(ctx, number)
+	if err != nil {
+		return audit.Proof{}, err
+	}
+	record, err := audit.CutRecord(r.Payload)
+	if err != nil {
+		return audit.Proof{}, err
+	}
+	// Of a message whose leaf the feed has no more, the first leaf that there is was found.
+	l, err := audit.ReadRecord(record)
+	if err != nil {
+		return audit.Proof{}, err
+	}
+	if !l.Of(stream, seq) {
+		return audit.Proof{}, schemas.ErrNotFound
+	}
 	known, err := audit.Known(keys.Verifiers)
 	if err != nil {
 		return audit.Proof{}, err
@@ -182,27 +194,20 @@ func prove(ctx context.Context, of *bus.Audit, keys audit.Keys, stream string, s
 			return audit.Proof{}, schemas.ErrNotFound
 		}
 		var p audit.Proof
-		if p, err = proveAt(ctx, of, keys, c, number); err == nil {
+		if p, err = proveAt(ctx, of, keys, c, number, record, l); err == nil {
 			return p, nil
 		}
 	}
-	return audit.Proof{}, err
+	// Not as the cause: a tile that is missing is not a leaf that is missing.
+	return audit.Proof{}, fmt.Errorf("leaf %d: %v", number, err)
 }
 
-func proveAt(ctx context.Context, of *bus.Audit, keys audit.Keys, c audit.Checkpoint, number uint64) (audit.Proof, error) {
-	r, err := of.Record(ctx, number)
-	if err != nil {
-		return audit.Proof{}, err
-	}
-	record, err := audit.CutRecord(r.Payload)
-	if err != nil {
-		return audit.Proof{}, err
-	}
+func proveAt(ctx context.Context, of *bus.Audit, keys audit.Keys, c audit.Checkpoint, number uint64, record []byte, l audit.Leaf) (audit.Proof, error) {
 	var entry *audit.Entry
 	var salt []byte
-	stream, seq := audit.PlaceOf(record)
-	m, err := of.Message(ctx, stream, seq)
+	m, err := of.Message(ctx, l.Stream, l.Seq)
 	switch {
+	case l.To != 0: // nothing was there
 	case err == nil:
 		e := audit.Entry(m)
 		entry = &e

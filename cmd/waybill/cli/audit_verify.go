@@ -15,6 +15,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 
 	// The lines are as many as the events, and this reads them at half the cost.
@@ -270,6 +271,10 @@ func auditProve(ctx context.Context, env Env, args []string) error {
 	case len(rest) != 1:
 		return usagef("name one event by its sequence, as `waybill audit tail` shows it, or as SYSTEM/SEQUENCE")
 	}
+	stream, seq, ok := place(rest[0])
+	if !ok {
+		return usagef("%q is not the sequence of an event, as `waybill audit tail` shows it, nor SYSTEM/SEQUENCE", rest[0])
+	}
 	c, err := connect(env)
 	if err != nil {
 		return err
@@ -288,6 +293,10 @@ func auditProve(ctx context.Context, env Env, args []string) error {
 	if err := p.Check(trusted); err != nil {
 		return err
 	}
+	// A proof of another event would hold as well.
+	if l, err := audit.ReadRecord([]byte(p.Record)); err != nil || !l.Of(stream, seq) {
+		return fmt.Errorf("the gateway's proof is not of %s %d: %w", stream, seq, errors.Join(audit.ErrProof, err))
+	}
 	text, err := marshal(p)
 	if err != nil {
 		return err
@@ -296,6 +305,16 @@ func auditProve(ctx context.Context, env Env, args []string) error {
 		return os.WriteFile(*out, append(text, '\n'), 0o600)
 	}
 	return env.printLine(text)
+}
+
+// place reads where a message is: the sequence of an event, or SYSTEM/SEQUENCE.
+func place(text string) (stream string, seq uint64, ok bool) {
+	stream = audit.Events
+	if s, rest, ok := strings.Cut(text, "/"); ok {
+		stream, text = s, rest
+	}
+	seq, err := strconv.ParseUint(text, 10, 64)
+	return stream, seq, err == nil && seq > 0 && (stream == audit.Events || stream == audit.System)
 }
 
 // marshal writes JSON without escapes that HTML would need.

@@ -4,11 +4,7 @@
 import { createHash, createPublicKey, verify } from "node:crypto";
 import { readFileSync } from "node:fs";
 
-const sha256 = (...parts) => {
-  const h = createHash("sha256");
-  for (const p of parts) h.update(p);
-  return h.digest();
-};
+const sha256 = (...parts) => parts.reduce((h, p) => h.update(p), createHash("sha256")).digest();
 const fail = (why) => {
   console.error(why);
   process.exit(1);
@@ -48,10 +44,17 @@ for (const p of proof.path.map((h) => Buffer.from(h, "base64"))) {
 }
 if (sn !== 0n || r.toString("base64") !== rootLine) fail("the record is not in the tree");
 
-// The body is the one that the record has the digest of.
+// What was said is what the record has the digests of.
 const leaf = JSON.parse(proof.record);
+const salt = Buffer.from(proof.salt ?? "", "hex");
+const size = (s) => Buffer.from(Buffer.byteLength(s).toString(16).padStart(8, "0"), "hex");
+const header = Object.entries(proof.header ?? {}).sort(([a], [b]) => (a < b ? -1 : 1));
+const headers = header.flatMap(([name, all]) => all.flatMap((v) => [size(name), size(v), name, v]));
+if (proof.header !== undefined && sha256(salt, Buffer.from([0]), ...headers).toString("hex") !== leaf.head)
+  fail("the headers are not those in the record");
 if (proof.body_base64 !== undefined) {
-  const body = sha256(Buffer.from(proof.salt, "hex"), Buffer.from([1]), Buffer.from(proof.body_base64, "base64"));
+  const body = sha256(salt, Buffer.from([1]), Buffer.from(proof.body_base64, "base64"));
   if (body.toString("hex") !== leaf.body) fail("the body is not the one in the record");
 }
-console.log(`proved: ${leaf.stream} ${leaf.seq} is leaf ${proof.number} of ${sizeLine}`);
+const what = leaf.to ? `that ${leaf.stream} had nothing from ${leaf.seq} to ${leaf.to}` : `${leaf.stream} ${leaf.seq}`;
+console.log(`proved: ${what} is leaf ${proof.number} of ${sizeLine}`);
