@@ -194,13 +194,25 @@ func (a *Audit) Head(ctx context.Context) (uint64, string, error) {
 	return info.State.LastSeq, r.Position, err
 }
 
-// First is the number of the first record that the feed still has.
+// First is the number of the first record that the feed still has. Those that were
+// replaced are no more in the stream of the others, but there.
 func (a *Audit) First(ctx context.Context) (uint64, error) {
 	info, err := a.feed.Info(ctx)
 	if err != nil {
 		return 0, fmt.Errorf("the feed's first record: %w", err)
 	}
-	return max(info.State.FirstSeq, 1) - 1, nil
+	n := max(info.State.FirstSeq, 1) - 1
+	for n > 0 {
+		_, err := a.replacement(ctx, n-1)
+		if errors.Is(err, schemas.ErrNotFound) {
+			break
+		}
+		if err != nil {
+			return 0, err
+		}
+		n--
+	}
+	return n, nil
 }
 
 // Append adds records to the feed, the first as number n. The server takes none
@@ -606,14 +618,20 @@ func (a *Audit) Signed(ctx context.Context) (uint64, error) {
 	return info.State.LastSeq, nil
 }
 
+// Checkpointed is a checkpoint, and when it was stored.
+type Checkpointed struct {
+	Text   string
+	Stored time.Time
+}
+
 // Checkpoints yields those up to a place ([Audit.Signed]), oldest first.
-func (a *Audit) Checkpoints(ctx context.Context, to uint64) iter.Seq2[string, error] {
-	return func(yield func(string, error) bool) {
+func (a *Audit) Checkpoints(ctx context.Context, to uint64) iter.Seq2[Checkpointed, error] {
+	return func(yield func(Checkpointed, error) bool) {
 		if to == 0 {
 			return
 		}
 		for m, err := range read(ctx, a.l, a.audit, checkpointSubject, 1, to) {
-			if !yield(string(m.Body), err) || err != nil {
+			if !yield(Checkpointed{string(m.Body), m.Stored}, err) || err != nil {
 				return
 			}
 		}

@@ -376,7 +376,7 @@ func TestReadWhileGrowing(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		checkpoints = append(checkpoints, c)
+		checkpoints = append(checkpoints, c.Text)
 	}
 	if got := strings.Join(checkpoints, " "); got != "one two" {
 		t.Errorf("checkpoints %s", got)

@@ -182,6 +182,16 @@ func Setup(ctx context.Context, o Options) error {
 	}
 	for _, c := range streams {
 		for {
+			if c.Name == feedStream {
+				var before map[string]string
+				if before, err = said(ctx, js, feedStream); err == nil {
+					c.Metadata = keeping(c, before, time.Now())
+				} else if ctx.Err() == nil && passing(err) && pause(ctx, 200*time.Millisecond) {
+					continue
+				} else {
+					break
+				}
+			}
 			_, err = js.CreateOrUpdateStream(ctx, c)
 			// That of an earlier version cannot be brought to let anything be erased.
 			if api := new(jetstream.APIError); c.Name == events && errors.As(err, &api) && api.ErrorCode == codeConfig {

@@ -21,9 +21,11 @@ type Retention struct {
 	Until  time.Time     // to then it was shorter; zero if it never was
 	Age    time.Duration // and this long
 	Before uint64        // and of this many bytes
+
+	Created time.Time // before then nothing was there
 }
 
-// What the stream EVENTS says of itself: how long it keeps events, and what of that was
+// What the streams EVENTS and FEED say of themselves: how long it keeps events, and what of that was
 // shorter, until when.
 const (
 	metaKeeps = "waybill-keeps"
@@ -70,11 +72,28 @@ func keptUntil(text string) (age time.Duration, bytes uint64, until time.Time, e
 
 // Retention asks the log what it may have forgotten.
 func (a *Audit) Retention(ctx context.Context) (Retention, error) {
-	info, err := retry(ctx, a.l, func(ctx context.Context) (*jetstream.StreamInfo, error) { return a.ev.Info(ctx) })
+	r, err := retention(ctx, a.l, a.ev)
 	if err != nil {
-		return Retention{}, fmt.Errorf("how long the log keeps events: %w", err)
+		return r, fmt.Errorf("how long the log keeps events: %w", err)
 	}
-	r := Retention{At: info.TimeStamp.UTC(), MaxAge: info.Config.MaxAge, MaxBytes: uint64(max(info.Config.MaxBytes, 0)), Bytes: info.State.Bytes}
+	return r, nil
+}
+
+// FeedRetention asks the feed.
+func (a *Audit) FeedRetention(ctx context.Context) (Retention, error) {
+	r, err := retention(ctx, a.l, a.feed)
+	if err != nil {
+		return r, fmt.Errorf("how long the feed is kept: %w", err)
+	}
+	return r, nil
+}
+
+func retention(ctx context.Context, l *Log, s jetstream.Stream) (Retention, error) {
+	info, err := retry(ctx, l, func(ctx context.Context) (*jetstream.StreamInfo, error) { return s.Info(ctx) })
+	if err != nil {
+		return Retention{}, err
+	}
+	r := Retention{Created: info.Created.UTC(), At: info.TimeStamp.UTC(), MaxAge: info.Config.MaxAge, MaxBytes: uint64(max(info.Config.MaxBytes, 0)), Bytes: info.State.Bytes}
 	if r.At.IsZero() {
 		r.At = time.Now().UTC()
 	}
@@ -87,9 +106,9 @@ func (a *Audit) Retention(ctx context.Context) (Retention, error) {
 	return r, nil
 }
 
-// said is what the stream EVENTS says of itself now.
-func said(ctx context.Context, js jetstream.JetStream) (map[string]string, error) {
-	s, err := js.Stream(ctx, events)
+// said is what a stream says of itself now.
+func said(ctx context.Context, js jetstream.JetStream, stream string) (map[string]string, error) {
+	s, err := js.Stream(ctx, stream)
 	if errors.Is(err, jetstream.ErrStreamNotFound) {
 		return nil, nil
 	}

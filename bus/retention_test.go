@@ -39,4 +39,25 @@ func TestRetention(t *testing.T) {
 			t.Errorf("made longer: %+v", more)
 		}
 	}
+
+	// Of the feed, too.
+	feed := func(age time.Duration, bytes int64) bus.Retention {
+		t.Helper()
+		a, err := w.open(bus.Options{Role: bus.RoleAudit, FeedAge: age, FeedBytes: bytes}).Audit(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		r, err := a.FeedRetention(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r
+	}
+	feed(48*time.Hour, 1<<30)
+	for range 2 {
+		more := feed(96*time.Hour, 1<<30)
+		if more.MaxAge != 96*time.Hour || more.Age != 48*time.Hour || more.MaxBytes != 1<<30 || more.Created.IsZero() || more.Created.After(more.At) {
+			t.Errorf("the feed's made longer: %+v", more)
+		}
+	}
 }

@@ -205,7 +205,7 @@ func (l *Log) setMaxAge(ctx context.Context, age time.Duration) error {
 		return err
 	}
 	c := l.o.events()
-	before, err := said(ctx, js)
+	before, err := said(ctx, js, events)
 	if err != nil {
 		return fmt.Errorf("change how long the log keeps events: %w", err)
 	}

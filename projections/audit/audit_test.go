@@ -1058,3 +1058,104 @@ func TestReadsAheadByBytes(t *testing.T) {
 		}
 	})
 }
+
+// What the feed's age or size does not explain was removed from its beginning, with
+// which the log's beginning can be removed unseen.
+func TestFeedCutBeforeItsTime(t *testing.T) {
+	m := built(t)
+	begun := time.Date(2026, 11, 28, 12, 0, 0, 0, time.UTC)
+	const cut = 40
+	cutOff := func(kept *Kept, signed time.Time) []Line {
+		lines := m.lines(nil, nil)
+		lines[0].Log.First, lines[0].Log.Feed = cut, kept
+		for i, l := range lines {
+			if l.Leaf != nil && l.Leaf.Number < cut { // all of SYSTEM, which is not too old
+				lines[i] = Line{Early: &Witness{Entry: l.Leaf.Entry, Salt: l.Leaf.Salt}}
+			}
+			if lines[i].Checkpoint != "" {
+				lines[i].Stored = signed
+			}
+		}
+		return lines
+	}
+	for name, tt := range map[string]struct {
+		kept   *Kept
+		signed time.Time // a tree of fewer leaves
+		found  bool
+	}{
+		"old enough":                   {&Kept{Since: begun, At: begun.Add(25 * time.Hour), MaxAge: 24 * 3600}, time.Time{}, false},
+		"before it can be so old":      {&Kept{Since: begun, At: begun.Add(23 * time.Hour), MaxAge: 24 * 3600}, time.Time{}, true},
+		"the feed is full":             {&Kept{Since: begun, At: begun.Add(time.Hour), MaxAge: 24 * 3600, MaxBytes: 1 << 30, Bytes: 1 << 30}, time.Time{}, false},
+		"signed a short time ago":      {&Kept{Since: begun, At: begun.Add(50 * time.Hour), MaxAge: 24 * 3600}, begun.Add(45 * time.Hour), true},
+		"signed long ago":              {&Kept{Since: begun, At: begun.Add(50 * time.Hour), MaxAge: 24 * 3600}, begun.Add(20 * time.Hour), false},
+		"what it keeps is not known":   {nil, time.Time{}, false},
+		"while it kept less than that": {&Kept{Since: begun, At: begun.Add(10 * time.Hour), MaxAge: 24 * 3600, Age: 3600, Until: begun.Add(9 * time.Hour)}, time.Time{}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			lines := cutOff(tt.kept, time.Time{})
+			if !tt.signed.IsZero() {
+				// The tree as it was before the last of them.
+				hashes := tree{}
+				for _, item := range m.feed[:cut-1] {
+					record, err := CutRecord(item.Payload)
+					if err != nil {
+						t.Fatal(err)
+					}
+					hashes.add(hashOf(record), func(tlog.Tile, []byte) {})
+				}
+				c, err := keysOf(t, 1).sign("test", cut-1, hashes.root())
+				if err != nil {
+					t.Fatal(err)
+				}
+				lines = slices.Insert(lines, 1, Line{Checkpoint: c.Text, Stored: tt.signed})
+			}
+			r := m.verify(t, lines)
+			found := slices.ContainsFunc(r.Problems, func(p Problem) bool {
+				return p.Leaf != nil && *p.Leaf == cut-1 && strings.Contains(p.Text, "before their time")
+			})
+			if found != tt.found || r.OK() == tt.found {
+				t.Error(r.Problems)
+			}
+		})
+	}
+}
+
+// What the log still has, and the feed has no more, is held against the hashes that
+// are left of it: records of SYSTEM outlive the feed.
+func TestEarlierThanTheFeed(t *testing.T) {
+	m := built(t)
+	const cut = 150
+	lines := m.lines(nil, nil)
+	early := uint64(0)
+	for i, l := range lines {
+		if l.Leaf != nil && l.Leaf.Number < cut {
+			early++
+			lines[i] = Line{Early: &Witness{Entry: l.Leaf.Entry, Salt: l.Leaf.Salt}}
+		}
+	}
+	lines[0].Log.First = cut
+	if r := m.verify(t, lines); !r.OK() || r.Messages != uint64(len(m.feed)) || r.Unfed != 0 || early != cut {
+		t.Fatalf("%d early; %+v", early, r)
+	}
+	change := func(name string, want string, do func([]Line) []Line) {
+		t.Run(name, func(t *testing.T) {
+			changed := slices.Clone(lines)
+			r := m.verify(t, do(changed))
+			if len(r.Problems) != 1 || !strings.Contains(r.Problems[0].String(), want) {
+				t.Errorf("%v", r.Problems)
+			}
+		})
+	}
+	at := slices.IndexFunc(lines, func(l Line) bool { return l.Early != nil && l.Early.Entry.Stream == System && l.Early.Entry.Seq == 7 })
+	change("a record", "SYSTEM 7: the message was changed", func(lines []Line) []Line {
+		e := *lines[at].Early.Entry
+		e.Body = []byte("another")
+		lines[at].Early = &Witness{Entry: &e, Salt: lines[at].Early.Salt}
+		return lines
+	})
+	change("deleted", "SYSTEM 7: deleted", func(lines []Line) []Line { return slices.Delete(lines, at, at+1) })
+	change("without its salt", "SYSTEM 7: its salt is gone", func(lines []Line) []Line {
+		lines[at].Early = &Witness{Entry: lines[at].Early.Entry}
+		return lines
+	})
+}

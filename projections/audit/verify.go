@@ -16,18 +16,21 @@ import (
 )
 
 // Line is one line of what is verified, in this order: one Log; the Checkpoints,
-// oldest first; the Tiles; the leaves, in their order; the messages of the log
-// that the tree does not have yet; and Last, without which lines are missing. It is
+// oldest first; the Tiles; the leaves, in their order, and before the first of a
+// stream those messages of it whose leaves the feed has no more; the messages of the
+// log that the tree does not have yet; and Last, without which lines are missing. It is
 // written as JSON, so that what was verified can be kept and verified again.
 type Line struct {
-	Log        *Held    `json:"log,omitempty"`
-	Checkpoint string   `json:"checkpoint,omitempty"`
-	Tile       string   `json:"tile,omitempty"` // its path: tile/8/0/000
-	Data       []byte   `json:"data,omitempty"` // of the tile
-	Leaf       *Witness `json:"leaf,omitempty"`
-	Stray      *Stray   `json:"stray,omitempty"` // before the leaf that follows it
-	Beyond     *Entry   `json:"beyond,omitempty"`
-	Last       bool     `json:"last,omitempty"`
+	Log        *Held     `json:"log,omitempty"`
+	Checkpoint string    `json:"checkpoint,omitempty"`
+	Stored     time.Time `json:"stored,omitzero"` // when the checkpoint was
+	Tile       string    `json:"tile,omitempty"`  // its path: tile/8/0/000
+	Data       []byte    `json:"data,omitempty"`  // of the tile
+	Early      *Witness  `json:"early,omitempty"` // a message, with its salt, whose leaf the feed has no more
+	Leaf       *Witness  `json:"leaf,omitempty"`
+	Stray      *Stray    `json:"stray,omitempty"` // before the leaf that follows it
+	Beyond     *Entry    `json:"beyond,omitempty"`
+	Last       bool      `json:"last,omitempty"`
 }
 
 // Held says what is held.
@@ -40,11 +43,13 @@ type Held struct {
 	Rows    *Range           `json:"rows,omitempty"`   // of EVENTS as rows; absent where there are none
 	Others  uint64           `json:"others,omitempty"` // rows of other logs
 	Kept    *Kept            `json:"kept,omitempty"`   // what EVENTS may have forgotten; absent where that is not known
+	Feed    *Kept            `json:"feed,omitempty"`   // the same of the feed
 }
 
 // Kept is what a stream may have forgotten.
 type Kept struct {
-	At       time.Time `json:"at"` // when this was so
+	Since    time.Time `json:"since,omitzero"` // nothing in it was stored before
+	At       time.Time `json:"at"`             // when this was so
 	MaxAge   Seconds   `json:"max_age_s"`
 	MaxBytes uint64    `json:"max_bytes"` // 0 for no limit
 	Bytes    uint64    `json:"bytes"`     // that it has
@@ -172,7 +177,7 @@ func Verify(_ context.Context, lines iter.Seq2[Line, error], c Check) (Report, e
 	if err != nil {
 		return Report{}, err
 	}
-	v := &verifier{c: c, tiles: map[tlog.Tile][]byte{}, at: Position{}, erased: map[string]uint64{}}
+	v := &verifier{c: c, tiles: map[tlog.Tile][]byte{}, at: Position{}, fed: map[string]bool{}, erased: map[string]uint64{}}
 	for _, text := range c.Against {
 		cp, err := OpenCheckpoint(text, known)
 		if err != nil {
@@ -205,6 +210,9 @@ func Verify(_ context.Context, lines iter.Seq2[Line, error], c Check) (Report, e
 					v.problem(Problem{Text: fmt.Sprintf("checkpoint of %d leaves: it stands behind one of %d", cp.Size, v.checkpoints[n-1].Size)})
 				}
 				v.checkpoints = append(v.checkpoints, cp)
+				if cp.Size < v.held.First && l.Stored.After(v.before) {
+					v.before = l.Stored
+				}
 			}
 		case l.Tile != "":
 			t, err := tlog.ParseTilePath(l.Tile)
@@ -218,6 +226,8 @@ func Verify(_ context.Context, lines iter.Seq2[Line, error], c Check) (Report, e
 				v.trees()
 			}
 			v.leaf(*l.Leaf)
+		case l.Early != nil && l.Early.Entry != nil:
+			v.earlier(*l.Early)
 		case l.Stray != nil:
 			v.stray(l.Stray.Seq)
 		case l.Beyond != nil:
@@ -244,11 +254,15 @@ type verifier struct {
 	checkpoints []Checkpoint
 	against     []Checkpoint
 	tiles       map[tlog.Tile][]byte
-	size        uint64 // of the newest signed tree
+	size        uint64    // of the newest signed tree
+	before      time.Time // the newest leaf that the feed has no more was not stored much earlier
 
 	next    uint64            // number of the next leaf
 	at      Position          // last sequence of each stream in the tree; none before the first leaf
+	fed     map[string]bool   // streams of which the feed has leaves
 	gap     Range             // of EVENTS, the last
+	early   []early           // messages whose leaves the feed has no more
+	system  uint64            // the last of those of SYSTEM
 	missing []lost            // leaves whose messages the log should have
 	erased  map[string]uint64 // by session: the last erasure's place
 }
@@ -259,6 +273,12 @@ type lost struct {
 	size    int
 	session string // "" for what no erasure excuses
 	what    what
+}
+
+// early is a message whose leaf the feed has no more.
+type early struct {
+	Problem
+	hash tlog.Hash
 }
 
 // what is missing.
@@ -423,7 +443,10 @@ func (v *verifier) leaf(w Witness) {
 	if at, ok := v.at[l.Stream]; ok && l.Seq != at+1 {
 		say(l.Stream, l.Seq, "it follows %d in the tree", at)
 	}
-	v.at[l.Stream] = max(l.Seq, l.To)
+	if l.Stream == System && !v.fed[System] && v.held.First > 0 && v.held.Feed != nil {
+		v.recorded(l.Seq)
+	}
+	v.at[l.Stream], v.fed[l.Stream] = max(l.Seq, l.To), true
 	if l.To != 0 {
 		v.r.Gaps += l.To - l.Seq + 1
 		if l.Stream == Events {
@@ -472,6 +495,70 @@ func (v *verifier) leaf(w Witness) {
 	}
 	if v.held.Rows != nil {
 		v.row(w, l, open, isEvent, about(), session)
+	}
+}
+
+// earlier makes the leaf of a message again whose record the feed has no more. Its
+// hash has to be one of those that are left of such.
+func (v *verifier) earlier(w Witness) {
+	e := w.Entry
+	v.c.Decode(e)
+	p := Problem{Stream: e.Stream, Seq: e.Seq, Text: "the message was changed: it is none of those that were signed"}
+	if e.Stream == System {
+		v.recorded(e.Seq)
+	}
+	salt, err := hex.DecodeString(w.Salt)
+	if err != nil || w.Salt == "" {
+		p.Text = "its salt is gone, and the message is not"
+		v.problem(p)
+		return
+	}
+	v.early = append(v.early, early{p, hashOf(Record(*e, salt))})
+}
+
+// recorded looks for messages of SYSTEM that are missing before one, of which the feed
+// has the leaves no more: nothing of SYSTEM ever becomes too old.
+func (v *verifier) recorded(seq uint64) {
+	if seq > v.system+1 {
+		v.problem(Problem{Stream: System, Seq: v.system + 1, Text: fmt.Sprintf("deleted from the log, with all up to %d", seq-1)})
+	}
+	v.system = seq
+}
+
+// settle looks for the leaves of messages among those of which the hashes are left.
+// Behind the last that has one, and without one that follows it in the feed, they may
+// be too new to have any.
+func (v *verifier) settle() {
+	if last := v.held.Streams[System].Last; !v.fed[System] && v.held.First > 0 && v.held.Feed != nil {
+		v.recorded(max(last, v.system) + 1)
+	}
+	left := map[tlog.Hash]bool{}
+	for n := range min(v.held.First, v.size) {
+		if h, ok := v.hash(n); ok {
+			left[h] = true
+		}
+	}
+	followed := map[string]uint64{} // the last of a stream that has a leaf
+	for _, e := range v.early {
+		if left[e.hash] {
+			followed[e.Stream] = e.Seq
+		}
+	}
+	for stream, at := range v.at {
+		if v.fed[stream] {
+			followed[stream] = at
+		}
+	}
+	for _, e := range v.early {
+		switch {
+		case left[e.hash]:
+			v.r.Messages++
+			v.r.Unfed--
+		case e.Seq < followed[e.Stream]:
+			v.problem(e.Problem)
+		default:
+			v.r.Unsigned++
+		}
 	}
 }
 
@@ -599,6 +686,8 @@ func (v *verifier) end() {
 			room += uint64(m.size) + 64<<10 // its headers are no more
 		}
 	}
+	v.settle()
+	v.unfed(6 * room) // as much is a body there that is all escapes
 	for _, m := range v.missing {
 		erased := erases(m)
 		switch k := v.held.Kept; {
@@ -623,6 +712,27 @@ func (v *verifier) end() {
 	slices.SortStableFunc(all, byLeaf)
 	v.r.More += max(0, len(all)-100)
 	v.r.Problems = append(v.r.Problems, all[:min(len(all), 100)]...)
+}
+
+// unfed looks whether the feed may have forgotten the first leaves, of which nothing
+// but the hashes is left: who has removed them could have removed the messages too.
+// The newest of them followed the last checkpoint that is of fewer leaves.
+func (v *verifier) unfed(erased uint64) {
+	const signing = time.Hour // what follows a checkpoint may have been stored before it, never by that much
+	k := v.held.Feed
+	if v.held.First == 0 || k == nil {
+		return
+	}
+	oldest := k.Since
+	if t := v.before.Add(-signing); t.After(oldest) {
+		oldest = t
+	}
+	if oldest.IsZero() || k.explains(oldest, erased) {
+		return
+	}
+	n := v.held.First - 1
+	v.problem(Problem{Leaf: &n, Text: fmt.Sprintf("the feed has lost it and all before it before their time: it was stored after %s, and the feed keeps %s or %d MB, and has %d",
+		oldest.Format(time.RFC3339), k.MaxAge.duration(), k.MaxBytes>>20, k.Bytes>>20)})
 }
 
 func byLeaf(a, b Problem) int {

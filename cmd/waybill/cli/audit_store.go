@@ -188,18 +188,19 @@ func writeAudit(ctx context.Context, a *bus.Audit, keys []string, rows rowsOf, y
 	if err != nil {
 		return err
 	}
-	held.Kept = &audit.Kept{
-		At: keeps.At, MaxAge: audit.Seconds(keeps.MaxAge / time.Second), MaxBytes: keeps.MaxBytes, Bytes: keeps.Bytes,
-		Until: keeps.Until, Age: audit.Seconds(keeps.Age / time.Second), Before: keeps.Before,
+	held.Kept = keptBy(keeps)
+	if keeps, err = a.FeedRetention(ctx); err != nil {
+		return err
 	}
+	held.Feed = keptBy(keeps)
 	if !yield(audit.Line{Log: &held}) {
 		return nil
 	}
-	for text, err := range a.Checkpoints(ctx, signed) {
+	for c, err := range a.Checkpoints(ctx, signed) {
 		if err != nil {
 			return err
 		}
-		if !yield(audit.Line{Checkpoint: text}) {
+		if !yield(audit.Line{Checkpoint: c.Text, Stored: c.Stored}) {
 			return nil
 		}
 	}
@@ -212,6 +213,13 @@ func writeAudit(ctx context.Context, a *bus.Audit, keys []string, rows rowsOf, y
 		}
 	}
 	salts := saltReader{a: a, secrets: map[string][]byte{}}
+	// Of a message whose record the feed has no more, the tree has the hash.
+	early := func(m bus.Message) (more bool, err error) {
+		e := audit.Entry(m)
+		salt, err := salts.of(ctx, &e, nil)
+		return err == nil && yield(audit.Line{Early: &audit.Witness{Entry: &e, Salt: audit.Hex(salt)}}), err
+	}
+	fed := map[string]bool{}
 	for r, err := range a.Feed(ctx, held.First, held.Leaves) {
 		if err != nil {
 			return err
@@ -223,7 +231,18 @@ func writeAudit(ctx context.Context, a *bus.Audit, keys []string, rows rowsOf, y
 		w := audit.Witness{Number: r.Number, Record: string(record)}
 		stream, seq := audit.PlaceOf(record)
 		if c := cursors[stream]; c != nil {
-			m, err := c.upTo(seq, func(m bus.Message) uint64 { return m.Seq })
+			at := func(m bus.Message) uint64 { return m.Seq }
+			for !fed[stream] && held.First > 0 {
+				m := c.before(seq, at)
+				if m == nil {
+					break
+				}
+				if more, err := early(*m); !more {
+					return err
+				}
+			}
+			fed[stream] = true
+			m, err := c.upTo(seq, at)
 			if err != nil {
 				return err
 			}
@@ -274,6 +293,12 @@ func writeAudit(ctx context.Context, a *bus.Audit, keys []string, rows rowsOf, y
 			if err != nil {
 				return err
 			}
+			if !fed[stream] && held.First > 0 {
+				if more, err := early(m); !more {
+					return err
+				}
+				continue
+			}
 			e := audit.Entry(m)
 			if !yield(audit.Line{Beyond: &e}) {
 				return nil
@@ -282,6 +307,13 @@ func writeAudit(ctx context.Context, a *bus.Audit, keys []string, rows rowsOf, y
 	}
 	yield(audit.Line{Last: true})
 	return nil
+}
+
+func keptBy(r bus.Retention) *audit.Kept {
+	return &audit.Kept{
+		Since: r.Created, At: r.At, MaxAge: audit.Seconds(r.MaxAge / time.Second), MaxBytes: r.MaxBytes, Bytes: r.Bytes,
+		Until: r.Until, Age: audit.Seconds(r.Age / time.Second), Before: r.Before,
+	}
 }
 
 // rowOf adds to what is known of a leaf what the record has of it.
