@@ -904,6 +904,38 @@ func (a *Audit) Secret(ctx context.Context, t schemas.Tenant, s schemas.SessionK
 	}
 }
 
+// Outlived finds a session of which the log has nothing any more: its tenant by its
+// secret, and by what the feed has of it the agent, "_" where that has nothing, and how
+// many records. It returns [schemas.ErrNotFound].
+func (a *Audit) Outlived(ctx context.Context, s schemas.SessionKey) (t schemas.Tenant, of schemas.Agent, records int, err error) {
+	m, err := retry(ctx, a.l, func(ctx context.Context) (*jetstream.RawStreamMsg, error) {
+		return a.state.GetLastMsgForSubject(ctx, secretSubject("*", s))
+	})
+	if errors.Is(err, jetstream.ErrMsgNotFound) {
+		err = schemas.ErrNotFound
+	}
+	if err != nil {
+		return "", "", 0, fmt.Errorf("secret of session %s: %w", s, err)
+	}
+	t = schemas.Tenant(strings.Split(m.Subject, ".")[1])
+	if schemas.CheckToken(string(t)) != nil {
+		return "", "", 0, fmt.Errorf("%s: %w", m.Subject, schemas.ErrNotFound) // a record of the feed that was replaced
+	}
+	of = "_"
+	for m, err := range read(ctx, a.l, a.feed, "audit."+string(t)+".*.*", 1, 0) {
+		if err != nil {
+			return "", "", 0, fmt.Errorf("feed of session %s: %w", s, err)
+		}
+		if bytes.Contains(m.Body, []byte(`"subject":"ev.`+string(t)+"."+string(s)+".")) {
+			records++
+			if agent := strings.Split(m.Subject, ".")[2]; agent != "_" {
+				of = schemas.Agent(agent)
+			}
+		}
+	}
+	return t, of, records, nil
+}
+
 // Erase overwrites what the log has of a session before a message of EVENTS, but
 // for erasures: its events, its dead letters, the bodies in the feed, and its
 // secret, which goes last. Done again, it finds less.

@@ -687,3 +687,50 @@ func TestEraseFindsRecords(t *testing.T) {
 		t.Errorf("%d records are without their bodies", n)
 	}
 }
+
+// A session of which the log has nothing is found by its secret, and by the feed.
+func TestOutlived(t *testing.T) {
+	w := start(t, embed.Options{})
+	a, err := w.open(bus.Options{Role: bus.RoleAudit}).Audit(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	of := func(agent, session string) bus.FeedRecord {
+		return bus.FeedRecord{
+			Subject: "audit.acme." + agent + ".requested", Position: "EVENTS=1",
+			Payload: []byte(`{"data":{"body":"\"subject\":\"ev.acme.s1.","leaf":{"subject":"ev.acme.` + session + `.requested._"}}}`),
+		}
+	}
+	if err := a.Append(t.Context(), 0, []bus.FeedRecord{of("_", "s1"), of("researcher", "s1"), of("writer", "s2")}); err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range []schemas.SessionKey{"s1", "s2", "s3"} {
+		if _, err := a.Secret(t.Context(), "acme", s, 32, false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for s, want := range map[schemas.SessionKey]string{"s1": "acme researcher 2", "s2": "acme writer 1", "s3": "acme _ 0"} {
+		if tenant, agent, n, err := a.Outlived(t.Context(), s); err != nil || fmt.Sprint(tenant, " ", agent, " ", n) != want {
+			t.Errorf("%s: %s %s %d %v, want %s", s, tenant, agent, n, err, want)
+		}
+	}
+	if _, _, _, err := a.Outlived(t.Context(), "nobody"); !errors.Is(err, schemas.ErrNotFound) {
+		t.Errorf("one that nobody knows: %v", err)
+	}
+	// A record that was replaced lies beside the secrets, under its number.
+	if err := a.EraseFeed(t.Context(), "acme", "writer", "s2", 3, func([]byte) ([]byte, bool) { return []byte("cut"), true }); err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range []schemas.SessionKey{"0", "1", "2"} {
+		if _, _, _, err := a.Outlived(t.Context(), n); !errors.Is(err, schemas.ErrNotFound) {
+			t.Errorf("session %s: %v", n, err)
+		}
+	}
+	// The first ones that were replaced are there all the same.
+	if err := a.EraseFeed(t.Context(), "acme", "researcher", "s1", 3, func([]byte) ([]byte, bool) { return []byte("cut"), true }); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := a.First(t.Context()); err != nil || n != 0 {
+		t.Errorf("the feed begins with %d: %v", n, err)
+	}
+}

@@ -325,7 +325,7 @@ func (a *admin) erase(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer l.Close()
-	old, err := a.outlived(ctx, of, key)
+	old, err := a.outlived(ctx, of, key, first.Data != nil)
 	if err != nil {
 		a.fail(w, err)
 		return
@@ -377,14 +377,21 @@ type outlived struct {
 	events int
 }
 
-// outlived looks for a session in the record, and then in the feed.
-func (a *admin) outlived(ctx context.Context, of *bus.Audit, key schemas.SessionKey) (o outlived, err error) {
+// outlived looks for a session in the record, and then, where the log has nothing of
+// it, in the feed.
+func (a *admin) outlived(ctx context.Context, of *bus.Audit, key schemas.SessionKey, logged bool) (o outlived, err error) {
 	if a.g.server != nil {
 		if o.tenant, o.agent, o.events, err = projections.Whose(ctx, a.g.server, key); err != nil || o.tenant != "" {
 			return o, err
 		}
 	}
-	return o, nil
+	if logged {
+		return o, nil
+	}
+	if o.tenant, o.agent, o.events, err = of.Outlived(ctx, key); errors.Is(err, schemas.ErrNotFound) {
+		return outlived{}, nil
+	}
+	return o, err
 }
 
 // unsaid takes out of a record of the feed what a session said before a message.
