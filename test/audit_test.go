@@ -467,6 +467,31 @@ func TestAuditTamper(t *testing.T) {
 		})
 	}
 
+	// With its leaves, of which the tree has the hashes only, nothing would be missed.
+	t.Run("the beginning of log and feed deleted", func(t *testing.T) {
+		again()
+		all := readBlock(t, block)
+		writeBlock(t, block, "EVENTS", 1, all[at(all, 6):])
+		feed := filepath.Join(data, "log", "jetstream", "$G", "streams", "FEED", "msgs", "1.blk")
+		records := readBlock(t, feed)
+		begin := slices.IndexFunc(records, func(r blockRecord) bool { return bytes.Contains(r.body, []byte(`"stream":"EVENTS","seq":6,`)) })
+		writeBlock(t, feed, "FEED", 1, records[begin:])
+		g.Restart()
+		r, exit := verify(t, g, "--against", earlier)
+		found := first(r)
+		if exit != 1 || len(r.Problems) != 1 || !strings.HasPrefix(found, fmt.Sprintf("leaf %d: the feed has lost it and all before it before their time", begin-1)) {
+			t.Errorf("exit %d: %v", exit, r.Problems)
+		}
+		if r.Unfed != 5 { // of EVENTS; those of SYSTEM are held against the hashes
+			t.Errorf("%d leaves are known by their hashes only", r.Unfed)
+		}
+		if _, errs, exit := g.CLI("audit", "prove", "3"); exit != 1 || !strings.Contains(errs, "EVENTS 3 has no leaf") {
+			t.Errorf("a proof of what is gone: exit %d %s", exit, errs)
+		}
+		t.Logf("found: %s", found)
+		g.Kill()
+	})
+
 	// Without its checkpoints the tree is not signed again, until somebody says that
 	// there is to be another.
 	t.Run("the checkpoints deleted", func(t *testing.T) {
