@@ -29,6 +29,7 @@ type AuditConfig struct {
 	MaxBytes    int64              `yaml:"max_bytes" json:"max_bytes"`               // of the feed; default 8589934592
 	Bodies      []schemas.Tenant   `yaml:"bodies" json:"bodies,omitempty"`           // tenants whose feed has what was said, and not digests of it only
 	Checkpoints string             `yaml:"checkpoints" json:"checkpoints,omitempty"` // file to which each checkpoint is appended
+	Keys        []int              `yaml:"keys" json:"keys,omitempty"`               // with bus.url: the numbers of the log's keys that sign; default [1]
 	Subscribers []SubscriberConfig `yaml:"subscribers" json:"subscribers,omitempty"` // who may read a tenant's feed at bus.embedded.listen
 }
 
@@ -70,6 +71,17 @@ func (c *Config) checkAudit(bad func(format string, args ...any), tenants map[sc
 		if !tenants[s.Tenant] {
 			bad("audit.subscribers[%d].tenant: no tenant %q", i, s.Tenant)
 		}
+	}
+	for i, n := range a.Keys {
+		switch {
+		case n < 1 || n > maxAuditKeys:
+			bad("audit.keys[%d]: %d is not from 1 to %d", i, n, maxAuditKeys)
+		case i > 0 && n <= a.Keys[i-1]:
+			bad("audit.keys[%d]: %d does not come after %d", i, n, a.Keys[i-1])
+		}
+	}
+	if len(a.Keys) > 0 && c.Bus.URL == "" {
+		bad("audit.keys: they are the log's with bus.url; with a log of its own the gateway has its key in the data directory, in %s", auditKeyFile)
 	}
 	if len(a.Subscribers) > 0 && (c.Bus.Embedded == nil || c.Bus.Embedded.Listen == "") {
 		bad("audit.subscribers: they need bus.embedded.listen; with bus.url the users are the server's")
@@ -303,15 +315,27 @@ func (g *gateway) readAuditKeys(ctx context.Context, l *bus.Log) (keys audit.Key
 		if origin == "" {
 			origin = "waybill"
 		}
-		seed, err := l.Key(ctx, "audit", audit.SecretSize)
-		if err != nil {
-			return keys, "", err
+		sign := g.c.Audit.Keys
+		if len(sign) == 0 {
+			sign = []int{1}
 		}
-		private, public, err := audit.NewKey(origin, seed)
-		if err == nil {
-			err = add(private, public)
+		for n := range sign[len(sign)-1] {
+			seed, err := l.Key(ctx, sharedKey(n+1), audit.SecretSize)
+			if err != nil {
+				return keys, "", err
+			}
+			private, public, err := audit.NewKey(origin, seed)
+			if err == nil && slices.Contains(sign, n+1) {
+				err = add(private, public)
+			}
+			if err != nil {
+				return keys, "", err
+			}
+			if !slices.Contains(keys.Verifiers, public) { // it may have signed
+				keys.Verifiers = append(keys.Verifiers, public)
+			}
 		}
-		return keys, origin, err
+		return keys, origin, nil
 	}
 	pub := filepath.Join(g.c.Data, auditPubFile)
 	if keys.Verifiers, err = publicKeys(pub); err != nil {
@@ -351,6 +375,19 @@ func (g *gateway) readAuditKeys(ctx context.Context, l *bus.Log) (keys audit.Key
 		}
 	}
 	return keys, origin, writeWhole(pub, strings.Join(keys.Verifiers, "\n")+"\n", 0o644)
+}
+
+// maxAuditKeys bounds audit.keys: all up to the greatest are made, and none ever goes.
+const maxAuditKeys = 20
+
+// sharedKey is the name of a key that the processes of a gateway share. To change the
+// key the next number is added on every replica, one after the other: each knows the
+// checkpoints of the others by the key that both have. Later the former is left out.
+func sharedKey(n int) string {
+	if n == 1 {
+		return "audit"
+	}
+	return fmt.Sprintf("audit-%d", n)
 }
 
 func missing(file string) bool {
