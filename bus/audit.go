@@ -277,14 +277,30 @@ func (a *Audit) Feed(ctx context.Context, from, to uint64) iter.Seq2[FeedRecord,
 			}
 		}
 		slices.Sort(others)
+		next, begun := from, false
+		// fill yields the replaced ones up to a number. Those that have been replaced since
+		// are asked for, behind the first that is there: what is before that may be too old.
 		fill := func(to uint64) bool {
-			for len(others) > 0 && others[0] <= to {
-				n := others[0]
-				if others = others[1:]; n == to {
-					return true // as long as it is there itself
+			for missed := 0; next < to; next++ {
+				known := len(others) > 0 && others[0] < to
+				switch {
+				case known && others[0] == next:
+				case begun && missed < manyMissed:
+				case known:
+					next = others[0]
+				default:
+					next = to
+					return true
 				}
-				r, err := a.replacement(ctx, n)
-				if !yield(r, err) || err != nil {
+				if known && others[0] == next {
+					others = others[1:]
+				}
+				r, err := a.replacement(ctx, next)
+				if errors.Is(err, schemas.ErrNotFound) {
+					missed++
+					continue
+				}
+				if missed, begun = 0, true; !yield(r, err) || err != nil {
 					return false
 				}
 			}
@@ -298,10 +314,17 @@ func (a *Audit) Feed(ctx context.Context, from, to uint64) iter.Seq2[FeedRecord,
 			if !fill(m.Seq-1) || !yield(feedRecord(m.Seq, m.Subject, m.Header, m.Body), nil) {
 				return
 			}
+			next, begun = m.Seq, true
+			for len(others) > 0 && others[0] < next { // it is there itself, as yet
+				others = others[1:]
+			}
 		}
 		fill(to)
 	}
 }
+
+// manyMissed is how many records are looked for in a row that are not there.
+const manyMissed = 1000
 
 // replacement is the record that stands for one whose body was erased;
 // [schemas.ErrNotFound].
