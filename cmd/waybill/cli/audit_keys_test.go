@@ -129,3 +129,14 @@ func TestSharedAuditKeys(t *testing.T) {
 		}
 	}
 }
+
+// A copy of the checkpoints that cannot be written is said at the start.
+func TestCheckpointFile(t *testing.T) {
+	dir := t.TempDir()
+	for name, want := range map[string]string{"": "", filepath.Join(dir, "checkpoints"): "", filepath.Join(dir, "none", "checkpoints"): "audit.checkpoints: open ", dir: "audit.checkpoints: open "} {
+		err := (&checkpointFile{name: name}).check()
+		if (err == nil) != (want == "") || err != nil && !strings.HasPrefix(err.Error(), want) {
+			t.Errorf("%q: %v", name, err)
+		}
+	}
+}

@@ -114,6 +114,9 @@ func (g *gateway) addAudit(ctx context.Context, _ net.Listener) error {
 	}
 	last := lastCheckpoint(filepath.Join(g.c.Data, auditLastFile))
 	out := &checkpointFile{name: g.c.path(g.c.Audit.Checkpoints), log: g.log}
+	if err := out.check(); err != nil {
+		return err
+	}
 	ready := g.up("audit")
 	b, err := audit.New(audit.Options{
 		Store: auditStore{a}, Origin: origin, Keys: keys,
@@ -208,6 +211,22 @@ func (g *gateway) auditLease(ctx context.Context, l *bus.Log) (func(ctx context.
 type checkpointFile struct {
 	name string // "" for none
 	log  *slog.Logger
+}
+
+// check finds out at the start whether the file can be written: later it would be said
+// of each checkpoint, and stop nothing.
+func (f *checkpointFile) check() error {
+	if f.name == "" {
+		return nil
+	}
+	out, err := os.OpenFile(f.name, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o644)
+	if err == nil {
+		err = out.Close()
+	}
+	if err != nil {
+		return fmt.Errorf("audit.checkpoints: %w", err)
+	}
+	return nil
 }
 
 func (f *checkpointFile) put(_ context.Context, c audit.Checkpoint, _ tlog.HashReader) {
