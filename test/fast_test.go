@@ -15,3 +15,6 @@ const recordKills = 50
 
 // unscreened is the configuration where large answers pass: nothing is left out.
 const unscreened = ""
+
+// manySessions is how many sessions of all kinds are verified.
+const manySessions = 78

@@ -17,3 +17,6 @@ const recordKills = 5
 // WebAssembly, and takes a minute for megabytes with the race detector in it. Without
 // it, all is looked for.
 const unscreened = "answers: {secrets: allow}\n"
+
+// manySessions is how many sessions of all kinds are verified.
+const manySessions = 39
