@@ -93,7 +93,14 @@ func kept(lines iter.Seq2[[]byte, error], w io.Writer) iter.Seq2[[]byte, error] 
 
 // writeFile makes a file whole or not at all, readable by its owner.
 func writeFile(name string, write func(io.Writer) error) (err error) {
-	f, err := os.OpenFile(name+".new", os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	// What is no file, such as /dev/stdout, must not be replaced by one, nor a link.
+	if real, err := filepath.EvalSymlinks(name); err == nil {
+		name = real
+	}
+	if st, err := os.Lstat(name); err == nil && !st.Mode().IsRegular() {
+		return fmt.Errorf("%s is there and is no file", name)
+	}
+	f, err := os.CreateTemp(filepath.Dir(name), "."+filepath.Base(name)+".*.new")
 	if err != nil {
 		return err
 	}
@@ -103,10 +110,10 @@ func writeFile(name string, write func(io.Writer) error) (err error) {
 		err = errors.Join(out.Flush(), f.Sync())
 	}
 	if err = errors.Join(err, f.Close()); err == nil {
-		err = os.Rename(name+".new", name)
+		err = os.Rename(f.Name(), name)
 	}
 	if err != nil {
-		_ = os.Remove(name + ".new")
+		_ = os.Remove(f.Name())
 	}
 	return err
 }

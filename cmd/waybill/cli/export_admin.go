@@ -57,9 +57,11 @@ func (a *admin) export(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Content-Type", "application/x-ndjson")
 	out := bufio.NewWriterSize(w, 256<<10)
-	if err := x.write(r.Context(), newExportWriter(out)); err != nil {
+	lines := newExportWriter(out)
+	if err := x.write(r.Context(), lines); err != nil {
 		if r.Context().Err() == nil {
 			a.g.log.Error("admin API: a session's export", "session", key, "error", err)
+			_ = errors.Join(lines.write(exportLine{Error: err.Error()}), out.Flush(), http.NewResponseController(w).Flush()) // it is told if it can be
 		}
 		panic(http.ErrAbortHandler) // it has no end, and must not look whole
 	}

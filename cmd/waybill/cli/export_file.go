@@ -32,6 +32,7 @@ import (
 //	{"missing": …}     a leaf of the session whose event was not there
 //	{"recorded": …}    up to which sequence the record has the log, and
 //	{"row": …}         what it has of the session: only where it is asked for
+//	{"error": …}       last, of the admin API alone: why it cannot go on
 //	{"end": …}         last: how many events, and the SHA-256 of every byte before this line, signed by
 //	                   the key of the checkpoints: what no proof shows is that no event was left out
 //
@@ -48,6 +49,7 @@ type exportLine struct {
 	Missing    *exportProof           `json:"missing,omitempty"`
 	Recorded   *uint64                `json:"recorded,omitempty"`
 	Row        *projections.StoredRow `json:"row,omitempty"`
+	Error      string                 `json:"error,omitempty"`
 	End        *exportEnd             `json:"end,omitempty"`
 }
 
@@ -183,6 +185,9 @@ func exportLines(lines iter.Seq2[[]byte, error]) iter.Seq2[exportLine, error] {
 				return
 			case n == 1 && schemas.CheckToken(string(l.Head.Session)) != nil:
 				fail(fmt.Errorf("%w: its session %.100q is none", errNoExport, l.Head.Session))
+				return
+			case l.Error != "":
+				fail(fmt.Errorf("it breaks off: %s", visible(l.Error)))
 				return
 			case n > 1 && l.Head != nil:
 				fail(fmt.Errorf("%w: line %d begins another session", errAltered, n))
