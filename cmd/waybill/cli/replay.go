@@ -54,7 +54,7 @@ func replayCommand(ctx context.Context, env Env, args []string) error {
 	fs.StringVar(&r.serve, "serve", "", "answer an agent from the record, at `ADDR`, without any server")
 	fs.BoolVar(&r.fast, "fast", false, "with --serve: at once, and not after the time that it took")
 	fs.StringVar(&r.onMiss, "on-miss", r.onMiss, "with --serve: `W`, what becomes of a call that was not recorded: fail, or live, which makes it")
-	fs.StringVar(&r.policy, "policy", "", "decide the calls under the rules in `DIR`, or a file of them, and print what would change")
+	fs.StringVar(&r.policy, "policy", "", "decide the calls under the rules in `DIR`, or a file of them, and print what would change; exits with 3 if anything would, with 4 if nothing is known to but of some it cannot be told")
 	fs.Func("since", "with --policy: all traffic of the last `D`, such as 24h, and not one session", func(s string) (err error) {
 		if r.since, err = time.ParseDuration(s); err == nil && r.since <= 0 {
 			err = errors.New("must be longer than 0")

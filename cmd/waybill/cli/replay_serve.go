@@ -23,6 +23,13 @@ import (
 // all that is behind it, is the recorded session. Nothing here can call a server,
 // but for --on-miss live.
 func (r *replaying) answer(ctx context.Context, env Env) error {
+	at, err := net.ResolveTCPAddr("tcp", r.serve)
+	switch {
+	case err != nil:
+		return fmt.Errorf("--serve: %w", err)
+	case !at.IP.IsLoopback(): // nor is it opened for a moment
+		return usagef("--serve %q: must be an address that only this machine can reach, such as 127.0.0.1:8090: whoever can reach it is told what was said in the session", r.serve)
+	}
 	events, err := r.recorded(ctx)
 	if err != nil {
 		return err
@@ -46,13 +53,9 @@ func (r *replaying) answer(ctx context.Context, env Env) error {
 		live.log = l
 	}
 
-	ln, err := net.Listen("tcp", r.serve)
+	ln, err := net.Listen("tcp", at.String())
 	if err != nil {
 		return fmt.Errorf("--serve: %w", err)
-	}
-	if a, ok := ln.Addr().(*net.TCPAddr); !ok || !a.IP.IsLoopback() {
-		_ = ln.Close()
-		return usagef("--serve %q: must be an address that only this machine can reach, such as 127.0.0.1:8090: whoever can reach it is told what was said in the session", r.serve)
 	}
 	tenant, agent := l.Who()
 	adapter := mcp.New(mcp.Options{

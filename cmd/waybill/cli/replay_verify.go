@@ -327,6 +327,7 @@ const (
 	cutRedacted = "what was said is left out of this file"
 	leftUnproof = "events that no signed tree has yet"
 	leftRows    = "events that the record does not have yet"
+	leftSalt    = "digests of what was said, without the salt that they are made with"
 	leftOdd     = "messages that this program cannot read"
 )
 
@@ -466,6 +467,9 @@ func (v *verifier) leaf(of replay.Recorded, p *exportProof) []replay.Difference 
 	compare("stored", l.Stored.UTC(), made.Stored.UTC())
 	compare("", l.Event, made.Event)
 	compare("size of the body", l.Size, made.Size)
+	if p.Salt == "" && !v.head.Redacted {
+		v.h.Left[leftSalt]++
+	}
 	if p.Salt != "" && of.Gone == 0 {
 		compare("salted digest of the body", l.Body, made.Body)
 	}
