@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode"
 
 	"waybill.dev/schemas"
 	"waybill.dev/schemas/jsonrpc"
@@ -56,6 +57,8 @@ func CheckWord(w Word, agent schemas.Agent) error {
 		return fmt.Errorf("said %q, which is neither %s nor %s", w.Said, ApprovalGranted, ApprovalRefused)
 	case strings.TrimSpace(w.By) == "":
 		return errors.New("nobody is named who says so")
+	case strings.IndexFunc(w.By, func(r rune) bool { return r != '\t' && !unicode.IsPrint(r) }) >= 0:
+		return fmt.Errorf("%q has a character that nobody sees", w.By)
 	case strings.EqualFold(strings.TrimSpace(w.By), string(agent)):
 		return fmt.Errorf("%s asks for it and cannot approve it", agent)
 	case w.Said == ApprovalGranted && (w.Uses < 1 || w.Uses > maxUses):

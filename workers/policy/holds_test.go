@@ -498,7 +498,7 @@ func TestApprovalIsBound(t *testing.T) {
 
 // Who asks cannot approve under another spelling of its name.
 func TestNobodyApprovesItself(t *testing.T) {
-	for by, ok := range map[string]bool{"ann": true, "researcher": false, " Researcher\t": false, "RESEARCHER": false, " ": false} {
+	for by, ok := range map[string]bool{"ann": true, "researcher": false, " Researcher\t": false, "RESEARCHER": false, " ": false, "re\u200bsearcher": false, "researcher\u00ad": false, "Zoë Ångström": true} {
 		w := Word{Said: ApprovalGranted, By: by, Uses: 1, Expires: time.Now()}
 		if err := CheckWord(w, "researcher"); (err == nil) != ok {
 			t.Errorf("%q: %v", by, err)

@@ -182,6 +182,9 @@ func (b *Bundle) Test(f File) ([]Result, error) {
 			if t.Rule.text != "" {
 				r.Wrong += fmt.Sprintf(" by rule %q", t.Rule.text)
 			}
+			if !b.servers[t.Call.Server] {
+				r.Wrong += fmt.Sprintf("; no server is configured as %q", t.Call.Server)
+			}
 		}
 		results = append(results, r)
 	}

@@ -192,13 +192,18 @@ func policyExplain(ctx context.Context, env Env, args []string) error {
 				return usagef("--time: %v", err)
 			}
 		}
+		known := *tenant != ""
 		for _, a := range c.Agents {
 			if a.ID == s.Agent {
+				known = true
 				s.Tenant = cmp.Or(s.Tenant, a.Tenant)
 				if s.Groups == nil {
 					s.Groups = a.Groups
 				}
 			}
+		}
+		if !known {
+			return usagef("--agent: %s has no agent %q; --tenant too supposes one", file, *agent)
 		}
 		e, facts := s.Event(b)
 		found = []explanation{explain(b, e, facts, nil)}
@@ -318,12 +323,21 @@ func (x explanation) print(w io.Writer) error {
 		return nil
 	}
 	p("  rules")
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	var table strings.Builder
+	t := tabwriter.NewWriter(&table, 0, 0, 2, ' ', 0)
 	for _, l := range x.Rules {
 		_, _ = fmt.Fprintf(t, "    %s\t%s\t%s\t%s\n", l.Rule, l.Effect, visible(l.Says), l.Where)
-		if l.When != "" && l.Says != policy.SaysNoMatch {
-			_, _ = fmt.Fprintf(t, "      when %s\t\t\t\n", visible(strings.Join(strings.Fields(l.When), " ")))
-		}
 	}
-	return t.Flush()
+	if err := t.Flush(); err != nil {
+		return err
+	}
+	i := 0
+	for line := range strings.Lines(table.String()) { // conditions stand between, and make no column wider
+		p("%s", strings.TrimRight(line, " \n"))
+		if l := x.Rules[i]; l.When != "" && l.Says != policy.SaysNoMatch {
+			p("      when %s", visible(strings.Join(strings.Fields(l.When), " ")))
+		}
+		i++
+	}
+	return nil
 }
