@@ -230,6 +230,25 @@ func TestTestFiles(t *testing.T) {
 	}
 }
 
+// Tests suppose what a tool says of itself, too.
+func TestSupposedAnnotations(t *testing.T) {
+	b := bundle(t, "rules:\n- {id: all, effect: permit, match: {tools: ['*']}}\n- {id: no, effect: forbid, match: {tools: ['*']}, when: tool.destructive && !tool.read_only}\n")
+	results, err := b.Test(File{"t.yaml", `tests:
+- {name: not known, call: {server: files, tool: x}, expect: deny, rule: "no"}
+- {name: says nothing, call: {server: files, tool: x, annotations: {}}, expect: deny, rule: "no"}
+- {name: reads, call: {server: files, tool: x, annotations: {read_only: true}}, expect: permit}
+- {name: adds, call: {server: files, tool: x, annotations: {destructive: false}}, expect: permit}
+`})
+	if err != nil || len(results) != 4 {
+		t.Fatal(results, err)
+	}
+	for _, r := range results {
+		if r.Wrong != "" {
+			t.Errorf("%s: %s", r.Name, r.Wrong)
+		}
+	}
+}
+
 // FuzzRules: a file of rules is refused with words that name it, or it decides.
 func FuzzRules(f *testing.F) {
 	for _, s := range []string{

@@ -102,6 +102,8 @@ type callYAML struct {
 	Calls    int      `yaml:"calls"`    // that each limit has counted
 	Approval string   `yaml:"approval"` // granted or refused
 
+	Annotations *annotationsYAML `yaml:"annotations"` // of the tool, as rules see them; left out: they are not known
+
 	Guards  map[string]string `yaml:"guards"` // what they say of the request: allow, the default, deny or failed
 	Session *struct {
 		Calls  int      `yaml:"calls"`
@@ -109,6 +111,23 @@ type callYAML struct {
 		Tools  []string `yaml:"tools"`
 		Labels []string `yaml:"labels"`
 	} `yaml:"session"`
+}
+
+// annotationsYAML are what rules see as tool.read_only and its like. What is left out
+// is as of a tool that says nothing of itself.
+type annotationsYAML struct {
+	ReadOnly    bool  `yaml:"read_only"`
+	Destructive *bool `yaml:"destructive"`
+	Idempotent  bool  `yaml:"idempotent"`
+	OpenWorld   *bool `yaml:"open_world"`
+}
+
+func (y *annotationsYAML) facts() *ToolFacts {
+	if y == nil {
+		return nil
+	}
+	feared := func(said *bool) bool { return said == nil || *said }
+	return &ToolFacts{ReadOnly: y.ReadOnly, Destructive: feared(y.Destructive), Idempotent: y.Idempotent, OpenWorld: feared(y.OpenWorld)}
 }
 
 // rawJSON is a value of YAML as JSON.
@@ -149,6 +168,7 @@ func (b *Bundle) Test(f File) ([]Result, error) {
 		s := Supposed{
 			Tenant: schemas.Tenant(t.Call.Tenant), Agent: schemas.Agent(t.Call.Agent), Groups: t.Call.Groups,
 			Server: t.Call.Server, Method: t.Call.Method, Name: t.Call.Name, Args: t.Call.Args, Calls: t.Call.Calls, Approval: t.Call.Approval, Guards: t.Call.Guards,
+			Tool: t.Call.Annotations.facts(),
 		}
 		if t.Call.Tool != "" {
 			s.Method, s.Name = toolsCall, t.Call.Tool
