@@ -28,6 +28,10 @@ type Definitions struct {
 	// of initialize or server/discover has.
 	Said func(ctx context.Context, server string, result jsonrpc.Value) (bool, error)
 
+	// Presents tells whether a server may say of itself what it is: its name, title
+	// and the like, which come with every answer.
+	Presents func(server string) bool
+
 	// Admit says why what a request names must not be called now; "": nothing speaks
 	// against it. sha256 is the definition by which the call was decided on; if that
 	// was not known, the arguments are looked at too. unlisted: nothing is known of
@@ -171,35 +175,66 @@ func (r *run) asTold(result jsonrpc.Value) (jsonrpc.Value, error) {
 	return jsonrpc.Parse(clean, jsonrpc.Limits{Bytes: len(clean), Depth: answerDepth, AllowCaseVariants: true})
 }
 
-// introduced takes a server's instructions out of an answer that must not be passed
-// on.
+// introduced takes out of an answer that says what a server is or has what the
+// server must not say of itself: its instructions, and, as long as nobody has
+// approved anything of the kind, all else that is text of its own.
 func (r *run) introduced(ctx context.Context, a Answer) (Answer, error) {
-	if method := r.a.Method; !r.pinned() || a.Body == nil || method != "initialize" && method != "server/discover" {
+	method := r.a.Method
+	_, list := lists[method]
+	says := method == "initialize" || method == "server/discover"
+	if !r.pinned() || a.Body == nil || !list && !says {
+		return a, nil
+	}
+	presents := func() bool { return r.d.opt.Definitions.Presents(r.a.Server) }
+	if list && presents() {
 		return a, nil
 	}
 	m, err := jsonrpc.Decode(a.Body, jsonrpc.Limits{Bytes: len(a.Body), Depth: answerDepth, AllowCaseVariants: true})
 	if err != nil {
 		return a, faultf(Garbled, "what the server says of itself: %w", err)
 	}
-	if !m.Result().Exists() {
-		return a, nil // an error: it says nothing of itself
+	p, may := m.Patch(), true
+	if says && m.Result().Exists() { // an error says nothing of the kind
+		told, err := r.asTold(m.Result())
+		if err != nil {
+			return a, &Fault{Kind: Withheld, Err: err}
+		}
+		if may, err = r.d.opt.Definitions.Said(ctx, r.a.Server, told); err != nil {
+			return a, faultf(Gateway, "%w", err) // of the log: it may be asked again
+		}
+		if !may {
+			p.Remove(m.Result(), "instructions")
+		}
 	}
-	told, err := r.asTold(m.Result())
-	if err != nil {
-		return a, &Fault{Kind: Withheld, Err: err}
-	}
-	may, err := r.d.opt.Definitions.Said(ctx, r.a.Server, told)
-	if err != nil {
-		return a, faultf(Gateway, "%w", err) // of the log: it may be asked again
-	}
-	if may {
+	switch {
+	case !presents():
+		r.unpresented(p, m)
+	case may:
 		return a, nil
 	}
-	p := m.Patch().Remove(m.Result(), "instructions")
 	if a.Body = p.Bytes(); a.Body == nil {
 		return a, faultf(Garbled, "what the server says of itself: %w", p.Err())
 	}
 	return a, nil
+}
+
+// unpresented makes an answer of one of a server that has but the name that the
+// operator's config gives it.
+func (r *run) unpresented(p *jsonrpc.Patch, m *jsonrpc.Message) {
+	info := slices.Concat([]byte(`{"name":`), jsonrpc.Quote(r.a.Server), []byte(`,"version":"unknown"}`))
+	if failed := m.Error(); failed.Exists() {
+		p.Set(failed, "message", []byte(`"The server answers with an error."`)).Remove(failed, "data")
+		return
+	}
+	result := m.Result()
+	if v := result.Get("serverInfo"); v.Exists() {
+		p.Replace(v, info)
+	}
+	if v := result.Get("_meta"); v.Get(metaServerInfo).Exists() {
+		p.Replace(v, slices.Concat([]byte(`{"`+metaServerInfo+`":`), info, []byte("}")))
+	} else {
+		p.Remove(result, "_meta")
+	}
 }
 
 // conforms is the ending with which a call ends that would end as end: an answer

@@ -40,7 +40,8 @@ func (p *pinned) definitions() *Definitions {
 			}
 			return shown, p.fails
 		},
-		Said: func(context.Context, string, jsonrpc.Value) (bool, error) { return false, nil },
+		Said:     func(context.Context, string, jsonrpc.Value) (bool, error) { return false, nil },
+		Presents: func(string) bool { return true },
 		Admit: func(q *schemas.Requested, _ string, _ []byte) (string, bool) {
 			p.mu.Lock()
 			defer p.mu.Unlock()
@@ -166,6 +167,45 @@ func TestListsAgain(t *testing.T) {
 	now = now.Add(staleAgain)
 	next("read", "invalid", "tools/list")
 	next("read", "invalid", "")
+}
+
+// What a server says of itself that must not stands in no answer by which it is
+// introduced or lists what it has; in the others it is nobody's business.
+func TestPresents(t *testing.T) {
+	const (
+		info  = `{"name":"evil","version":"evil","title":"evil"}`
+		plain = `{"name":"s","version":"unknown"}`
+		meta  = `"_meta":{"io.modelcontextprotocol/serverInfo":` + info + `,"note":"evil"}`
+		clean = `"_meta":{"io.modelcontextprotocol/serverInfo":` + plain + `}`
+	)
+	for _, c := range []struct{ method, said, want string }{
+		{"server/discover", `"result":{` + meta + `,"capabilities":{},"instructions":"evil"}`, `"result":{` + clean + `,"capabilities":{}}`},
+		{"tools/list", `"result":{"tools":[],` + meta + `}`, `"result":{"tools":[],` + clean + `}`},
+		{"prompts/list", `"result":{"prompts":[],"_meta":{"note":"evil"}}`, `"result":{"prompts":[]}`},
+		{"resources/list", `"error":{"code":-32000,"message":"evil","data":"evil"}`, `"error":{"code":-32000,"message":"The server answers with an error."}`},
+		{"server/discover", `"error":{"code":-32000,"message":"evil"}`, `"error":{"code":-32000,"message":"The server answers with an error."}`},
+		{"resources/templates/list", `"result":"evil"`, ""},
+		{"completion/complete", `"result":{"completion":{"values":[]},` + meta + `}`, "the same"},
+	} {
+		p := &pinned{}
+		r := newRig(t, func(w http.ResponseWriter, req *http.Request) {
+			answerJSON(w, 200, `{"jsonrpc":"2.0","id":`+idOf(req)+`,`+c.said+`}`)
+		}, func(o *Options) {
+			o.Definitions = p.definitions()
+			o.Definitions.Presents = func(server string) bool { return server != "s" }
+		})
+		r.handle(r.method(c.method, "", `{"jsonrpc":"2.0","id":1,"method":"`+c.method+`"}`))
+		switch {
+		case c.want == "":
+			r.want("bad_answer")
+			continue
+		case c.want == "the same":
+			c.want = c.said
+		}
+		if end := r.want("completed"); !strings.HasSuffix(string(end.Body), ","+c.want+"}") {
+			t.Errorf("%s: %s\nbecomes %s", c.method, c.said, end.Body)
+		}
+	}
 }
 
 // A result that does not fit is not passed on.

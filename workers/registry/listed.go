@@ -352,6 +352,41 @@ func (r *Registry) Said(ctx context.Context, server string, result jsonrpc.Value
 	return r.shows(e), nil
 }
 
+// Presents tells whether a server may say of itself what it is, by its serverInfo,
+// which is no definition and is not pinned. Where everything is approved by hand it
+// may as long as its instructions are approved.
+func (r *Registry) Presents(server string) bool {
+	if r.o.Servers[server] != Manual {
+		return true
+	}
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	p := r.pin(Ref{Server: server, Kind: Instructions})
+	return p != nil && p.open()
+}
+
+// Completes says why a server must not be asked which values there are for an
+// argument of a prompt or a template: what it would say is its text as any other.
+// "": it may. What is not known may be where definitions are approved on first use.
+func (r *Registry) Completes(server string, kind Kind, name string) string {
+	if !r.Pins(server) {
+		return ""
+	}
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	p := r.pin(Ref{server, kind, name})
+	if p == nil && kind == Template { // it may be a resource, which is its own template
+		p = r.pin(Ref{server, Resource, name})
+	}
+	switch {
+	case p != nil && p.open(), p == nil && r.o.Servers[server] == FirstUse:
+		return ""
+	case p == nil:
+		return fmt.Sprintf("no %s of this name was approved", kind)
+	}
+	return fmt.Sprintf("the %s is quarantined: %s", kind, clip(p.reason(), 300))
+}
+
 // Admission is what is to be said of a call before it goes on.
 type Admission struct {
 	SHA256    string // of the definition, where it is known

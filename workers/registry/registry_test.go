@@ -361,6 +361,38 @@ func TestResources(t *testing.T) {
 	}
 }
 
+// Of what is not approved a server is not asked for values either.
+func TestCompletes(t *testing.T) {
+	r := newRig(t, map[string]Mode{"a": FirstUse, "hand": Manual})
+	want := func(server string, kind Kind, name string, may bool) {
+		t.Helper()
+		if why := r.Completes(server, kind, name); (why == "") != may {
+			t.Errorf("%s %q of %s: %q", kind, name, server, why)
+		}
+	}
+	for _, kind := range []Kind{Prompt, Template} {
+		want("hand", kind, "x", false)
+		want("a", kind, "x", true)
+		want("other", kind, "x", true)
+	}
+	for _, server := range []string{"a", "hand"} {
+		r.list(server, "prompts/list", `{"name":"x"}`)
+		r.list(server, "resources/templates/list", `{"name":"t","uriTemplate":"note://{id}"}`)
+		r.list(server, "resources/list", `{"name":"r","uri":"note://1"}`)
+		want(server, Prompt, "x", server == "a")
+		want(server, Template, "note://{id}", server == "a")
+		want(server, Template, "note://1", server == "a")
+	}
+	for _, e := range r.Entries(false) {
+		r.say(e.Server, e.Kind, e.Name, Approved, e.SHA256)
+	}
+	want("hand", Prompt, "x", true)
+	want("hand", Template, "note://{id}", true)
+	want("hand", Template, "note://1", true)
+	r.list("a", "prompts/list", `{"name":"x","description":"changed"}`)
+	want("a", Prompt, "x", false)
+}
+
 func TestInstructions(t *testing.T) {
 	r := newRig(t, map[string]Mode{"a": FirstUse, "hand": Manual})
 	said := func(server, text string) bool {
@@ -377,12 +409,18 @@ func TestInstructions(t *testing.T) {
 	if !said("a", "") || !said("a", `,"instructions":"be kind"`) || said("a", `,"instructions":"obey"`) || said("a", `,"instructions":"be kind"`) {
 		t.Error("first use")
 	}
-	if said("hand", `,"instructions":"be kind"`) {
+	if r.Presents("hand") || !r.Presents("a") || !r.Presents("other") {
+		t.Error("who may say what it is")
+	}
+	if said("hand", `,"instructions":"be kind"`) || r.Presents("hand") {
 		t.Error("manual")
 	}
 	r.say("hand", Instructions, "", Approved, r.entry("hand", Instructions, "").SHA256)
-	if !said("hand", `,"instructions":"be kind"`) || !said("other", `,"instructions":"x"`) {
+	if !said("hand", `,"instructions":"be kind"`) || !said("other", `,"instructions":"x"`) || !r.Presents("hand") {
 		t.Error("approved")
+	}
+	if said("hand", `,"instructions":"obey"`) || r.Presents("hand") {
+		t.Error("changed")
 	}
 }
 

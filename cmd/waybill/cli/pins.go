@@ -7,6 +7,7 @@ import (
 
 	"waybill.dev/bus"
 	"waybill.dev/schemas"
+	"waybill.dev/schemas/jsonrpc"
 	"waybill.dev/workers/dispatch"
 	"waybill.dev/workers/policy"
 	"waybill.dev/workers/registry"
@@ -127,8 +128,11 @@ func (p *pins) facts(server, tool string) *policy.ToolFacts {
 // definitions are dispatch.Options.Definitions.
 func (p *pins) definitions() *dispatch.Definitions {
 	return &dispatch.Definitions{
-		Pins: p.Pins, Listed: p.Listed, Said: p.Said, Answered: p.Answered,
+		Pins: p.Pins, Listed: p.Listed, Said: p.Said, Presents: p.Presents, Answered: p.Answered,
 		Admit: func(q *schemas.Requested, sha256 string, body []byte) (why string, unlisted bool) {
+			if q.Method == "completion/complete" {
+				return p.completes(q, body), false
+			}
 			if sha256 != "" {
 				// Its arguments were looked at when it was decided on.
 				a := p.Known(q.Server, q.Name)
@@ -155,4 +159,22 @@ func (p *pins) definitions() *dispatch.Definitions {
 			return a.Refused, a.Unlisted
 		},
 	}
+}
+
+// completes says why a request for the values of an argument must not be made now.
+func (p *pins) completes(q *schemas.Requested, body []byte) string {
+	m, err := jsonrpc.Decode(body, jsonrpc.Limits{Bytes: len(body)})
+	if err != nil {
+		return "the request cannot be read"
+	}
+	ref := m.Params().Get("ref")
+	kind, member := registry.Prompt, "name"
+	if t, _ := ref.Get("type").Text(); t == "ref/resource" {
+		kind, member = registry.Template, "uri"
+	}
+	name := q.Name // behind a front it is not as the request has it
+	if name == "" {
+		name, _ = ref.Get(member).Text()
+	}
+	return p.Completes(q.Server, kind, name)
 }
