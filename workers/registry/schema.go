@@ -32,7 +32,7 @@ const (
 	maxSchemaDeep = 64
 	maxPattern    = 2000 // instructions of a regular expression
 	maxSteps      = 2_000_000
-	leastSteps    = 50_000
+	leastSteps    = 20_000
 	stepsPerByte  = 16 // of what is checked
 
 	maxDigits   = 1000       // of a number, and what its exponent may be: a double's is less
