@@ -726,6 +726,19 @@ func (a *Audit) Messages(ctx context.Context, stream string, from uint64) iter.S
 	}
 }
 
+// Erasures yields the events from a sequence on that say that a session was erased.
+func (a *Audit) Erasures(ctx context.Context, from uint64) iter.Seq2[Message, error] {
+	return func(yield func(Message, error) bool) {
+		for m, err := range read(ctx, a.l, a.ev, "ev.*.*."+string(schemas.KindErased)+".*", from, 0) {
+			m.Stream = events
+			m.Decode()
+			if !yield(m, err) || err != nil {
+				return
+			}
+		}
+	}
+}
+
 // After yields every message of the log behind a position as it is stored, each
 // stream in its order, until ctx is done.
 func (a *Audit) After(ctx context.Context, at map[string]uint64) iter.Seq2[Message, error] {
@@ -814,73 +827,85 @@ func get(ctx context.Context, l *Log, s jetstream.Stream, seq uint64) (*jetstrea
 }
 
 // read yields a stream's messages on a subject, "" for all, from a sequence up to
-// another, or, for 0, to the newest at the time of the call.
+// another, or, for 0, to the newest at the time of the call. Messages may be deleted
+// meanwhile: then those that are left are not as many as were counted.
 func read(ctx context.Context, l *Log, s jetstream.Stream, subject string, from, to uint64) iter.Seq2[Message, error] {
 	return func(yield func(Message, error) bool) {
-		fail := func(err error) { yield(Message{}, err) }
 		info, err := retry(ctx, l, func(ctx context.Context) (*jetstream.StreamInfo, error) { return s.Info(ctx) })
 		if err != nil {
-			fail(err)
+			yield(Message{}, err)
 			return
 		}
 		if to == 0 || to > info.State.LastSeq {
 			to = info.State.LastSeq
 		}
-		if info.State.Msgs == 0 || from > to {
+		if info.State.Msgs == 0 {
 			return
 		}
-		cfg := jetstream.OrderedConsumerConfig{
-			DeliverPolicy: jetstream.DeliverByStartSequencePolicy, OptStartSeq: max(from, 1), InactiveThreshold: 30 * time.Second,
+		for next, more := max(from, 1), true; more && next <= to; {
+			if next, more, err = readOnce(ctx, l, s, subject, next, to, func(m Message) bool { return yield(m, nil) }); err != nil {
+				yield(Message{}, err)
+				return
+			}
 		}
-		if subject != "" {
-			cfg.FilterSubjects = []string{subject}
+	}
+}
+
+// uncounted is how long read waits for a message that was counted.
+const uncounted = 2 * time.Second
+
+// readOnce reads through one consumer, and tells where to go on if there may be more.
+func readOnce(ctx context.Context, l *Log, s jetstream.Stream, subject string, from, to uint64, yield func(Message) bool) (next uint64, more bool, err error) {
+	cfg := jetstream.OrderedConsumerConfig{
+		DeliverPolicy: jetstream.DeliverByStartSequencePolicy, OptStartSeq: from, InactiveThreshold: 30 * time.Second,
+	}
+	if subject != "" {
+		cfg.FilterSubjects = []string{subject}
+	}
+	c, err := retry(ctx, l, func(ctx context.Context) (jetstream.Consumer, error) { return s.OrderedConsumer(ctx, cfg) })
+	if err != nil {
+		return from, false, err
+	}
+	defer func() {
+		if now := c.CachedInfo(); now != nil && l.nc.IsConnected() {
+			bye, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+			defer cancel()
+			_ = l.js.DeleteConsumer(bye, now.Stream, now.Name) // it would go by itself
 		}
-		c, err := retry(ctx, l, func(ctx context.Context) (jetstream.Consumer, error) { return s.OrderedConsumer(ctx, cfg) })
+	}()
+	left, err := retry(ctx, l, c.Info)
+	if err != nil || left.NumPending == 0 {
+		return from, false, err
+	}
+	it, err := c.Messages(l.pulling()...)
+	if err != nil {
+		return from, false, err
+	}
+	defer it.Stop()
+	for next = from; ; {
+		waiting, stop := context.WithTimeout(ctx, uncounted)
+		m, err := it.Next(jetstream.NextContext(waiting))
+		late := waiting.Err() != nil && ctx.Err() == nil
+		stop()
+		if err != nil && late {
+			return next, true, nil
+		}
 		if err != nil {
-			fail(err)
-			return
+			return next, false, err
 		}
-		defer func() {
-			if now := c.CachedInfo(); now != nil && l.nc.IsConnected() {
-				bye, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
-				defer cancel()
-				_ = l.js.DeleteConsumer(bye, now.Stream, now.Name) // it would go by itself
-			}
-		}()
-		left, err := retry(ctx, l, c.Info)
+		md, err := m.Metadata()
 		if err != nil {
-			fail(err)
-			return
+			return next, false, err
 		}
-		if left.NumPending == 0 {
-			return
+		if md.Sequence.Stream > to {
+			return next, false, nil
 		}
-		it, err := c.Messages(l.pulling()...)
-		if err != nil {
-			fail(err)
-			return
+		next = md.Sequence.Stream + 1
+		if !yield(Message{Seq: md.Sequence.Stream, Stored: md.Timestamp.UTC(), Subject: m.Subject(), Header: m.Headers(), Body: m.Data()}) {
+			return next, false, nil
 		}
-		defer it.Stop()
-		for {
-			m, err := it.Next(jetstream.NextContext(ctx))
-			if err != nil {
-				fail(err)
-				return
-			}
-			md, err := m.Metadata()
-			if err != nil {
-				fail(err)
-				return
-			}
-			if md.Sequence.Stream > to {
-				return
-			}
-			if !yield(Message{Seq: md.Sequence.Stream, Stored: md.Timestamp.UTC(), Subject: m.Subject(), Header: m.Headers(), Body: m.Data()}, nil) {
-				return
-			}
-			if md.NumPending == 0 || md.Sequence.Stream == to {
-				return
-			}
+		if md.NumPending == 0 || next > to {
+			return next, true, nil // counted anew: it is none, nearly always
 		}
 	}
 }

@@ -778,3 +778,39 @@ func TestErasedWhileReading(t *testing.T) {
 		t.Errorf("%d records: %q", len(got), got)
 	}
 }
+
+// What is deleted while a stream is read was counted, and never comes: the reading ends,
+// with all that is there.
+func TestReadWhileDeleting(t *testing.T) {
+	w := start(t, embed.Options{})
+	a, err := w.open(bus.Options{Role: bus.RoleAudit}).Audit(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	edge := w.open(bus.Options{Role: bus.RoleEdge})
+	goes := schemas.NewSessionKey("acme", "researcher", "goes")
+	const all, left = 700, 50 // 512 are read ahead
+	for i := range all {
+		e := request("said")
+		if i >= left {
+			e.Session = goes
+		}
+		if _, err := edge.Publish(t.Context(), e); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n := 0
+	for _, err := range a.Messages(t.Context(), "EVENTS", 1) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n++; n == 1 {
+			if err := a.Erase(t.Context(), "acme", goes, all+1, func(b []byte) ([]byte, bool) { return b, false }); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if n < left || n == all {
+		t.Errorf("%d messages were read, of %d and %d that went", n, left, all-left)
+	}
+}

@@ -1159,3 +1159,55 @@ func TestEarlierThanTheFeed(t *testing.T) {
 		return lines
 	})
 }
+
+// What is read while a session is being erased is neither lost nor changed: the salt may
+// be gone that a message was read with, the message of which the leaf was read, and the
+// rows later than both.
+func TestErasedMeanwhile(t *testing.T) {
+	m := newMemory()
+	b := m.builder(t, nil)
+	m.say("s1", request(), "said")
+	m.say("s2", request(), "stays")
+	if err := errors.Join(b.Restore(t.Context()), m.all(b)); err != nil {
+		t.Fatal(err)
+	}
+	rows := map[uint64]schemas.Event{1: m.log[Events][1].Event, 2: m.log[Events][2].Event}
+	erased := m.say("s1", &schemas.Erased{ID: "x"}, "")
+	// As it is read: the message, and the salt, which is gone by then.
+	lines := func(done uint64, change func(*Witness)) []Line {
+		all := m.lines(nil, rows)
+		all[0].Log.Done = done
+		for _, l := range all {
+			if l.Leaf != nil && l.Leaf.Number == 0 {
+				record, err := CutRecord(m.feed[0].Payload)
+				if err != nil {
+					t.Fatal(err)
+				}
+				l.Leaf.Record = string(record)
+				change(l.Leaf)
+			}
+		}
+		return all
+	}
+	unsalted := func(w *Witness) { w.Salt = "" }
+	if r := m.verify(t, lines(2, unsalted)); !r.OK() || r.Erased != 1 {
+		t.Errorf("the salt gone: %+v", r)
+	}
+	if r := m.verify(t, lines(2, func(w *Witness) { w.Salt, w.Entry = "", nil })); !r.OK() || r.Erased != 1 {
+		t.Errorf("the message gone, too: %+v", r)
+	}
+	if r := m.verify(t, lines(2, func(w *Witness) { w.RowWrong = []string{"a reason"} })); !r.OK() {
+		t.Errorf("rows of which some have changed: %+v", r)
+	}
+	// Where the erasure is long done it excuses nothing.
+	if r := m.verify(t, lines(erased.Seq, unsalted)); len(r.Problems) != 1 || !strings.Contains(r.Problems[0].Text, "the row's salt is gone") {
+		t.Errorf("the record has done it: %+v", r.Problems)
+	}
+	if err := m.all(b); err != nil {
+		t.Fatal(err)
+	}
+	m.log[Events][1] = Entry{Stream: Events, Seq: 1, Stored: rows[1].Stored, Subject: "ev.acme.s1.requested._", Header: map[string][]string{}, Body: []byte("other")}
+	if r := m.verify(t, lines(erased.Seq-1, unsalted)); len(r.Problems) != 1 || !strings.Contains(r.Problems[0].Text, "its salt is gone, and the message is not") {
+		t.Errorf("it is signed: %+v", r.Problems)
+	}
+}

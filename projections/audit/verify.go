@@ -41,6 +41,7 @@ type Held struct {
 	First   uint64           `json:"first"`            // the first that it still has
 	Streams map[string]Range `json:"streams"`          // what the log holds
 	Rows    *Range           `json:"rows,omitempty"`   // of EVENTS as rows; absent where there are none
+	Done    uint64           `json:"done,omitempty"`   // of EVENTS, up to which the rows are as it says, erasures included
 	Others  uint64           `json:"others,omitempty"` // rows of other logs
 	Kept    *Kept            `json:"kept,omitempty"`   // what EVENTS may have forgotten; absent where that is not known
 	Feed    *Kept            `json:"feed,omitempty"`   // the same of the feed
@@ -177,7 +178,7 @@ func Verify(_ context.Context, lines iter.Seq2[Line, error], c Check) (Report, e
 	if err != nil {
 		return Report{}, err
 	}
-	v := &verifier{c: c, tiles: map[tlog.Tile][]byte{}, at: Position{}, fed: map[string]bool{}, erased: map[string]uint64{}}
+	v := &verifier{c: c, tiles: map[tlog.Tile][]byte{}, at: Position{}, fed: map[string]bool{}, erased: map[string]uint64{}, undone: map[string]uint64{}}
 	for _, text := range c.Against {
 		cp, err := OpenCheckpoint(text, known)
 		if err != nil {
@@ -265,6 +266,7 @@ type verifier struct {
 	system  uint64            // the last of those of SYSTEM
 	missing []lost            // leaves whose messages the log should have
 	erased  map[string]uint64 // by session: the last erasure's place
+	undone  map[string]uint64 // the same of erasures that were being done while this was read
 }
 
 type lost struct {
@@ -288,6 +290,8 @@ const (
 	message what = iota
 	aged         // a message of before the log begins
 	row
+	unsalted // a message that is there, of which the salt is not
+	rowAsIs  // what has to go or to change with an erasure
 )
 
 func (v *verifier) problem(p Problem) {
@@ -459,6 +463,9 @@ func (v *verifier) leaf(w Witness) {
 	}
 	if isEvent && open.Kind() == schemas.KindErased {
 		v.erased[string(open.Tenant)+"."+string(open.Session)] = l.Seq
+		if !signed { // which it is when the log's messages are gone
+			v.undone[string(open.Tenant)+"."+string(open.Session)] = l.Seq
+		}
 	}
 	session := ""
 	if t, s := owner(l.Stream, l.Subject); t != "" && (!isEvent || open.Kind() != schemas.KindErased) {
@@ -485,7 +492,7 @@ func (v *verifier) leaf(w Witness) {
 	case w.Entry.Stream != l.Stream || w.Entry.Seq != l.Seq:
 		say(l.Stream, l.Seq, "in its place stands %s %d", w.Entry.Stream, w.Entry.Seq)
 	case made == nil:
-		say(l.Stream, l.Seq, "its salt is gone, and the message is not: %s", about())
+		v.missing = append(v.missing, lost{Problem{&n, l.Stream, l.Seq, "its salt is gone, and the message is not: " + about()}, l.Stored, l.Size, session, unsalted})
 	case string(made) != string(record):
 		say(l.Stream, l.Seq, "the message was changed: %s: %s", about(), difference(record, made))
 	case !signed:
@@ -573,7 +580,7 @@ func (v *verifier) row(w Witness, l Leaf, open schemas.Event, isEvent bool, abou
 	v.r.Older += uint64(w.RowsOlder)
 	defer func() { // what the event of it itself is comes first
 		for _, what := range w.RowWrong {
-			say("the record is not what was signed: " + what)
+			v.missing = append(v.missing, lost{Problem{&n, l.Stream, l.Seq, "the record is not what was signed: " + what + ": " + about}, l.Stored, 0, session, rowAsIs})
 		}
 	}()
 	switch {
@@ -600,7 +607,7 @@ func (v *verifier) row(w Witness, l Leaf, open schemas.Event, isEvent bool, abou
 	case text != string(l.Event), !w.Row.Stored.Equal(l.Stored):
 		say("the row was changed")
 	case err != nil:
-		say("the row's salt is gone, and the row is not")
+		v.missing = append(v.missing, lost{Problem{&n, l.Stream, l.Seq, "the row's salt is gone, and the row is not: " + about}, l.Stored, 0, session, rowAsIs})
 	case !v.whole(w, l, salt):
 		say("the row was changed, in what is not open")
 	case w.RowGone > 0 && w.RowGone == l.Size:
@@ -670,6 +677,10 @@ func (v *verifier) beyond(e Entry) {
 	}
 	v.at[e.Stream] = e.Seq
 	v.r.Unsigned++
+	if v.c.Decode(&e); erases(e) {
+		of := string(e.Event.Tenant) + "." + string(e.Event.Session)
+		v.erased[of], v.undone[of] = e.Seq, e.Seq
+	}
 }
 
 // end settles what is missing: erased, or lost.
@@ -679,7 +690,19 @@ func (v *verifier) end() {
 		v.problem(Problem{Leaf: &n, Text: fmt.Sprintf("the feed ends before it; %d leaves were signed", v.size)})
 	}
 	var gone []Problem
-	erases := func(m lost) bool { return m.session != "" && v.erased[m.session] > m.Seq }
+	erases := func(m lost) bool {
+		if m.session == "" {
+			return false
+		}
+		switch by := v.erased[m.session]; m.what {
+		case unsalted: // the messages went before it; this was read in between
+			return v.undone[m.session] > m.Seq
+		case rowAsIs: // the rows go last
+			return by > m.Seq && v.held.Done > 0 && by > v.held.Done
+		default:
+			return by > m.Seq
+		}
+	}
 	room := uint64(0) // that erasures have made in the log
 	for _, m := range v.missing {
 		if m.what == message && erases(m) {
@@ -691,7 +714,7 @@ func (v *verifier) end() {
 	for _, m := range v.missing {
 		erased := erases(m)
 		switch k := v.held.Kept; {
-		case erased && m.what != row:
+		case erased && m.what != row && m.what != rowAsIs:
 			v.r.Erased++
 		case erased:
 		case m.what == aged && (k == nil || k.explains(m.stored, room)):

@@ -78,19 +78,19 @@ func (a *admin) auditRows(l *bus.Log) rowsOf {
 	if a.g.server == nil {
 		return nil
 	}
-	return func(ctx context.Context) (projections.Rows, error) {
+	return func(ctx context.Context) (projections.Rows, uint64, error) {
 		identity, err := l.Identity(ctx)
 		if err != nil {
-			return projections.Rows{}, err
+			return projections.Rows{}, 0, err
 		}
 		// What the record has acknowledged it has, or has lost.
 		floor, err := l.Floor(ctx, consumer)
 		if err != nil {
-			return projections.Rows{}, err
+			return projections.Rows{}, 0, err
 		}
 		r, err := projections.OpenRows(ctx, a.g.server, identity)
 		r.Last = max(r.Last, floor)
-		return r, err
+		return r, floor, err
 	}
 }
 

@@ -140,8 +140,9 @@ func everyAuditLine(ctx context.Context, a *bus.Audit, keys []string, rows rowsO
 	}
 }
 
-// rowsOf opens the rows that the record has of EVENTS. It may be nil.
-type rowsOf func(ctx context.Context) (projections.Rows, error)
+// rowsOf opens the rows that the record has of EVENTS, and says how far the record has
+// done what these say. It may be nil.
+type rowsOf func(ctx context.Context) (projections.Rows, uint64, error)
 
 // writeAudit writes the lines that audit.Verify reads. It ends early where yield
 // wants no more.
@@ -165,7 +166,7 @@ func writeAudit(ctx context.Context, a *bus.Audit, keys []string, rows rowsOf, y
 	var recorded projections.Rows
 	var row *cursor[projections.Recorded]
 	if rows != nil {
-		if recorded, err = rows(ctx); err != nil {
+		if recorded, held.Done, err = rows(ctx); err != nil {
 			return err
 		}
 		held.Rows, held.Others = &audit.Range{First: recorded.First, Last: recorded.Last}, recorded.Others
@@ -288,10 +289,14 @@ func writeAudit(ctx context.Context, a *bus.Audit, keys []string, rows rowsOf, y
 			}
 		}
 	}
+	last := held.Streams[audit.Events].Last
 	for _, stream := range []string{audit.Events, audit.System} {
 		for m, err := range cursors[stream].rest() {
 			if err != nil {
 				return err
+			}
+			if stream == audit.Events {
+				last = max(last, m.Seq)
 			}
 			if !fed[stream] && held.First > 0 {
 				if more, err := early(m); !more {
@@ -303,6 +308,16 @@ func writeAudit(ctx context.Context, a *bus.Audit, keys []string, rows rowsOf, y
 			if !yield(audit.Line{Beyond: &e}) {
 				return nil
 			}
+		}
+	}
+	// What was erased while this was read has its event behind all of that.
+	for m, err := range a.Erasures(ctx, last+1) {
+		if err != nil {
+			return err
+		}
+		e := audit.Entry(m)
+		if !yield(audit.Line{Beyond: &e}) {
+			return nil
 		}
 	}
 	yield(audit.Line{Last: true})
