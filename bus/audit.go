@@ -851,7 +851,7 @@ func read(ctx context.Context, l *Log, s jetstream.Stream, subject string, from,
 	}
 }
 
-// uncounted is how long read waits for a message that was counted.
+// uncounted is how long a reader waits for a message that was counted.
 const uncounted = 2 * time.Second
 
 // readOnce reads through one consumer, and tells where to go on if there may be more.

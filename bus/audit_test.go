@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"os"
 	"path/filepath"
 	"slices"
@@ -799,18 +800,32 @@ func TestReadWhileDeleting(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	n := 0
-	for _, err := range a.Messages(t.Context(), "EVENTS", 1) {
-		if err != nil {
-			t.Fatal(err)
-		}
-		if n++; n == 1 {
-			if err := a.Erase(t.Context(), "acme", goes, all+1, func(b []byte) ([]byte, bool) { return b, false }); err != nil {
-				t.Fatal(err)
-			}
+	messages, stop := iter.Pull2(a.Messages(t.Context(), "EVENTS", 1))
+	defer stop()
+	events, stop2 := iter.Pull2(edge.Read(t.Context(), bus.Filter{}, 0))
+	defer stop2()
+	readers := map[string]func() (error, bool){
+		"messages": func() (error, bool) { _, err, ok := messages(); return err, ok },
+		"events":   func() (error, bool) { _, err, ok := events(); return err, ok },
+	}
+	for what, next := range readers {
+		if err, ok := next(); err != nil || !ok {
+			t.Fatal(what, err, ok)
 		}
 	}
-	if n < left || n == all {
-		t.Errorf("%d messages were read, of %d and %d that went", n, left, all-left)
+	if err := a.Erase(t.Context(), "acme", goes, all+1, func(b []byte) ([]byte, bool) { return b, false }); err != nil {
+		t.Fatal(err)
+	}
+	for what, next := range readers {
+		n := 1
+		for err, ok := next(); ok; err, ok = next() {
+			if err != nil {
+				t.Fatal(what, err)
+			}
+			n++
+		}
+		if n < left || n == all {
+			t.Errorf("%d %s were read, of %d and %d that went", n, what, left, all-left)
+		}
 	}
 }

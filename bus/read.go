@@ -40,8 +40,8 @@ func (l *Log) readTo(ctx context.Context, f Filter, at *uint64, last uint64, wan
 		if *at >= last {
 			return
 		}
-		more, err := l.readAt(ctx, f, last, at, wanted, yield)
-		if err == nil && more && *at < last && l.o.Replicas > 1 {
+		more, late, err := l.readAt(ctx, f, last, at, wanted, yield)
+		if err == nil && more && *at < last && (late || l.o.Replicas > 1) {
 			_, err = l.readRest(ctx, f, last, *at, wanted, yield)
 		}
 		if err != nil {
@@ -91,45 +91,58 @@ func (l *Log) since(ctx context.Context, at time.Time) (uint64, error) {
 }
 
 // readAt reads with a consumer, which in a cluster is at one of the nodes and
-// has what that one has by now; at is moved along. It is false when the reader
-// wants no more.
-func (l *Log) readAt(ctx context.Context, f Filter, last uint64, at *uint64, wanted func(schemas.EventID) bool, yield func(schemas.Event, error) bool) (more bool, err error) {
+// has what that one has by now; at is moved along. more is false when the reader
+// wants no more, and late true when a message that was counted does not come: it was
+// erased meanwhile.
+func (l *Log) readAt(ctx context.Context, f Filter, last uint64, at *uint64, wanted func(schemas.EventID) bool, yield func(schemas.Event, error) bool) (more, late bool, err error) {
 	c, err := l.ordered(ctx, f, *at+1)
 	if err != nil {
-		return false, err
+		return false, false, err
 	}
 	defer l.letGo(ctx, c)
 	info, err := retry(ctx, l, c.Info)
 	if err != nil {
-		return false, fmt.Errorf("read the log: %w", err)
+		return false, false, fmt.Errorf("read the log: %w", err)
 	}
 	if info.NumPending == 0 {
-		return true, nil
+		return true, false, nil
 	}
 	it, err := c.Messages(l.pulling()...)
 	if err != nil {
-		return false, fmt.Errorf("read the log: %w", err)
+		return false, false, fmt.Errorf("read the log: %w", err)
 	}
 	defer it.Stop()
 	for {
-		m, err := it.Next(jetstream.NextContext(ctx))
+		waiting, stop := context.WithTimeout(ctx, uncounted)
+		m, err := it.Next(jetstream.NextContext(waiting))
+		late := waiting.Err() != nil && ctx.Err() == nil
+		stop()
+		if err != nil && late {
+			// Or the server is slow: then it is still to come.
+			if info, err := retry(ctx, l, c.Info); err != nil {
+				return false, false, fmt.Errorf("read the log: %w", err)
+			} else if info.NumPending > 0 {
+				continue
+			}
+			return true, true, nil
+		}
 		if err != nil {
-			return false, fmt.Errorf("read the log: %w", err)
+			return false, false, fmt.Errorf("read the log: %w", err)
 		}
 		md, err := m.Metadata()
 		if err != nil {
-			return false, fmt.Errorf("read the log: %w", err)
+			return false, false, fmt.Errorf("read the log: %w", err)
 		}
 		if *at = md.Sequence.Stream; *at > last {
-			return false, nil
+			return false, false, nil
 		}
 		if wanted(schemas.EventID(m.Headers().Get(jetstream.MsgIDHeader))) {
 			if e, _, err := decodeMsg(m); !yield(e, err) {
-				return false, nil
+				return false, false, nil
 			}
 		}
 		if md.NumPending == 0 || *at == last {
-			return true, nil
+			return true, false, nil
 		}
 	}
 }
