@@ -83,7 +83,7 @@ func TestRebuildCommand(t *testing.T) {
 		"without a session": {after[2:], "the source does not have "},
 		"redacted":          {[]string{"--from", redacted(t, g)}, "what was said is left out of it"},
 		"truncated":         {[]string{"--from", spoiled(t, after[1], func(b []byte) []byte { return b[:len(b)*2/3] })}, "it breaks off"},
-		"altered":           {[]string{"--from", spoiled(t, after[1], func(b []byte) []byte { return bytes.Replace(b, []byte(`"status":200`), []byte(`"status":201`), 1) })}, "it was altered after it was written"},
+		"altered":           {[]string{"--from", spoiled(t, after[1], func(b []byte) []byte { return bytes.Replace(b, []byte(`"status":200`), []byte(`"status":201`), 1) })}, "it was altered"},
 	} {
 		if out, errs, exit := g.CLI(append([]string{"rebuild"}, c.args...)...); exit != 1 || out != "" || !strings.Contains(errs, c.says) {
 			t.Errorf("%s: exit %d, %s%s", name, exit, out, errs)
