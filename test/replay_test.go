@@ -409,6 +409,7 @@ func alteredFiles(t *testing.T, g *gateway.Gateway, file string) {
 		{"without a call and a signature", sealed(without), "signed by nobody"},
 		{"in another order", sealed(turned), "each once, in the order of the log"},
 		{"an event twice", sealed(slices.Insert(slices.Clone(lines), len(lines)-1, lines[len(lines)-2])), "each once, in the order of the log"},
+		{"a proof alone", sealed(change(t, `"kind":"completed"`, `^.*"proof":(.*)\}`, `{"proof":$1}`)), "has a proof and no event"},
 		{"with two beginnings", sealed(slices.Insert(slices.Clone(lines), 3, lines[0])), "begins another session"},
 		{"of no session", sealed(change(t, `{"waybill":`, `"session":"`, `"session":"../`)), "not an exported session"},
 		{"more behind it", append(slices.Clone(lines), lines[2]), "more behind its end"},

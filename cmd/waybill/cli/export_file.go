@@ -189,6 +189,9 @@ func exportLines(lines iter.Seq2[[]byte, error]) iter.Seq2[exportLine, error] {
 			case l.Error != "":
 				fail(fmt.Errorf("it breaks off: %s", visible(l.Error)))
 				return
+			case l.Proof != nil && l.Event == nil:
+				fail(fmt.Errorf("%w: line %d has a proof and no event", errAltered, n))
+				return
 			case n > 1 && l.Head != nil:
 				fail(fmt.Errorf("%w: line %d begins another session", errAltered, n))
 				return
