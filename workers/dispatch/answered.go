@@ -58,6 +58,10 @@ func (s *session) numberOf(event string, raw []byte) string {
 // or "". msg must be a request. The error is that of the log, other than that it
 // refuses the event.
 func (s *session) ask(ctx context.Context, e schemas.Event, msg *jsonrpc.Message, event string) error {
+	if s.t.opt.mute(s.m.name) {
+		s.refuse(ctx, msg.ID().Raw(), "nothing of this server is approved")
+		return nil
+	}
 	if w := s.t.cores.of(s, msg.Params().Get("_meta", relatedTask, "taskId")); w != nil {
 		w.ask(ctx, s, msg)
 		return nil
@@ -154,6 +158,9 @@ func (s *session) notify(msg *jsonrpc.Message, event string) error {
 		s.mu.Unlock()
 	}
 	s.t.opt.learning.says(s.m.name, msg.Method())
+	if s.t.opt.mute(s.m.name) && !strings.HasSuffix(msg.Method(), "/list_changed") {
+		return nil
+	}
 	if s.guest != nil {
 		s.guest.notified(s, msg)
 		return nil

@@ -32,6 +32,10 @@ type Definitions struct {
 	// and the like, which come with every answer.
 	Presents func(server string) bool
 
+	// Heard tells whether anything of a server is approved. Of one of which nothing is,
+	// agents hear neither what it asks of them, nor its log, nor its progress.
+	Heard func(server string) bool
+
 	// Admit says why what a request names must not be called now; "": nothing speaks
 	// against it. sha256 is the definition by which the call was decided on; if that
 	// was not known, the arguments are looked at too. unlisted: nothing is known of
@@ -49,6 +53,12 @@ var listingOf = map[string]string{"tools/call": "tools/list", "prompts/get": "pr
 func (r *run) pinned() bool {
 	d := r.d.opt.Definitions
 	return d != nil && r.up != nil && d.Pins(r.a.Server)
+}
+
+// mute tells whether agents may hear nothing that a server says by itself.
+func (o *Options) mute(server string) bool {
+	d := o.Definitions
+	return d != nil && d.Pins(server) && !d.Heard(server)
 }
 
 // withheld says why the call must not be made now. A call that ends so is answered

@@ -42,6 +42,7 @@ func (p *pinned) definitions() *Definitions {
 		},
 		Said:     func(context.Context, string, jsonrpc.Value) (bool, error) { return false, nil },
 		Presents: func(string) bool { return true },
+		Heard:    func(string) bool { return true },
 		Admit: func(q *schemas.Requested, _ string, _ []byte) (string, bool) {
 			p.mu.Lock()
 			defer p.mu.Unlock()

@@ -1010,6 +1010,12 @@ func (r *run) progress(ctx context.Context, msg []byte) error {
 			r.d.opt.learning.says(r.a.Server, m.Method())
 		}
 	}
+	if r.d.opt.mute(r.a.Server) {
+		m, err := jsonrpc.Decode(msg, jsonrpc.Limits{Bytes: len(msg), Depth: answerDepth, AllowCaseVariants: true})
+		if err != nil || m.Method() == "notifications/message" || m.Method() == "notifications/progress" {
+			return nil
+		}
+	}
 	if r.said += len(msg); !r.a.Stream && (r.chunks >= maxChunks || r.said > maxSaid) {
 		return &Fault{Kind: TooLarge, Err: fmt.Errorf("more than %d messages or %d MiB before the answer", maxChunks, maxSaid>>20)}
 	}

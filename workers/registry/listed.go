@@ -365,6 +365,24 @@ func (r *Registry) Presents(server string) bool {
 	return p != nil && p.open()
 }
 
+// Heard tells whether anything of a server is approved, or need not be for it to
+// speak to agents by itself.
+func (r *Registry) Heard(server string) bool {
+	if r.o.Servers[server] != Manual {
+		return true
+	}
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	if s := r.servers[server]; s != nil {
+		for _, p := range s.pins {
+			if p.open() {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 // Completes says why a server must not be asked which values there are for an
 // argument of a prompt or a template: what it would say is its text as any other.
 // "": it may. What is not known may be where definitions are approved on first use.

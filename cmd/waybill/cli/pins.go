@@ -128,7 +128,7 @@ func (p *pins) facts(server, tool string) *policy.ToolFacts {
 // definitions are dispatch.Options.Definitions.
 func (p *pins) definitions() *dispatch.Definitions {
 	return &dispatch.Definitions{
-		Pins: p.Pins, Listed: p.Listed, Said: p.Said, Presents: p.Presents, Answered: p.Answered,
+		Pins: p.Pins, Listed: p.Listed, Said: p.Said, Presents: p.Presents, Heard: p.Heard, Answered: p.Answered,
 		Admit: func(q *schemas.Requested, sha256 string, body []byte) (why string, unlisted bool) {
 			if q.Method == "completion/complete" {
 				return p.completes(q, body), false
