@@ -48,7 +48,8 @@ FROM edges_v1 WHERE root IN (SELECT root FROM wide) GROUP BY tenant, root ORDER 
 		// Only calls in the middle, caused and causing, are followed: there are
 		// few. The first call of each chain and its last are looked up at the end.
 		// (call || '' is no column of an index, which is slow for so many values.)
-		// Where there are many of a length, some are shown.
+		// Where there are many of a length, some are shown. The setting spares their set
+		// being made for the plan, and again for the answer.
 		q("longest_chains", "(hours=24)", "calls that cause calls that cause calls: the hundred deepest, with the tools on the way", `
 WITH RECURSIVE
   middle AS (SELECT tenant, root, parent, call, concat(server, ' ', if(name = '', method, name)) AS tool FROM edges_v1 PREWHERE parent != ''
@@ -69,7 +70,7 @@ FROM edges_v1 AS l ANY RIGHT JOIN (
   SELECT d.tenant AS tenant, e.session AS session, d.root AS root, e.agent AS agent, d.depth AS depth, d.tools AS tools, d.last AS last,
     concat(e.server, ' ', if(e.name = '', e.method, e.name)) AS tool
   FROM edges_v1 AS e ANY RIGHT JOIN deepest AS d ON e.call = d.root) AS f ON l.parent = f.last
-ORDER BY depth DESC, root`),
+ORDER BY depth DESC, root SETTINGS use_index_for_in_with_subqueries = 0`),
 		q("unused_tools", "(hours=24)", "tools that a server has listed and nobody has called", `
 SELECT server, tool FROM (
   SELECT server, arrayJoin(JSONExtractArrayRaw(argMax(body, seq), 'result', 'tools')) AS definition, JSONExtractString(definition, 'name') AS tool
