@@ -19,4 +19,4 @@ const recordKills = 5
 const unscreened = "answers: {secrets: allow}\n"
 
 // manySessions is how many sessions of all kinds are verified.
-const manySessions = 26
+const manySessions = 13

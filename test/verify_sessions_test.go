@@ -241,6 +241,13 @@ func (m *mixed) run(t *testing.T, n, kills int) (killed []time.Time) {
 		c.open()
 	}
 	crowd.Wait()
+	// One of each that no kill can spoil.
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	for i, kind := range kinds {
+		crowd.Go(func() { kind(ctx, fmt.Sprint("last", i)) })
+	}
+	crowd.Wait()
 	return killed
 }
 
