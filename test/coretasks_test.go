@@ -1,6 +1,7 @@
 package test
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"fmt"
 	"slices"
@@ -90,6 +91,7 @@ func TestCoreTasksSurvive(t *testing.T) {
 		peers.CoreTask{Tool: "slow_compute", Args: map[string]any{"seconds": 4, "label": "it"}},
 		peers.CoreTask{Tool: "multi_input", Args: map[string]any{"filename": "f"}},
 	)
+	becomeTheServers(t, g, of.Tasks, func(e schemas.Event) bool { return bytes.Contains(e.Body, []byte("upstream-task")) })
 	g.Kill()
 	g.Restart()
 
@@ -120,6 +122,22 @@ func TestCoreTasksSurvive(t *testing.T) {
 	}
 	if n := called(up, "tools/call"); n != 2 {
 		t.Errorf("the server was called %d times", n)
+	}
+}
+
+// becomeTheServers waits until the log has of each task that the server has one, too.
+// If the gateway is killed before, nobody knows what has become of the call.
+func becomeTheServers(t *testing.T, g *gateway.Gateway, tasks []string, says func(tasked schemas.Event) bool) {
+	t.Helper()
+	for _, task := range tasks {
+		call, _, _ := strings.Cut(task, "-")
+		if !becomes(within, func() bool {
+			return slices.ContainsFunc(g.Events(), func(e schemas.Event) bool {
+				return e.Kind() == schemas.KindTasked && string(e.Root) == call && says(e)
+			})
+		}) {
+			t.Fatalf("the server has no task for %s", task)
+		}
 	}
 }
 
@@ -239,16 +257,7 @@ func TestCoreTasksOfLegacyServers(t *testing.T) {
 	}
 	at := peers.Endpoint{URL: g.URL + "/mcp", Token: "token one of many"}
 	of := peers.BeginCoreTasks(t, at, peers.CoreTask{Tool: "everything__" + research, Args: map[string]any{"topic": "restarts", "ambiguous": true}})
-	// Killed before the server has said that it has a task, nobody would know what became of it.
-	call, _, _ := strings.Cut(of.Tasks[0], "-")
-	if !becomes(within, func() bool {
-		return slices.ContainsFunc(g.Events(), func(e schemas.Event) bool {
-			d, ok := e.Data.(*schemas.Tasked)
-			return ok && d.Session != "" && string(e.Root) == call
-		})
-	}) {
-		t.Fatal("the server has no task")
-	}
+	becomeTheServers(t, g, of.Tasks, func(e schemas.Event) bool { return e.Data.(*schemas.Tasked).Session != "" })
 	g.Kill()
 	g.Restart()
 	other, _, err := peers.OpenLegacy(t.Context(), peers.Endpoint{URL: at.URL, Token: "token two of many"}, "2025-11-25", struct{}{})

@@ -46,8 +46,8 @@ func TestListedIsCallable(t *testing.T) {
 		}
 	})
 	for _, what := range []string{"shown", "hidden by rules", "hidden by the registry", "called", "held", "carried out late", "not carried out late"} {
-		if seen[what] < 20 {
-			t.Errorf("%q only %d times: what is drawn says too little: %v", what, seen[what], seen)
+		if seen[what] == 0 {
+			t.Errorf("%q not once: what is drawn says too little: %v", what, seen)
 		}
 	}
 }
