@@ -1,5 +1,7 @@
 package test
 
+//lint:file-ignore SA1019 one of the threats is sampling, which the modern era deprecates
+
 import (
 	"bytes"
 	"context"
