@@ -476,7 +476,14 @@ func (d *Dispatcher) Died(ctx context.Context, name string) {
 			owner, err := o.Acquire(ctx, key)
 			if err == nil && owner == o.Name() {
 				taken.Add(1)
-				err = d.takeOver(ctx, sessionID{schemas.Tenant(part[0]), schemas.SessionKey(part[1])}, part[2], part[3])
+				// Others wait for this process now: what fails for a moment must not leave the
+				// stream with an owner who does not listen.
+				for range takeOverTries {
+					if err = d.takeOver(ctx, sessionID{schemas.Tenant(part[0]), schemas.SessionKey(part[1])}, part[2], part[3]); err == nil || ctx.Err() != nil || !o.Holds() {
+						break
+					}
+					pause(ctx, ownerPause)
+				}
 			}
 			if err != nil {
 				d.opt.Log.Warn("a session's stream is not taken over", "key", key, "error", err)
@@ -490,8 +497,12 @@ func (d *Dispatcher) Died(ctx context.Context, name string) {
 	}
 }
 
-// takeOvers is how many sessions are taken over at once.
-const takeOvers = 16
+// takeOvers is how many sessions are taken over at once, and takeOverTries how often
+// it is tried.
+const (
+	takeOvers     = 16
+	takeOverTries = 5
+)
 
 // takeOver goes on with a session at a server, if it is still the one that the
 // client's session has there.
