@@ -51,7 +51,13 @@ auth: {anonymous: researcher}
 		if err != nil {
 			return fmt.Errorf("another caller, after %s: %w", time.Since(began), err)
 		}
-		if want := strings.ReplaceAll(soundAnswer, `"$CALL"`, "1"); a.Status != http.StatusOK || string(a.Body) != want {
+		body := string(a.Body)
+		if strings.HasPrefix(a.Header.Get("Content-Type"), "text/event-stream") { // which is how one comes that took a while
+			if all := messages(body); len(all) == 1 {
+				body = all[0]
+			}
+		}
+		if want := strings.ReplaceAll(soundAnswer, `"$CALL"`, "1"); a.Status != http.StatusOK || body != want {
 			return fmt.Errorf("another caller: %d %s", a.Status, clip(string(a.Body)))
 		}
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, g.Admin+"/readyz", nil)

@@ -327,11 +327,9 @@ func (x *exchange) read(body io.Reader) (Answer, error) {
 		if event.Retry != 0 {
 			x.retry = max(event.Retry, 0)
 		}
-		known := false
-		if event.ID != "" && len(event.ID) <= maxEventID && headerValue(event.ID) {
-			known = x.s.saw(event.ID) && x.resumed
-			x.moved = x.moved || !known
-		}
+		id := len(event.ID) <= maxEventID && headerValue(event.ID)
+		known := event.ID != "" && id && x.resumed && x.s.knows(event.ID)
+		x.moved = x.moved || event.ID != "" && id && !known
 		if len(event.Data) > 0 && (event.Name == "" || event.Name == "message") && !known {
 			if x.heard != nil {
 				x.heard()
@@ -341,7 +339,10 @@ func (x *exchange) read(body io.Reader) (Answer, error) {
 				return answer, err
 			}
 		}
-		if event.HasID && len(event.ID) <= maxEventID && headerValue(event.ID) {
+		if event.ID != "" && id {
+			x.s.saw(event.ID)
+		}
+		if event.HasID && id {
 			x.last = event.ID
 		}
 	}

@@ -147,7 +147,7 @@ func (l *listener) once() error {
 			l.retry = max(event.Retry, 0)
 		}
 		id := event.ID != "" && len(event.ID) <= maxEventID && headerValue(event.ID)
-		known := id && s.saw(event.ID) && resumed
+		known := id && resumed && s.knows(event.ID)
 		if len(event.Data) > 0 && (event.Name == "" || event.Name == "message") && !known {
 			eventID := ""
 			if id {
@@ -179,6 +179,7 @@ func (l *listener) once() error {
 			l.moved = l.moved || garbage == 0
 		}
 		if id {
+			s.saw(event.ID)
 			l.last = event.ID
 		}
 	}

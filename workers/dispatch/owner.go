@@ -522,8 +522,15 @@ func (d *Dispatcher) takeOver(ctx context.Context, id sessionID, server, by stri
 	if err != nil {
 		return err
 	}
-	_, err = d.sessions.get(ctx, u.mcp, schemas.Event{Tenant: id.tenant, Session: id.key, Agent: opened.Agent})
-	return err
+	s, err := d.sessions.get(ctx, u.mcp, schemas.Event{Tenant: id.tenant, Session: id.key, Agent: opened.Agent})
+	if err != nil {
+		return err
+	}
+	// It may be here already and have listened to nothing yet: this process opened it,
+	// and the one that is gone told the server that the client is ready.
+	s.first()
+	s.listen()
+	return nil
 }
 
 // takeOverSolo goes on with a session at a server without sessions: a client may

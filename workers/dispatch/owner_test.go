@@ -509,6 +509,46 @@ func TestOneListener(t *testing.T) {
 	l.await(t, "DELETE", 1)
 }
 
+// One process opens a session at the server and another tells it that the client is
+// ready, and listens. When that one dies, the first has the session and has never
+// listened in it: it does now.
+func TestOpenedHereListenedThere(t *testing.T) {
+	l := &legacyServer{}
+	opened := make(chan string, 8)
+	l.get = func(w http.ResponseWriter, req *http.Request) {
+		sseHead(w)
+		opened <- req.Header.Get("Mcp-Session-Id")
+		<-req.Context().Done()
+	}
+	r := newReplicas(t, l.ServeHTTP)
+	t.Cleanup(r.http.CloseClientConnections)
+	stream := func() {
+		t.Helper()
+		select {
+		case <-opened:
+		case <-time.After(20 * time.Second):
+			t.Fatal("nobody listens")
+		}
+	}
+	r.open("s1")
+	first := r.method("initialize", "", initialize, inSession("s1"))
+	r.handled(r.give(r.b, first))
+	r.ends(first, "completed")
+	ready := r.method("notifications/initialized", "", `{"jsonrpc":"2.0","method":"notifications/initialized"}`, inSession("s1"),
+		authorized(func(a *schemas.Authorized) { a.OneWay = true }))
+	r.handled(r.give(r.a, ready))
+	r.ends(ready, "completed")
+	stream()
+	r.ledger.lapse("a")
+	r.a.Lapsed()
+	r.ledger.die("a")
+	r.b.Died(t.Context(), "a")
+	stream()
+	if l.opened != 1 || l.came("notifications/initialized") != 1 {
+		t.Errorf("%d sessions at the server, told %d times that the client is ready", l.opened, l.came("notifications/initialized"))
+	}
+}
+
 // A server asks on its stream, and who listened dies before the client answers,
 // or before it has brought the answer there: who comes after it does, also where
 // it is the same process, started again. And it listens where the other stopped.

@@ -796,22 +796,27 @@ func (s *session) note(method string, body []byte) {
 	}
 }
 
-// saw remembers an event of one of the session's streams, and tells whether it
-// was there before.
-func (s *session) saw(eventID string) bool {
+// knows tells whether an event of one of the session's streams was dealt with before.
+func (s *session) knows(eventID string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Contains(s.seen, maphash.String(s.t.seed, eventID))
+}
+
+// saw remembers an event that was dealt with: not before, as what the log did not
+// take comes again and is no repetition.
+func (s *session) saw(eventID string) {
 	h := maphash.String(s.t.seed, eventID)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if slices.Contains(s.seen, h) {
-		return true
-	}
-	if len(s.seen) < seenEvents {
+	switch {
+	case slices.Contains(s.seen, h):
+	case len(s.seen) < seenEvents:
 		s.seen = append(s.seen, h)
-		return false
+	default:
+		s.seen[s.next] = h
+		s.next = (s.next + 1) % seenEvents
 	}
-	s.seen[s.next] = h
-	s.next = (s.next + 1) % seenEvents
-	return false
 }
 
 func (s *session) log() *slog.Logger {
