@@ -94,6 +94,39 @@ func TestListen(t *testing.T) {
 	}
 }
 
+// What the log does not take is asked for again, and is not taken for what was there
+// before.
+func TestListenNotStored(t *testing.T) {
+	var conns atomic.Int32
+	l := &legacyServer{}
+	l.get = func(w http.ResponseWriter, req *http.Request) {
+		conns.Add(1)
+		sseHead(w)
+		if req.Header.Get("Last-Event-Id") == "" {
+			say(w, "id: e1\ndata: %s", notice(1))
+		}
+		say(w, "id: e2\ndata: %s", notice(2))
+		<-req.Context().Done()
+	}
+	r := legacyRig(t, l, func(o *Options) {
+		store := o.Store
+		o.Store = func(ctx context.Context, e schemas.Event) (schemas.Receipt, error) {
+			if string(e.Body) == notice(2) && conns.Load() < 3 {
+				return schemas.Receipt{}, errors.New("the log is away")
+			}
+			return store(ctx, e)
+		}
+	})
+	r.d.sessions.timing.store = 50 * time.Millisecond
+	e := r.legacy("write")
+	r.handle(e)
+	r.ends(e, "completed")
+	events := r.log.await(t, schemas.KindNotified, 2)
+	if got := string(events[1].Body); got != notice(2) || conns.Load() != 3 {
+		t.Errorf("stored %s, asked for %d times", got, conns.Load())
+	}
+}
+
 // A server without such a stream is not asked again.
 func TestListenNot(t *testing.T) {
 	for _, status := range []int{405, 404, 400, 401, 200, 204, 501} {
