@@ -527,9 +527,12 @@ func (d *Dispatcher) takeOver(ctx context.Context, id sessionID, server, by stri
 		return err
 	}
 	// It may be here already and have listened to nothing yet: this process opened it,
-	// and the one that is gone told the server that the client is ready.
-	s.first()
-	s.listen()
+	// and the one that is gone told the server that the client is ready. Of another
+	// that the client has since nobody may have told that.
+	if s.openedBy == by {
+		s.first()
+		s.listen()
+	}
 	return nil
 }
 
