@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -36,6 +38,7 @@ type Leases struct {
 
 	mu    sync.Mutex
 	holds time.Time        // until when this process lives for all the others, by its own clock
+	since uint64           // the log's position when it began to, without a break
 	peers map[string]*peer // others, alive as far as is known here
 }
 
@@ -198,17 +201,26 @@ func (d *mourning) take() []string {
 	return names
 }
 
-// beat says that this process lives.
+// beat says that this process lives. One that stood still for longer than it may has
+// lost its leases even if nobody has noticed: that is [ErrNotHeld], so that it is
+// told of before the next beat gives them back.
 func (o *Leases) beat(ctx context.Context) error {
 	at := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, o.beats)
 	defer cancel()
-	_, err := o.l.js.PublishMsg(ctx, nats.NewMsg(leaseNames+o.name), jetstream.WithMsgTTL(o.ttl), jetstream.WithRetryAttempts(0))
+	ack, err := o.l.js.PublishMsg(ctx, nats.NewMsg(leaseNames+o.name), jetstream.WithMsgTTL(o.ttl), jetstream.WithRetryAttempts(0))
 	if err != nil {
 		return fmt.Errorf("say that this process lives: %w", err)
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	switch {
+	case o.holds.IsZero():
+		o.since = ack.Sequence
+	case !o.holding():
+		o.holds = time.Time{}
+		return ErrNotHeld
+	}
 	o.holds = at.Add(o.ttl - o.spare)
 	return nil
 }
@@ -219,6 +231,11 @@ func (o *Leases) beat(ctx context.Context) error {
 func (o *Leases) Holds() bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	return o.holding()
+}
+
+// holding is Holds with mu held.
+func (o *Leases) holding() bool {
 	now := time.Now()
 	// By the wall clock too: the other does not go on while a machine sleeps.
 	return now.Before(o.holds) && now.Round(0).Before(o.holds.Round(0))
@@ -394,6 +411,9 @@ func (o *Leases) Acquire(ctx context.Context, key string) (owner string, err err
 		if owner == "" { // released
 			continue
 		}
+		if owner == o.name && o.before(revision) {
+			continue // another may be about to take it over: only who writes next owns it
+		}
 		lives, err := o.lives(ctx, owner)
 		if err != nil {
 			return "", err
@@ -403,6 +423,14 @@ func (o *Leases) Acquire(ctx context.Context, key string) (owner string, err err
 		}
 	}
 	return "", fmt.Errorf("acquire %s: others are faster", key)
+}
+
+// before tells whether something was written before this process began to live without
+// a break.
+func (o *Leases) before(revision uint64) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return revision < o.since
 }
 
 // Release gives a key up, unless it is another's by now.
@@ -441,17 +469,11 @@ func (o *Leases) purge(ctx context.Context, subject string, more ...jetstream.Pu
 	return nil
 }
 
-// Owned lists the keys that a process owns, dead or alive.
-func (o *Leases) Owned(ctx context.Context, name string) []string {
+// Owned lists the keys that a process owns, dead or alive. With an error it is what
+// was read until then.
+func (o *Leases) Owned(ctx context.Context, name string) ([]string, error) {
 	all, err := o.owned(ctx, name)
-	if err != nil {
-		o.l.o.Log.Warn("what a process owned is not all known", "name", name, "error", err)
-	}
-	var keys []string
-	for key := range all {
-		keys = append(keys, key)
-	}
-	return keys
+	return slices.Collect(maps.Keys(all)), err
 }
 
 // owned reads who owns what: all that one owns, or, if name is "", everything.

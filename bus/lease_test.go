@@ -59,8 +59,8 @@ func TestLeases(t *testing.T) {
 	w.acquires(b, "g.acme.s1.files", "b")
 	w.acquires(a, "g.acme.s1.files", "b")
 	w.acquires(a, "g.acme.s3.files", "a")
-	if keys := a.Owned(t.Context(), "b"); len(keys) != 2 {
-		t.Errorf("b owns %v", keys)
+	if keys, err := a.Owned(t.Context(), "b"); len(keys) != 2 || err != nil {
+		t.Errorf("b owns %v: %v", keys, err)
 	}
 	// What is another's, or nobody's, is not given up.
 	for _, key := range []string{"g.acme.s3.files", "g.acme.s5.files"} {
@@ -178,6 +178,49 @@ func TestLeasesLapse(t *testing.T) {
 		t.Errorf("it took itself for dead after %s, the others after %s", lapsed, time.Since(at))
 	}
 	w.acquires(b, "k", "b")
+}
+
+// A process that stands still for longer than it may, as a machine that is paused, is
+// told that it has lost its leases before it has them again; and what it owned and no
+// other has taken is its own by a new word only.
+func TestLeasesStandstill(t *testing.T) {
+	w := start(t, embed.Options{})
+	l := w.open(bus.Options{Role: bus.RoleDispatch, Leases: true, LeaseTTL: 2 * time.Second})
+	leases, err := l.Leases(t.Context(), "a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	alive, goOn := make(chan bool, 16), make(chan struct{})
+	background(t, func(ctx context.Context) error {
+		return leases.Run(ctx, func(b bool) {
+			alive <- b
+			<-goOn // no beat meanwhile
+		}, func(context.Context, string) {})
+	})
+	if !<-alive {
+		t.Fatal("it does not live")
+	}
+	a := &owner{Leases: leases}
+	w.acquires(a, "k1", "a")
+	w.acquires(a, "k2", "a")
+	b := w.owner("b")
+	gone := b.Gone("a")
+	select {
+	case <-gone:
+	case <-time.After(patience):
+		t.Fatal("nobody notices")
+	}
+	w.acquires(b, "k1", "b")
+	close(goOn)
+	if <-alive {
+		t.Fatal("it has its leases again and was not told that it had lost them")
+	}
+	if !<-alive {
+		t.Fatal("it does not live again")
+	}
+	w.acquires(a, "k1", "b")
+	w.acquires(a, "k2", "a")
+	w.acquires(b, "k2", "a")
 }
 
 // Only dispatch owns anything.

@@ -162,7 +162,7 @@ func drawEvent(t *rapid.T) Event {
 	fill(reflect.ValueOf(data).Elem(), "",
 		func(f string) string {
 			switch f {
-			case "ID", "By": // part of the event's ID
+			case "ID", "By", "After": // part of the event's ID
 				return printable.Draw(t, f)
 			case "Call", "Session", "Agent":
 				return token.Draw(t, f)

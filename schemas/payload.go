@@ -321,6 +321,11 @@ type Connected struct {
 	Upstream string `json:"upstream,omitempty"` // the upstream's session ID; "" where it has none
 	Revision string `json:"revision"`           // of the protocol, as the upstream agreed
 	By       string `json:"by"`                 // who opened it, unique for each time
+
+	// After is By of the one in whose place it comes, or the server's name where there
+	// was none; "" where the client itself has had it opened. Several processes may
+	// find at once that it is needed: the first whose event is stored has opened it.
+	After string `json:"after,omitempty"`
 }
 
 // Asked: the upstream wants something of the agent, within a call or outside of
@@ -416,8 +421,13 @@ func (p *Closed) id(e Event) EventID { return EventID(e.Session) + "/closed" }
 func (p *Attached) id(e Event) EventID {
 	return EventID(e.Session) + EventID("/attached/"+p.By+"/"+strconv.Itoa(p.N))
 }
-func (p *Connected) id(e Event) EventID { return EventID(e.Session) + EventID("/connected/"+p.By) }
-func (p *Asked) id(e Event) EventID     { return EventID(e.Session) + EventID("/asked/"+p.ID) }
+func (p *Connected) id(e Event) EventID {
+	if p.After != "" {
+		return EventID(e.Session) + EventID("/connected/after/"+p.After)
+	}
+	return EventID(e.Session) + EventID("/connected/"+p.By)
+}
+func (p *Asked) id(e Event) EventID { return EventID(e.Session) + EventID("/asked/"+p.ID) }
 
 // Answers to what a task asks are of its call: who reads its past finds them.
 func (p *Answered) id(e Event) EventID {

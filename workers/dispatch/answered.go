@@ -213,9 +213,13 @@ func (d *Dispatcher) Answered(_ context.Context, e schemas.Event, _ schemas.Emit
 		// Asked of this process before it was started again. Where there are
 		// several, who takes over what one listened to brings the answer.
 		d.inBackground(func(ctx context.Context) {
+			u := d.upstreams[a.Server]
+			if u == nil || u.mcp == nil || u.mcp.held {
+				return // gone with the process that held it
+			}
 			last, found, err := t.connected(ctx, idOfSession(e), a.Server)
 			if err == nil && found {
-				err = d.takeOver(ctx, idOfSession(e), a.Server, last.By)
+				err = d.takeOver(ctx, idOfSession(e), u.mcp, last)
 			}
 			if err != nil {
 				d.opt.Log.Warn("an answer of the client does not reach the server", "session", e.Session, "server", a.Server, "error", err)
@@ -261,6 +265,22 @@ func (s *session) bring(e schemas.Event, a *schemas.Answered) {
 func (s *session) lastEvent(ctx context.Context) (string, error) {
 	var last string
 	var seq uint64
+	note := func(e schemas.Event) bool {
+		var server, id, event string
+		switch d := e.Data.(type) {
+		case *schemas.Notified:
+			server, id, event = d.Server, d.ID, d.Event
+		case *schemas.Asked:
+			server, id, event = d.Server, d.ID, d.Event
+		}
+		if event == "" || server != s.m.name || !strings.HasPrefix(id, s.openedBy+".") {
+			return false
+		}
+		if e.Seq > seq {
+			last, seq = event, e.Seq
+		}
+		return true
+	}
 	for _, k := range []schemas.Kind{schemas.KindNotified, schemas.KindAsked} {
 		e, err := s.t.opt.Latest(ctx, s.id.tenant, s.id.key, k)
 		if errors.Is(err, schemas.ErrNotFound) {
@@ -269,15 +289,15 @@ func (s *session) lastEvent(ctx context.Context) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		var server, id, event string
-		switch d := e.Data.(type) {
-		case *schemas.Notified:
-			server, id, event = d.Server, d.ID, d.Event
-		case *schemas.Asked:
-			server, id, event = d.Server, d.ID, d.Event
+		// The newest may be another server's, or said within a call.
+		if note(e) || e.Seq < seq || s.t.opt.Scan == nil {
+			continue
 		}
-		if server == s.m.name && strings.HasPrefix(id, s.openedBy+".") && e.Seq > seq {
-			last, seq = event, e.Seq
+		for e, err := range s.t.opt.Scan(ctx, s.id.tenant, s.id.key, k) {
+			if err != nil {
+				return "", err
+			}
+			note(e)
 		}
 	}
 	return last, nil

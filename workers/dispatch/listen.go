@@ -52,6 +52,9 @@ func (s *session) listen() {
 		s.t.spawn(func() {
 			l := &listener{s: s, pace: rate.NewLimiter(s.t.timing.pace, paceBurst)}
 			s.own(l.run)
+			s.mu.Lock()
+			s.listening = false
+			s.mu.Unlock()
 		})
 	}
 }
@@ -66,7 +69,7 @@ func (l *listener) run(ctx context.Context) bool {
 	t := l.s.t.timing
 	pauses := backoff.NewExponentialBackOff(
 		backoff.WithInitialInterval(t.pause), backoff.WithMultiplier(2), backoff.WithMaxInterval(t.rest), backoff.WithMaxElapsedTime(0))
-	if l.s.openedBy != l.s.by || l.was {
+	if l.s.shared() || l.was {
 		// Another may have listened before.
 		if last, err := l.s.lastEvent(ctx); err == nil && last != "" {
 			l.last = last
@@ -83,12 +86,14 @@ func (l *listener) run(ctx context.Context) bool {
 			}
 			return l.s.ctx.Err() != nil || errors.Is(err, errNoStream)
 		case errors.Is(err, errLost):
-			// It is opened again at once: a client may do nothing but listen.
-			if _, err := l.s.t.again(l.s.t.ctx, l.s); err != nil && l.s.t.ctx.Err() == nil {
-				l.s.log().Warn("a session that the server lost is not open again yet: the next call will try", "error", err)
-				l.s.guest.streams(false)
+			// It is opened again at once, and where that fails, later: a client may do
+			// nothing but listen.
+			_, again := l.s.t.again(l.s.t.ctx, l.s)
+			if f := new(Fault); again == nil || l.s.t.ctx.Err() != nil || errors.As(again, &f) && f.Kind == Invalid {
+				return true
 			}
-			return true
+			l.s.log().Warn("a session that the server lost is not open again yet", "error", again)
+			l.s.guest.streams(false)
 		}
 		if l.moved {
 			pauses.Reset()
@@ -98,6 +103,21 @@ func (l *listener) run(ctx context.Context) bool {
 			return false
 		}
 	}
+}
+
+// shared tells whether another process may have listened to the session's stream.
+func (s *session) shared() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.openedBy != s.by || s.elsewhere
+}
+
+// unknown asks the server whether it does not know the session, which may be why it
+// gives no stream.
+func (s *session) unknown(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, s.t.timing.answer)
+	defer cancel()
+	return errors.Is(s.tell(ctx, []byte(`{"jsonrpc":"2.0","id":"`+s.number()+`","method":"ping"}`)), errLost)
 }
 
 // once asks for the stream and reads it to its end.
@@ -118,13 +138,16 @@ func (l *listener) once() error {
 			// there has never been one.
 			if gone, err := s.gone(resp, ""); err != nil {
 				return err
-			} else if gone && l.was {
+			} else if gone && (l.was || s.shared() && s.unknown(l.ctx)) {
 				return errLost
 			}
 			if resumed { // it may be the event that it does not know
 				l.last = ""
 				return fmt.Errorf("HTTP %d", code)
 			}
+		}
+		if l.was { // so there is one, which will be given again
+			return fmt.Errorf("HTTP %d", resp.StatusCode)
 		}
 		return fmt.Errorf("%w: HTTP %d", errNoStream, resp.StatusCode)
 	}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"waybill.dev/schemas"
+	"waybill.dev/schemas/jsonrpc"
 )
 
 // listening is a rig with an open session, whose server's stream is given.
@@ -168,6 +169,66 @@ func TestListenLost(t *testing.T) {
 	if l.opened != 2 || l.came("resources/subscribe") != 2 {
 		t.Error(l.log)
 	}
+}
+
+// A session that the server lost and does not open at once is opened when it does,
+// without a call.
+func TestListenLostLong(t *testing.T) {
+	l := &legacyServer{}
+	var refusals atomic.Int32
+	l.init = func(w http.ResponseWriter, _ *jsonrpc.Message) bool {
+		if l.came("initialize") == 1 || refusals.Add(1) > 2 {
+			return false
+		}
+		w.WriteHeader(http.StatusServiceUnavailable)
+		return true
+	}
+	cut := make(chan struct{})
+	l.get = func(w http.ResponseWriter, req *http.Request) {
+		sseHead(w)
+		if req.Header.Get("Mcp-Session-Id") == "up-1" {
+			<-cut
+			return
+		}
+		say(w, "data: %s", notice(2))
+		<-req.Context().Done()
+	}
+	r := listening(t, l)
+	l.await(t, "GET", 1)
+	l.forget()
+	close(cut)
+	r.log.await(t, schemas.KindNotified, 1)
+	if l.opened != 2 || l.came("initialize") != 4 {
+		t.Error(l.log)
+	}
+	// The call that comes then finds the new one.
+	e := r.legacy("write")
+	r.handle(e)
+	r.ends(e, "completed")
+	if l.opened != 2 {
+		t.Error(l.log)
+	}
+}
+
+// A stream that there has been is asked for again, whatever the server says for a
+// while.
+func TestListenRefusedForAWhile(t *testing.T) {
+	l := &legacyServer{}
+	var n atomic.Int32
+	l.get = func(w http.ResponseWriter, req *http.Request) {
+		switch i := int(n.Add(1)); i {
+		case 2, 3, 4, 5:
+			w.WriteHeader([]int{401, 403, 405, 501}[i-2])
+		case 6:
+			sseHead(w)
+			say(w, "data: %s", notice(i))
+			<-req.Context().Done()
+		default:
+			sseHead(w)
+		}
+	}
+	r := listening(t, l)
+	r.log.await(t, schemas.KindNotified, 1)
 }
 
 // While the log is away nothing is lost, and nothing more is read.

@@ -65,7 +65,12 @@ func (s *session) attend() {
 	s.listening = true
 	s.mu.Unlock()
 	if !was {
-		s.t.spawn(s.attending)
+		s.t.spawn(func() {
+			s.attending()
+			s.mu.Lock()
+			s.listening = false
+			s.mu.Unlock()
+		})
 	}
 }
 

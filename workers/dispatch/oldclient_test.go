@@ -767,6 +767,13 @@ func TestOldClientReplicas(t *testing.T) {
 	r.ledger.lapse("a")
 	r.a.Lapsed()
 	p.until("it goes on", func() bool { return len(p.streams) == 0 })
+	// It was a short while: nobody has taken it over, and a goes on.
+	r.ledger.lapse("")
+	r.a.Regained()
+	p.until("a does not listen again", func() bool { return len(p.streams) == 1 })
+	r.ledger.lapse("a")
+	r.a.Lapsed()
+	p.until("it goes on", func() bool { return len(p.streams) == 0 })
 	r.ledger.die("a")
 	r.b.Died(t.Context(), "a")
 	p.until("nobody listens", func() bool { return len(p.streams) == 1 })

@@ -4,12 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
+	"github.com/cenkalti/backoff/v4"
 	"golang.org/x/sync/errgroup"
 
 	"waybill.dev/schemas"
@@ -37,8 +38,9 @@ type Owners interface {
 	// Gone is closed when the process of a name is known to live no more.
 	Gone(name string) <-chan struct{}
 
-	// Owned lists what a process owns, or owned when it died.
-	Owned(ctx context.Context, name string) []string
+	// Owned lists what a process owns, or owned when it died; with an error, as far
+	// as it is known.
+	Owned(ctx context.Context, name string) ([]string, error)
 }
 
 const (
@@ -324,7 +326,7 @@ func (m *mcpServer) ownerOf(c Call) (key, owner string) {
 		// At a server without sessions the session is the gateway's own, and what
 		// the client sets in it is in one process.
 		if m.held || c.Era == EraModern {
-			key = processKeys + strings.Join([]string{string(c.Event.Tenant), string(c.Event.Session), m.name}, ".")
+			key = processKey(idOfSession(c.Event), m.name)
 		}
 		return key, ""
 	}
@@ -361,9 +363,9 @@ const streamKeys = "stream."
 // more, and has to end with its context.
 func (s *session) own(follow func(context.Context) bool) {
 	o := s.t.opt.Owners
-	first := s.openedBy == s.by // nobody else can have listened before
+	first := true
 	learn := func() {
-		if !first {
+		if !first || s.shared() { // else nobody can have listened before
 			if err := s.openQuestions(s.ctx); err != nil && s.ctx.Err() == nil {
 				s.log().Warn("what a server has asked before is not known: answers to it do not reach it", "error", err)
 			}
@@ -389,10 +391,17 @@ func (s *session) own(follow func(context.Context) bool) {
 				return
 			}
 		default:
+			s.mu.Lock()
+			s.elsewhere = true
+			s.mu.Unlock()
+			// It may give the key up, too, of which nobody is told.
+			check := time.NewTimer(s.t.timing.check)
 			select {
 			case <-o.Gone(owner):
+			case <-check.C:
 			case <-s.ctx.Done():
 			}
+			check.Stop()
 		}
 	}
 }
@@ -439,124 +448,196 @@ func (t *sessions) disown(key string) {
 	})
 }
 
-// Died is told that another process has died: what it listened to, and can be
-// listened to from here, is taken over. Sessions that are in use here notice by
-// themselves; the others are found in the log.
-func (d *Dispatcher) Died(ctx context.Context, name string) {
-	o := d.opt.Owners
-	if o == nil || d.opt.Latest == nil {
+// Regained is told that this process holds leases again: what Lapsed stopped at
+// servers without sessions goes on, unless another has taken it over. Who listens
+// in a session waits for that by itself.
+func (d *Dispatcher) Regained() {
+	var stopped []*session
+	d.sessions.mu.Lock()
+	for _, of := range d.sessions.of {
+		for _, s := range of {
+			if s.solo != nil && s.guest == nil && s.ctx.Err() != nil && s.over.Err() == nil {
+				stopped = append(stopped, s)
+			}
+		}
+	}
+	d.sessions.mu.Unlock()
+	if len(stopped) == 0 {
 		return
 	}
-	keys := o.Owned(ctx, name)
-	var taken atomic.Int64
-	var all errgroup.Group
-	all.SetLimit(takeOvers)
-	for _, key := range keys {
-		rest, ok := strings.CutPrefix(key, streamKeys)
-		part := strings.Split(rest, ".")
-		if part := strings.Split(strings.TrimPrefix(key, processKeys), "."); !ok && len(part) == 3 && ctx.Err() == nil {
-			// Only the client could go on with it in its place; but where the server
-			// has no sessions, it is listened to from here.
+	d.sessions.spawn(func() {
+		ctx := d.sessions.ctx
+		var all errgroup.Group
+		all.SetLimit(takeOvers)
+		for _, s := range stopped {
 			all.Go(func() error {
-				mine, err := d.takeOverSolo(ctx, key, sessionID{schemas.Tenant(part[0]), schemas.SessionKey(part[1])}, part[2])
-				if mine {
-					taken.Add(1)
+				owner, err := d.acquire(ctx, processKey(s.id, s.m.name))
+				if err == nil && owner == d.opt.Owners.Name() {
+					var now *session
+					if now, err = d.sessions.solo(ctx, s.m, s.base); err == nil {
+						now.leave()
+					}
 				}
-				if err != nil {
-					d.opt.Log.Warn("a session at a server without sessions is not taken over", "key", key, "error", err)
+				if err != nil && ctx.Err() == nil {
+					s.log().Warn("a server without sessions is not listened to again before the client's next call", "error", err)
 				}
 				return nil
 			})
-			continue
 		}
-		if !ok || len(part) != 4 || ctx.Err() != nil {
-			continue
+		_ = all.Wait()
+	})
+}
+
+// Died is told that another process has died: what it listened to, and can be
+// listened to from here, is taken over. Sessions that are in use here notice by
+// themselves; the others are found in the log. What fails is tried again until it
+// is done or another has taken it over: others wait for who holds a key, and one
+// that does not listen would have them wait for ever.
+func (d *Dispatcher) Died(ctx context.Context, name string) {
+	if d.opt.Owners == nil || d.opt.Latest == nil {
+		return
+	}
+	left, err := d.inherit(ctx, name, nil)
+	if len(left) == 0 && err == nil {
+		return
+	}
+	d.sessions.spawn(func() {
+		t := d.sessions
+		pauses := backoff.NewExponentialBackOff(
+			backoff.WithInitialInterval(t.timing.pause), backoff.WithMultiplier(2), backoff.WithMaxInterval(t.timing.rest), backoff.WithMaxElapsedTime(0))
+		for (len(left) > 0 || err != nil) && pause(t.ctx, pauses.NextBackOff()) {
+			left, err = d.inherit(t.ctx, name, left)
 		}
+	})
+}
+
+// takeOvers is how many sessions are taken over at once.
+const takeOvers = 16
+
+// inherit takes over what a process owned that has died, and the keys that were left
+// before. left are those that have to be tried again; with an error there may be more.
+func (d *Dispatcher) inherit(ctx context.Context, name string, before []string) (left []string, err error) {
+	owned, err := d.opt.Owners.Owned(ctx, name)
+	if err != nil {
+		d.opt.Log.Warn("what a process owned is not all known", "name", name, "error", err)
+	}
+	keys := append(before, owned...)
+	slices.Sort(keys)
+	keys = slices.Compact(keys)
+	var taken int
+	var mu sync.Mutex
+	var all errgroup.Group
+	all.SetLimit(takeOvers)
+	for _, key := range keys {
 		all.Go(func() error {
-			owner, err := o.Acquire(ctx, key)
-			if err == nil && owner == o.Name() {
-				taken.Add(1)
-				// Others wait for this process now: what fails for a moment must not leave the
-				// stream with an owner who does not listen.
-				for range takeOverTries {
-					if err = d.takeOver(ctx, sessionID{schemas.Tenant(part[0]), schemas.SessionKey(part[1])}, part[2], part[3]); err == nil || ctx.Err() != nil || !o.Holds() {
-						break
-					}
-					pause(ctx, ownerPause)
-				}
-			}
+			mine, err := d.inheritOne(ctx, key)
 			if err != nil {
-				d.opt.Log.Warn("a session's stream is not taken over", "key", key, "error", err)
+				d.opt.Log.Warn("a session at a server is not taken over yet", "key", key, "error", err)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			if err != nil {
+				left = append(left, key)
+			} else if mine {
+				taken++
 			}
 			return nil
 		})
 	}
 	_ = all.Wait() // each has said what went wrong
 	if len(keys) > 0 {
-		d.opt.Log.Info("another process is gone", "name", name, "owned", len(keys), "taken_over", taken.Load())
+		d.opt.Log.Info("another process is gone", "name", name, "owned", len(keys), "taken_over", taken)
 	}
+	return left, err
 }
 
-// takeOvers is how many sessions are taken over at once, and takeOverTries how often
-// it is tried.
-const (
-	takeOvers     = 16
-	takeOverTries = 5
-)
-
-// takeOver goes on with a session at a server, if it is still the one that the
-// client's session has there.
-func (d *Dispatcher) takeOver(ctx context.Context, id sessionID, server, by string) error {
-	u := d.upstreams[server]
-	if u == nil || u.mcp == nil {
-		return fmt.Errorf("no server %s is configured", server)
+// inheritOne takes over one key, if that can be done here. An error says that it has
+// to be tried again.
+func (d *Dispatcher) inheritOne(ctx context.Context, key string) (mine bool, err error) {
+	rest, stream := strings.CutPrefix(key, streamKeys)
+	if !stream {
+		rest = strings.TrimPrefix(key, processKeys)
 	}
-	if u.mcp.held {
-		return nil // it is gone with the process that held it
-	}
-	last, found, err := d.sessions.connected(ctx, id, server)
-	if err != nil || !found || last.By != by {
-		return err
-	}
-	opened, err := d.opt.Latest(ctx, id.tenant, id.key, schemas.KindOpened)
-	if err != nil {
-		return err
-	}
-	s, err := d.sessions.get(ctx, u.mcp, schemas.Event{Tenant: id.tenant, Session: id.key, Agent: opened.Agent})
-	if err != nil {
-		return err
-	}
-	// It may be here already and have listened to nothing yet: this process opened it,
-	// and the one that is gone told the server that the client is ready. Of another
-	// that the client has since nobody may have told that.
-	if s.openedBy == by {
-		s.first()
-		s.listen()
-	}
-	return nil
-}
-
-// takeOverSolo goes on with a session at a server without sessions: a client may
-// do nothing but listen. It tells whether the key is this process's now.
-func (d *Dispatcher) takeOverSolo(ctx context.Context, key string, id sessionID, server string) (bool, error) {
-	u := d.upstreams[server]
-	if u == nil || u.mcp == nil || u.mcp.held {
+	part := strings.Split(rest, ".")
+	if rest == key || len(part) != 3 && !stream || len(part) != 4 && stream {
 		return false, nil
 	}
+	id, server := sessionID{schemas.Tenant(part[0]), schemas.SessionKey(part[1])}, part[2]
+	u := d.upstreams[server]
+	if u == nil || u.mcp == nil || u.mcp.held {
+		return false, nil // it is gone with the process that held it, or another knows the server
+	}
 	last, found, err := d.sessions.connected(ctx, id, server)
-	if err != nil || !found || last.Revision != mcpRevision {
+	if err != nil {
 		return false, err
+	}
+	if !stream && (!found || last.Revision != mcpRevision) {
+		return false, nil // only the client could go on with it in its place
 	}
 	if owner, err := d.opt.Owners.Acquire(ctx, key); err != nil || owner != d.opt.Owners.Name() {
 		return false, err
 	}
+	switch {
+	case stream && (!found || last.By != part[3]):
+		err = errSessionClosed // the client's session has another there since
+	case stream:
+		err = d.takeOver(ctx, id, u.mcp, last)
+	default:
+		err = d.takeOverSolo(ctx, id, u.mcp)
+	}
+	if f := new(Fault); errors.Is(err, errSessionClosed) || errors.Is(err, schemas.ErrNotFound) || errors.As(err, &f) && f.Kind == Invalid {
+		d.sessions.disown(key)
+		return false, nil
+	}
+	return true, err
+}
+
+// takeOver goes on with a session at a server, which must be the one that the
+// client's session has there.
+func (d *Dispatcher) takeOver(ctx context.Context, id sessionID, m *mcpServer, last *schemas.Connected) error {
 	opened, err := d.opt.Latest(ctx, id.tenant, id.key, schemas.KindOpened)
 	if err != nil {
-		return true, err
+		return err
 	}
-	s, err := d.sessions.solo(ctx, u.mcp, schemas.Event{Tenant: id.tenant, Session: id.key, Agent: opened.Agent})
+	s, err := d.sessions.get(ctx, m, schemas.Event{Tenant: id.tenant, Session: id.key, Agent: opened.Agent})
+	if err != nil {
+		return err
+	}
+	if s.openedBy != last.By {
+		// One that the server has lost, which nobody has noticed here.
+		if s, err = d.sessions.again(ctx, s); err != nil {
+			return err
+		}
+		if s.openedBy != last.By {
+			return errSessionClosed
+		}
+	}
+	// It may be here already and have listened to nothing yet: this process opened it,
+	// and the one that is gone told the server that the client is ready.
+	s.mu.Lock()
+	s.elsewhere = true
+	s.mu.Unlock()
+	s.first()
+	s.listen()
+	return nil
+}
+
+// takeOverSolo goes on with a session at a server without sessions: a client may
+// do nothing but listen.
+func (d *Dispatcher) takeOverSolo(ctx context.Context, id sessionID, m *mcpServer) error {
+	opened, err := d.opt.Latest(ctx, id.tenant, id.key, schemas.KindOpened)
+	if err != nil {
+		return err
+	}
+	s, err := d.sessions.solo(ctx, m, schemas.Event{Tenant: id.tenant, Session: id.key, Agent: opened.Agent})
 	if err == nil {
 		s.leave()
 	}
-	return true, err
+	return err
+}
+
+// processKey is what the process holds that alone makes the calls of a session at a
+// server.
+func processKey(id sessionID, server string) string {
+	return processKeys + strings.Join([]string{string(id.tenant), string(id.key), server}, ".")
 }

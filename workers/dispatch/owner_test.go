@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"net/http"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -85,7 +86,7 @@ func (h holder) Gone(name string) <-chan struct{} {
 	return h.goneOf(name)
 }
 
-func (h holder) Owned(_ context.Context, name string) (keys []string) {
+func (h holder) Owned(_ context.Context, name string) (keys []string, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for key, owner := range h.owner {
@@ -93,7 +94,7 @@ func (h holder) Owned(_ context.Context, name string) (keys []string) {
 			keys = append(keys, key)
 		}
 	}
-	return keys
+	return keys, nil
 }
 
 // lapse takes a process's leases, which others may acquire when it is dead.
@@ -327,7 +328,7 @@ func TestOneEraForACall(t *testing.T) {
 		}
 		r.handled(r.give(r.a, r.legacy("write")))
 		r.want("completed")
-		if keys := (holder{r.ledger, "b"}).Owned(t.Context(), "a"); len(keys) != want.owned {
+		if keys, _ := (holder{r.ledger, "b"}).Owned(t.Context(), "a"); len(keys) != want.owned {
 			t.Errorf("%s: a owns %v", era, keys)
 		}
 	}
@@ -482,7 +483,7 @@ func TestOneListener(t *testing.T) {
 	if l.opened != 2 {
 		t.Fatalf("%d sessions at the server", l.opened)
 	}
-	if keys := (holder{r.ledger, "b"}).Owned(t.Context(), "a"); len(keys) != 2 || !strings.HasPrefix(keys[0], "stream.acme.s") {
+	if keys, _ := (holder{r.ledger, "b"}).Owned(t.Context(), "a"); len(keys) != 2 || !strings.HasPrefix(keys[0], "stream.acme.s") {
 		t.Errorf("a listens to %v", keys)
 	}
 	// As if the machine that a is on were cut off: it stops first.
@@ -546,6 +547,237 @@ func TestOpenedHereListenedThere(t *testing.T) {
 	stream()
 	if l.opened != 1 || l.came("notifications/initialized") != 1 {
 		t.Errorf("%d sessions at the server, told %d times that the client is ready", l.opened, l.came("notifications/initialized"))
+	}
+}
+
+// streams counts who listens to a legacy server: the sessions that are listened to, each
+// with the event after which.
+type streams struct {
+	t      *testing.T
+	opened chan [2]string
+	ended  chan string
+}
+
+func listenTo(t *testing.T, l *legacyServer, events func(w http.ResponseWriter, session, last string)) *streams {
+	s := &streams{t: t, opened: make(chan [2]string, 64), ended: make(chan string, 64)}
+	l.get = func(w http.ResponseWriter, req *http.Request) {
+		session, last := req.Header.Get("Mcp-Session-Id"), req.Header.Get("Last-Event-Id")
+		sseHead(w)
+		if events != nil {
+			events(w, session, last)
+		}
+		s.opened <- [2]string{session, last}
+		<-req.Context().Done()
+		s.ended <- session
+	}
+	return s
+}
+
+func (s *streams) opens(session, last string) {
+	s.t.Helper()
+	select {
+	case got := <-s.opened:
+		if want := ([2]string{session, last}); got != want {
+			s.t.Errorf("%q is listened to, want %q", got, want)
+		}
+	case <-time.After(20 * time.Second):
+		s.t.Fatal("nobody listens to ", session)
+	}
+}
+
+func (s *streams) ends(session string) {
+	s.t.Helper()
+	select {
+	case got := <-s.ended:
+		if got != session {
+			s.t.Errorf("%s is not listened to any more, want %s", got, session)
+		}
+	case <-time.After(20 * time.Second):
+		s.t.Fatal("it goes on listening to ", session)
+	}
+}
+
+// die is what becomes of the processes when one is cut off from the log for long.
+func (r *replicas) die(d *Dispatcher, name string, other *Dispatcher) {
+	r.ledger.lapse(name)
+	d.Lapsed()
+	r.ledger.die(name)
+	other.Died(r.t.Context(), name)
+}
+
+func (r *replicas) calls(d *Dispatcher, change ...func(*schemas.Event)) {
+	r.t.Helper()
+	e := r.legacy("write", change...)
+	r.handled(r.give(d, e))
+	r.ends(e, "completed")
+}
+
+// Who opened a session and takes its stream over from another begins where that one
+// stopped, and brings the answers to what it was asked.
+func TestOpenedHereTakenBack(t *testing.T) {
+	for _, other := range []bool{false, true} { // another server has spoken since, in the client's session
+		l := &legacyServer{}
+		s := listenTo(t, l, func(w http.ResponseWriter, _, last string) {
+			if last == "" {
+				say(w, "id: e1\ndata: "+`{"jsonrpc":"2.0","id":"r1","method":"roots/list"}`)
+			}
+		})
+		r := newReplicas(t, l.ServeHTTP)
+		t.Cleanup(r.http.CloseClientConnections)
+		r.open("s1")
+		first := r.method("initialize", "", initialize, inSession("s1"))
+		r.handled(r.give(r.b, first))
+		r.ends(first, "completed")
+		r.calls(r.a)
+		s.opens("up-1", "")
+		asked := r.log.await(t, schemas.KindAsked, 1)[0]
+		p := asked.Data.(*schemas.Asked)
+		if other {
+			r.log.add(asked.Next(&schemas.Asked{Target: schemas.Target{Protocol: "mcp", Server: "s2", Method: "roots/list"}, ID: "x.1", Event: "e7"}, asked.Body))
+		}
+		r.die(r.a, "a", r.b)
+		s.opens("up-1", "e1")
+		answer := r.log.add(asked.Next(&schemas.Answered{Target: p.Target, ID: p.ID}, []byte(`{"jsonrpc":"2.0","id":"`+p.ID+`","result":{"roots":[]}}`)))
+		if err := r.b.Hear(t.Context(), answer, r.emit); err != nil {
+			t.Fatal(err)
+		}
+		l.await(t, "response", 1)
+		if got := l.body("response"); got != `{"jsonrpc":"2.0","id":"r1","result":{"roots":[]}}` || l.opened != 1 {
+			t.Errorf("%s; %d sessions", got, l.opened)
+		}
+	}
+}
+
+// The server loses a session that two processes have, and the one that listens opens
+// another. When it dies the other takes that one over, which it does not know.
+func TestTakenOverIsTheNewest(t *testing.T) {
+	l := &legacyServer{}
+	s := listenTo(t, l, nil)
+	r := newReplicas(t, l.ServeHTTP)
+	t.Cleanup(r.http.CloseClientConnections)
+	r.open("s1")
+	r.calls(r.a)
+	s.opens("up-1", "")
+	r.calls(r.b)
+	l.forget()
+	r.calls(r.a)
+	s.opens("up-2", "")
+	if keys, _ := (holder{r.ledger, "b"}).Owned(t.Context(), "a"); len(keys) > 2 {
+		t.Errorf("a owns %v", keys)
+	}
+	r.die(r.a, "a", r.b)
+	s.opens("up-2", "")
+	r.calls(r.b)
+	if l.opened != 2 {
+		t.Errorf("%d sessions at the server", l.opened)
+	}
+}
+
+// What cannot be taken over at once is taken over later; what has ended meanwhile is
+// let go of.
+func TestTakeOverLater(t *testing.T) {
+	l := &legacyServer{}
+	s := listenTo(t, l, nil)
+	r := newReplicas(t, l.ServeHTTP)
+	t.Cleanup(r.http.CloseClientConnections)
+	r.open("s1")
+	r.open("s2")
+	r.calls(r.a)
+	s.opens("up-1", "")
+	r.calls(r.a, inSession("s2"))
+	s.opens("up-2", "")
+	r.log.add(schemas.Event{Tenant: "acme", Session: "s2", Agent: "a1", Data: &schemas.Closed{}}) // of which nobody has heard
+	var away atomic.Int32
+	latest := r.b.opt.Latest
+	r.b.opt.Latest = func(ctx context.Context, tenant schemas.Tenant, session schemas.SessionKey, k schemas.Kind) (schemas.Event, error) {
+		if away.Add(1) <= 20 {
+			return schemas.Event{}, errLog
+		}
+		return latest(ctx, tenant, session, k)
+	}
+	r.die(r.a, "a", r.b)
+	s.opens("up-1", "")
+	r.b.sessions.mu.Lock()
+	n := len(r.b.sessions.of)
+	r.b.sessions.mu.Unlock()
+	if n != 1 {
+		t.Errorf("b has %d sessions", n)
+	}
+	for late := time.Now().Add(20 * time.Second); ; {
+		keys, _ := (holder{r.ledger, "a"}).Owned(t.Context(), "b")
+		left, _ := (holder{r.ledger, "a"}).Owned(t.Context(), "a")
+		if len(keys) == 1 && len(left) == 0 {
+			break
+		}
+		if time.Now().After(late) {
+			t.Fatalf("b owns %v, a still %v", keys, left)
+		}
+		runtime.Gosched()
+	}
+}
+
+// The server has lost the session of a process that dies: who takes it over finds that
+// out, though it has never listened, and opens another.
+func TestTakeOverOfLost(t *testing.T) {
+	l := &legacyServer{}
+	s := listenTo(t, l, nil)
+	r := newReplicas(t, l.ServeHTTP)
+	t.Cleanup(r.http.CloseClientConnections)
+	r.open("s1")
+	r.calls(r.a)
+	s.opens("up-1", "")
+	r.ledger.lapse("a")
+	r.a.Lapsed()
+	s.ends("up-1")
+	l.forget()
+	r.ledger.die("a")
+	r.b.Died(t.Context(), "a")
+	s.opens("up-2", "")
+}
+
+// Two processes find at once that the server has lost the session: one of them opens
+// another, and both go on in that.
+func TestOpenedOnce(t *testing.T) {
+	l := &legacyServer{}
+	var both sync.WaitGroup
+	both.Add(2)
+	l.init = func(http.ResponseWriter, *jsonrpc.Message) bool {
+		if l.came("initialize") > 1 {
+			both.Done()
+			both.Wait() // neither is stored before the other has begun
+		}
+		return false
+	}
+	s := listenTo(t, l, nil)
+	r := newReplicas(t, l.ServeHTTP)
+	t.Cleanup(r.http.CloseClientConnections)
+	r.open("s1")
+	r.calls(r.a)
+	s.opens("up-1", "")
+	r.calls(r.b)
+	l.forget()
+	one, two := r.legacy("write"), r.legacy("write")
+	first, second := r.give(r.a, one), r.give(r.b, two)
+	r.handled(first)
+	r.handled(second)
+	r.ends(one, "completed")
+	r.ends(two, "completed")
+	l.await(t, "DELETE", 1) // of the one that is too many
+	connected := r.log.of(schemas.KindConnected)
+	if len(connected) != 2 || l.opened != 3 {
+		t.Fatalf("%d sessions at the server%v", l.opened, r.log)
+	}
+	now := connected[1].Data.(*schemas.Connected)
+	s.opens(now.Upstream, "")
+	for name, d := range map[string]*Dispatcher{"a": r.a, "b": r.b} {
+		d.sessions.mu.Lock()
+		if got := d.sessions.of[sessionID{"acme", "s1"}]["s"].upstream; got != now.Upstream {
+			t.Errorf("%s goes on in %s, want %s", name, got, now.Upstream)
+		}
+		d.sessions.mu.Unlock()
+	}
+	if now.After != connected[0].Data.(*schemas.Connected).By || len(s.opened) > 0 {
+		t.Errorf("%+v; %d more streams", now, len(s.opened))
 	}
 }
 

@@ -77,6 +77,7 @@ type timing struct {
 	retry   time.Duration // the longest that a server may ask for (retry:)
 	front   time.Duration // the first pause before a front listens to a server again; doubles
 	fronts  time.Duration // the longest
+	check   time.Duration // who waits for the death of a stream's owner asks again whether it is one
 	overlap time.Duration // of a stream that was replaced with the one that has its place
 	gather  time.Duration // more questions of a server, before the client of a later revision is asked
 	park    time.Duration // the life of an exchange that waits for its client to come back
@@ -88,7 +89,7 @@ var defaultTiming = timing{
 	open: 30 * time.Second, cancel: time.Second, delete: 5 * time.Second, answer: 30 * time.Second,
 	store: time.Minute, silence: 10 * time.Second,
 	pause: 100 * time.Millisecond, pauses: 5 * time.Second, rest: 30 * time.Second, retry: 30 * time.Second,
-	front: time.Second, fronts: time.Minute, overlap: overlap,
+	front: time.Second, fronts: time.Minute, check: 5 * time.Minute, overlap: overlap,
 	gather: 100 * time.Millisecond, park: 10 * time.Minute, idle: 10 * time.Minute,
 	pace: paceRate,
 }
@@ -153,11 +154,13 @@ type session struct {
 	upstream string
 	revision string
 	openedBy string // Connected.By
+	after    string // Connected.After
 
 	mu          sync.Mutex
 	tools       map[string]string // taskSupport of those that have some; nil: not known
 	initialized bool              // the server has been, or is being, told that the client is ready
 	listening   bool
+	elsewhere   bool               // another process has listened, or has this session too
 	unfollow    context.CancelFunc // stops listening; nil: nobody has begun
 	calls       int                // in it now
 	replaced    bool               // another stands in its place
@@ -332,7 +335,6 @@ func (t *sessions) again(ctx context.Context, lost *session) (*session, error) {
 		t.wg.Go(func() { t.open(s) })
 	}
 	t.mu.Unlock()
-	lost.stop()
 	return s.wait(ctx)
 }
 
@@ -399,8 +401,13 @@ func (s *session) done(fault error) {
 		s.t.drop(s)
 		s.shut()
 	}
-	if fault == nil && s.lost != nil {
-		s.lost.retire()
+	if lost := s.lost; fault == nil && lost != nil {
+		// Not before: until there is another its listener tries again.
+		lost.stop()
+		lost.retire()
+		if lost.guest == nil && lost.openedBy != s.openedBy {
+			s.t.disown(streamKey(lost.id, lost.m.name, lost.openedBy))
+		}
 	}
 	s.lost = nil
 	s.fault = fault
@@ -408,6 +415,9 @@ func (s *session) done(fault error) {
 	// Whoever has closed it before it was ready has left the rest to us.
 	if fault == nil && s.over.Err() != nil {
 		s.t.delete(s.m, s.upstream, s.revision)
+		if s.guest == nil {
+			s.t.disown(streamKey(s.id, s.m.name, s.openedBy))
+		}
 	}
 }
 
@@ -447,10 +457,12 @@ func (t *sessions) opening(ctx context.Context, s *session) error {
 	if err != nil {
 		return faultf(Unsent, "reading of the session at the server: %w", err)
 	}
-	if found && (s.lost == nil || before.Upstream != s.lost.upstream) && mayAgree(before.Revision) && sessionIDOK(before.Upstream) {
-		s.upstream, s.revision, s.openedBy = before.Upstream, before.Revision, before.By
+	if found && (s.lost == nil || before.By != s.lost.openedBy) && s.adopt(before) {
 		s.initialized = s.need != "notifications/initialized"
 		return nil
+	}
+	if s.after = s.m.name; found {
+		s.after = before.By
 	}
 	opened, err := t.opt.Latest(ctx, s.id.tenant, s.id.key, schemas.KindOpened)
 	if errors.Is(err, schemas.ErrNotFound) {
@@ -475,6 +487,10 @@ func (t *sessions) opening(ctx context.Context, s *session) error {
 	inner, hangUp := context.WithCancel(ctx)
 	defer hangUp()
 	answer, err := s.initialize(inner, c, body, s.say)
+	if other := new(overtaken); errors.As(err, &other) && s.adopt(other.by) {
+		s.initialized = true // by who was faster
+		return nil
+	}
 	if err != nil {
 		return err
 	}
@@ -492,6 +508,21 @@ func (t *sessions) opening(ctx context.Context, s *session) error {
 	s.restore(ctx)
 	return nil
 }
+
+// adopt makes this session the one that another process has opened, or this one
+// before; false: it cannot be gone on with.
+func (s *session) adopt(c *schemas.Connected) bool {
+	if !mayAgree(c.Revision) || !sessionIDOK(c.Upstream) {
+		return false
+	}
+	s.upstream, s.revision, s.openedBy = c.Upstream, c.Revision, c.By
+	return true
+}
+
+// overtaken: another process has opened the session before.
+type overtaken struct{ by *schemas.Connected }
+
+func (o *overtaken) Error() string { return "another process has opened the session" }
 
 // unsent is a fault of the opening as one of the call that needs the session.
 func unsent(err error) error {
@@ -639,12 +670,12 @@ func (s *session) initialize(ctx context.Context, c Call, body []byte, progress 
 		defer cancel()
 		var e schemas.Event
 		e, err = s.t.opt.answers.screenedEvent(s.m.name, s.base.Next(&schemas.Connected{
-			Server: s.m.name, Upstream: s.upstream, Revision: revision, By: s.by,
+			Server: s.m.name, Upstream: s.upstream, Revision: revision, By: s.by, After: s.after,
 		}, answer.Body))
 		if err == nil {
-			_, err = s.t.opt.Store(ctx, e)
+			err = s.connect(ctx, e)
 		}
-		if err != nil {
+		if other := new(overtaken); err != nil && !errors.As(err, &other) {
 			err = faultf(Broken, "storing the session at the server: %w", err)
 			if refused(err) {
 				err = faultf(refusedAs(err), "storing the session at the server: %w", err)
@@ -657,6 +688,25 @@ func (s *session) initialize(ctx context.Context, c Call, body []byte, progress 
 		return Answer{}, err
 	}
 	return answer, nil
+}
+
+// connect stores that the server has opened the session. The error is an *overtaken
+// where another process has stored another in the same place.
+func (s *session) connect(ctx context.Context, e schemas.Event) error {
+	receipt, err := s.t.opt.Store(ctx, e)
+	if err != nil || !receipt.Duplicate || s.after == "" {
+		return err
+	}
+	first, err := s.t.opt.Load(ctx, receipt.Seq)
+	if err != nil {
+		return err
+	}
+	if c, ok := first.Data.(*schemas.Connected); !ok {
+		return fmt.Errorf("event %d has its ID", receipt.Seq)
+	} else if c.By != s.by { // else our own, whose receipt was lost on the way
+		return &overtaken{c}
+	}
+	return nil
 }
 
 // undo closes a session that the server has opened and that nobody will use.
@@ -834,7 +884,7 @@ func (s *session) end() {
 				s.t.disown(streamKey(s.id, s.m.name, s.openedBy))
 			}
 			if s.m.held || s.solo != nil {
-				s.t.disown(processKeys + strings.Join([]string{string(s.id.tenant), string(s.id.key), s.m.name}, "."))
+				s.t.disown(processKey(s.id, s.m.name))
 			}
 			s.t.delete(s.m, s.upstream, s.revision)
 		}

@@ -354,7 +354,9 @@ func (g *gateway) addDispatch(ctx context.Context, _ net.Listener) error {
 		ready := g.up("leases")
 		g.workers = append(g.workers, part{"leases", func(context.Context) error {
 			return leases.Run(holding, func(up bool) {
-				if ready.Store(up); !up {
+				if ready.Store(up); up {
+					d.Regained()
+				} else {
 					d.Lapsed()
 				}
 			}, d.Died)
