@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"fmt"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -297,5 +298,25 @@ func TestTasksAreListenedTo(t *testing.T) {
 	}
 	if n := called(up, "subscriptions/listen upstream-task"); n != 3 {
 		t.Errorf("%d subscriptions:\n%s", n, up.Output())
+	}
+}
+
+// What a server asks a client that answers with tasks of its own (tasks of sampling and
+// elicitation), and how it asks after them, goes through as it is; behind the front too.
+func TestAskedAsTasks(t *testing.T) {
+	t.Parallel() // it mostly waits
+	server := peers.ServerEverything(t)
+	g := gateway.Start(t, gateway.Config("servers:\n"+gateway.Server("everything", server, "")))
+	want := peers.RunAskedAsTasks(t, peers.Endpoint{URL: server}, "")
+	if !strings.Contains(want.Sampling, "[COMPLETED]") || !strings.Contains(want.Elicitation, "[COMPLETED]") || len(want.Made) != 2 {
+		t.Fatalf("of the server itself: %+v", want)
+	}
+	for path, prefix := range map[string]string{"/everything": "", "": "everything__"} {
+		t.Run("mcp"+path, func(t *testing.T) {
+			t.Parallel()
+			if got := peers.RunAskedAsTasks(t, peers.Endpoint{URL: g.URL + "/mcp" + path}, prefix); !reflect.DeepEqual(got, want) {
+				t.Errorf("through the gateway: %+v\nof the server: %+v", got, want)
+			}
+		})
 	}
 }

@@ -71,3 +71,23 @@ func EndCoreTasks(t testing.TB, e Endpoint, of CoreTasks) CoreTasks {
 	t.Helper()
 	return coreTasks(t, e, "end", nil, of)
 }
+
+// AskedAsTasks is what server-everything says of a client that answers what it asks with tasks.
+type AskedAsTasks struct {
+	Sampling, Elicitation string   // the text of the answers to its tools, without the IDs of tasks
+	Made                  []string // the methods for which the client has made tasks
+}
+
+// RunAskedAsTasks has the TypeScript SDK v1 call those tools of server-everything that ask it for tasks.
+func RunAskedAsTasks(t testing.TB, e Endpoint, prefix string) (s AskedAsTasks) {
+	t.Helper()
+	args, err := json.Marshal(map[string]any{"url": e.URL, "token": e.Token, "prefix": prefix})
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := NodeScript(t, beside("coretasks_asked.mjs"), string(args))
+	if err := json.Unmarshal([]byte(out.Stdout), &s); err != nil || out.Exit != 0 {
+		t.Fatalf("coretasks_asked.mjs: exit %d, %v\n%s%s", out.Exit, err, out.Stdout, out.Stderr)
+	}
+	return s
+}
