@@ -260,6 +260,15 @@ func (s *session) bring(e schemas.Event, a *schemas.Answered) {
 	})
 }
 
+// patiently asks the log for something, again for as long as it is away, within
+// limits.
+func (s *session) patiently(ctx context.Context, ask func() error) error {
+	ctx, cancel := context.WithTimeout(ctx, s.t.timing.store)
+	defer cancel()
+	pauses := backoff.NewExponentialBackOff(backoff.WithInitialInterval(s.t.timing.pause), backoff.WithMaxInterval(s.t.timing.pauses))
+	return backoff.Retry(ask, backoff.WithContext(pauses, ctx))
+}
+
 // lastEvent is the ID of the newest event of the session's stream that the log
 // has, whoever listened then; "" if that is not known.
 func (s *session) lastEvent(ctx context.Context) (string, error) {
@@ -339,7 +348,9 @@ func (s *session) openQuestions(ctx context.Context) error {
 			continue
 		}
 		s.mu.Lock()
-		if _, ok := s.asked[a.ID]; !ok && (len(s.asked) < maxAsked || s.giveUp()) {
+		if q, ok := s.asked[a.ID]; ok {
+			found = found || !q.answered // it may be answered by now
+		} else if len(s.asked) < maxAsked || s.giveUp() {
 			if s.asked == nil {
 				s.asked = make(map[string]asking)
 			}

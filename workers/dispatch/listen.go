@@ -14,6 +14,9 @@ import (
 	"waybill.dev/schemas/sse"
 )
 
+// maxRash is how many sessions lost in a row make the pause before the next longer.
+const maxRash = 16
+
 // maxGarbage is how many messages of a session's stream that cannot be read are
 // passed over before the connection is given up.
 const maxGarbage = 16
@@ -71,9 +74,19 @@ func (l *listener) run(ctx context.Context) bool {
 		backoff.WithInitialInterval(t.pause), backoff.WithMultiplier(2), backoff.WithMaxInterval(t.rest), backoff.WithMaxElapsedTime(0))
 	if l.s.shared() || l.was {
 		// Another may have listened before.
-		if last, err := l.s.lastEvent(ctx); err == nil && last != "" {
-			l.last = last
+		err := l.s.patiently(ctx, func() error {
+			last, err := l.s.lastEvent(ctx)
+			if last != "" {
+				l.last = last
+			}
+			return err
+		})
+		if err != nil && ctx.Err() == nil {
+			l.s.log().Warn("where another stopped listening is not known: what was said since may be missed", "error", err)
 		}
+	}
+	for range min(l.s.rash, maxRash) {
+		pauses.NextBackOff()
 	}
 	for {
 		l.moved = false
@@ -87,7 +100,11 @@ func (l *listener) run(ctx context.Context) bool {
 			return l.s.ctx.Err() != nil || errors.Is(err, errNoStream)
 		case errors.Is(err, errLost):
 			// It is opened again at once, and where that fails, later: a client may do
-			// nothing but listen.
+			// nothing but listen. A server that loses one after the other is given
+			// longer and longer.
+			if l.s.rash > 0 && !pause(ctx, pauses.NextBackOff()) {
+				return false
+			}
 			_, again := l.s.t.again(l.s.t.ctx, l.s)
 			if f := new(Fault); again == nil || l.s.t.ctx.Err() != nil || errors.As(again, &f) && f.Kind == Invalid {
 				return true
@@ -113,11 +130,15 @@ func (s *session) shared() bool {
 }
 
 // unknown asks the server whether it does not know the session, which may be why it
-// gives no stream.
-func (s *session) unknown(ctx context.Context) bool {
+// gives no stream. With an error nobody knows.
+func (s *session) unknown(ctx context.Context) (bool, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.t.timing.answer)
 	defer cancel()
-	return errors.Is(s.tell(ctx, []byte(`{"jsonrpc":"2.0","id":"`+s.number()+`","method":"ping"}`)), errLost)
+	err := s.tell(ctx, []byte(`{"jsonrpc":"2.0","id":"`+s.number()+`","method":"ping"}`))
+	if f := new(Fault); errors.As(err, &f) && f.Kind != Garbled {
+		return false, err // nobody knows
+	}
+	return errors.Is(err, errLost), nil
 }
 
 // once asks for the stream and reads it to its end.
@@ -136,9 +157,15 @@ func (l *listener) once() error {
 		case code == http.StatusNotFound, code == http.StatusBadRequest:
 			// A server that has no such stream may say so too, in which case
 			// there has never been one.
-			if gone, err := s.gone(resp, ""); err != nil {
+			gone, err := s.gone(resp, "")
+			if gone && !l.was {
+				if gone = s.shared(); gone {
+					gone, err = s.unknown(l.ctx)
+				}
+			}
+			if err != nil {
 				return err
-			} else if gone && (l.was || s.shared() && s.unknown(l.ctx)) {
+			} else if gone {
 				return errLost
 			}
 			if resumed { // it may be the event that it does not know

@@ -364,9 +364,10 @@ const streamKeys = "stream."
 func (s *session) own(follow func(context.Context) bool) {
 	o := s.t.opt.Owners
 	first := true
-	learn := func() {
+	learn := func(ctx context.Context) {
 		if !first || s.shared() { // else nobody can have listened before
-			if err := s.openQuestions(s.ctx); err != nil && s.ctx.Err() == nil {
+			err := s.patiently(ctx, func() error { return s.openQuestions(ctx) })
+			if err != nil && ctx.Err() == nil {
 				s.log().Warn("what a server has asked before is not known: answers to it do not reach it", "error", err)
 			}
 		}
@@ -374,7 +375,7 @@ func (s *session) own(follow func(context.Context) bool) {
 	}
 	// A guest's session ends with this process: nobody takes it over.
 	if o == nil || s.guest != nil {
-		learn()
+		learn(s.ctx)
 		follow(s.ctx)
 		return
 	}
@@ -386,8 +387,7 @@ func (s *session) own(follow func(context.Context) bool) {
 			s.log().Debug("nobody can say who listens to the server", "error", err)
 			pause(s.ctx, ownerPause)
 		case owner == o.Name():
-			learn()
-			if s.ownFor(o, follow) {
+			if s.ownFor(o, learn, follow) {
 				return
 			}
 		default:
@@ -406,14 +406,19 @@ func (s *session) own(follow func(context.Context) bool) {
 	}
 }
 
-// ownFor follows for as long as this process holds its leases.
-func (s *session) ownFor(o Owners, follow func(context.Context) bool) bool {
+// ownFor learns what was before and follows for as long as this process holds its
+// leases.
+func (s *session) ownFor(o Owners, learn func(context.Context), follow func(context.Context) bool) bool {
 	ctx, cancel := context.WithCancel(s.ctx)
 	defer cancel()
 	s.mu.Lock()
 	s.unfollow = cancel
 	s.mu.Unlock()
-	return o.Holds() && follow(ctx) && o.Holds()
+	if !o.Holds() {
+		return false
+	}
+	learn(ctx)
+	return follow(ctx) && o.Holds()
 }
 
 // Lapsed is told that this process does not hold its leases any more: it stops
@@ -586,10 +591,29 @@ func (d *Dispatcher) inheritOne(ctx context.Context, key string) (mine bool, err
 		err = d.takeOverSolo(ctx, id, u.mcp)
 	}
 	if f := new(Fault); errors.Is(err, errSessionClosed) || errors.Is(err, schemas.ErrNotFound) || errors.As(err, &f) && f.Kind == Invalid {
+		if stream && d.sessions.lives(id, server, part[3]) {
+			return true, nil // it is that one's own, whatever the log still knows of it
+		}
 		d.sessions.disown(key)
 		return false, nil
 	}
 	return true, err
+}
+
+// lives tells whether this process is in the session that by had a server open.
+func (t *sessions) lives(id sessionID, server, by string) bool {
+	t.mu.Lock()
+	s := t.of[id][server]
+	t.mu.Unlock()
+	if s == nil {
+		return false
+	}
+	select {
+	case <-s.ready:
+		return s.fault == nil && s.openedBy == by && s.ctx.Err() == nil
+	default:
+		return false
+	}
 }
 
 // takeOver goes on with a session at a server, which must be the one that the
@@ -604,6 +628,13 @@ func (d *Dispatcher) takeOver(ctx context.Context, id sessionID, m *mcpServer, l
 		return err
 	}
 	if s.openedBy != last.By {
+		now, found, err := d.sessions.connected(ctx, id, m.name)
+		if err != nil {
+			return err
+		}
+		if found && now.By == s.openedBy {
+			return errSessionClosed // it has been opened here meanwhile, in place of the other
+		}
 		// One that the server has lost, which nobody has noticed here.
 		if s, err = d.sessions.again(ctx, s); err != nil {
 			return err

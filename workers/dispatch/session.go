@@ -135,11 +135,13 @@ type session struct {
 	t    *sessions
 	m    *mcpServer
 	id   sessionID
-	slot string          // among those of its client: the server's name, or more where it has a guest
-	base schemas.Event   // what its events have in common; of no call, addressed to no edge
-	by   string          // unique for each time that one is opened or taken over
-	lost *session        // in whose place this one comes; may be nil
-	need string          // the method of the call for which it is opened
+	slot string        // among those of its client: the server's name, or more where it has a guest
+	base schemas.Event // what its events have in common; of no call, addressed to no edge
+	by   string        // unique for each time that one is opened or taken over
+	lost *session      // in whose place this one comes; may be nil
+	need string        // the method of the call for which it is opened
+	born time.Time
+	rash int             // how many in a row before it were lost soon after they were born
 	ctx  context.Context // of its listener and the answers on their way
 	stop context.CancelFunc
 	over context.Context // of all that is done in it; it ends when the session is closed
@@ -248,7 +250,10 @@ func (t *sessions) add(m *mcpServer, e schemas.Event, lost *session, g *guest) (
 		t: t, m: m, id: id, slot: slot, guest: g, lost: lost,
 		base:  schemas.Event{Tenant: e.Tenant, Session: e.Session, Agent: e.Agent},
 		by:    rand.Text()[:13] + strconv.FormatUint(t.opened, 36),
-		ready: make(chan struct{}),
+		ready: make(chan struct{}), born: time.Now(),
+	}
+	if lost != nil && s.born.Sub(lost.born) < 2*t.timing.rest {
+		s.rash = lost.rash + 1
 	}
 	if a, ok := e.Data.(*schemas.Authorized); ok {
 		s.need = a.Method
@@ -283,13 +288,16 @@ func (t *sessions) take(s *session) {
 
 // bringBack puts a lost session into the place of the one that could not be
 // opened instead, so that what it knows is not lost too: the next call will
-// find again that its server does not know it.
-func (t *sessions) bringBack(s *session) {
+// find again that its server does not know it. It is false where that place is
+// none any more.
+func (t *sessions) bringBack(s *session) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.of[s.id][s.slot] == s && s.lost.over.Err() == nil {
-		t.of[s.id][s.slot] = s.lost
+	if t.of[s.id][s.slot] != s || s.lost.over.Err() != nil {
+		return false
 	}
+	t.of[s.id][s.slot] = s.lost
+	return true
 }
 
 // get returns the session at a server in which a call is made. Who comes first
@@ -394,15 +402,17 @@ func (s *session) wait(ctx context.Context) (*session, error) {
 
 // done ends the opening of a session.
 func (s *session) done(fault error) {
+	back := false
 	if fault != nil {
 		if f := new(Fault); s.lost != nil && errors.As(fault, &f) && f.Kind != Invalid {
-			s.t.bringBack(s)
+			back = s.t.bringBack(s)
 		}
 		s.t.drop(s)
 		s.shut()
 	}
-	if lost := s.lost; fault == nil && lost != nil {
-		// Not before: until there is another its listener tries again.
+	if lost := s.lost; lost != nil && !back {
+		// Not before: until there is another, or there will be none, its listener
+		// tries again.
 		lost.stop()
 		lost.retire()
 		if lost.guest == nil && lost.openedBy != s.openedBy {
