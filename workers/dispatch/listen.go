@@ -77,7 +77,7 @@ func (l *listener) run(ctx context.Context) bool {
 		err := l.s.patiently(ctx, func() error {
 			last, err := l.s.lastEvent(ctx)
 			if last != "" {
-				l.last = last
+				l.last, l.was = last, true
 			}
 			return err
 		})

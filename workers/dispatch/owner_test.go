@@ -735,6 +735,65 @@ func TestTakeOverOfLost(t *testing.T) {
 	s.opens("up-2", "")
 }
 
+// What the client has subscribed to by way of one process is restored by another, which
+// opens the session again.
+func TestRestoredElsewhere(t *testing.T) {
+	l := &legacyServer{}
+	r := newReplicas(t, l.ServeHTTP)
+	r.open("s1")
+	r.calls(r.a)
+	for _, uri := range []string{"a:1", "a:2"} {
+		e := r.method("resources/subscribe", uri, `{"jsonrpc":"2.0","id":1,"method":"resources/subscribe","params":{"uri":"`+uri+`"}}`, inSession("s1"))
+		r.handled(r.give(r.b, e))
+		r.ends(e, "completed")
+	}
+	e := r.method("resources/unsubscribe", "a:1", `{"jsonrpc":"2.0","id":1,"method":"resources/unsubscribe","params":{"uri":"a:1"}}`, inSession("s1"))
+	r.handled(r.give(r.a, e))
+	r.ends(e, "completed")
+	l.forget()
+	r.calls(r.a)
+	if n, last := l.came("resources/subscribe"), l.body("resources/subscribe"); n != 3 || !strings.Contains(last, `"a:2"`) {
+		t.Errorf("subscribed %d times, at last %s", n, last)
+	}
+}
+
+// releases is a process's side of the ledger that notes what it releases.
+type releases struct {
+	holder
+	mu  *sync.Mutex
+	all *[]string
+}
+
+func (h releases) Release(ctx context.Context, key string) error {
+	h.mu.Lock()
+	*h.all = append(*h.all, key)
+	h.mu.Unlock()
+	return h.holder.Release(ctx, key)
+}
+
+// A client that initializes once more is in a session with the same owner: the end of
+// the first does not take that away.
+func TestBegunAgainIsOwned(t *testing.T) {
+	p := &plainServer{}
+	r := newReplicas(t, p.ServeHTTP, func(o *Options) { o.Servers[0].Era = EraModern })
+	t.Cleanup(r.http.CloseClientConnections)
+	h := releases{holder: holder{r.ledger, "a"}, mu: new(sync.Mutex), all: new([]string)}
+	r.opt.Owners = h
+	r.a = r.fresh()
+	r.open("s1")
+	for range 2 {
+		e := r.method("initialize", "", initialize, inSession("s1"))
+		r.handled(r.give(r.a, e))
+		r.ends(e, "completed")
+	}
+	r.a.Close() // and all that it does beside
+	for _, key := range *h.all {
+		if strings.HasPrefix(key, processKeys) {
+			t.Errorf("%s was released", key)
+		}
+	}
+}
+
 // Two processes find at once that the server has lost the session: one of them opens
 // another, and both go on in that.
 func TestOpenedOnce(t *testing.T) {

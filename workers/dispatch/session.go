@@ -271,6 +271,13 @@ func (t *sessions) drop(s *session) {
 	t.take(s)
 }
 
+// has tells whether there is a session in a place, which another may have left.
+func (t *sessions) has(id sessionID, slot string) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.of[id][slot] != nil
+}
+
 // take is drop with mu held.
 func (t *sessions) take(s *session) {
 	if t.of[s.id][s.slot] != s {
@@ -514,6 +521,12 @@ func (t *sessions) opening(ctx context.Context, s *session) error {
 	if err := s.tell(ctx, []byte(`{"jsonrpc":"2.0","method":"notifications/initialized"}`)); err != nil {
 		s.t.delete(s.m, s.upstream, s.revision)
 		return err
+	}
+	if found && (t.opt.Owners != nil || s.lost == nil || s.lost.openedBy != s.lost.by) {
+		// Some of it the client may have set by way of another process.
+		if err := t.remember(ctx, s); err != nil {
+			s.log().Warn("what the client has set in a session that is opened again is not all known", "error", err)
+		}
 	}
 	s.restore(ctx)
 	return nil
@@ -893,7 +906,7 @@ func (s *session) end() {
 			if s.guest == nil { // a guest's stream has no owner beside this process
 				s.t.disown(streamKey(s.id, s.m.name, s.openedBy))
 			}
-			if s.m.held || s.solo != nil {
+			if (s.m.held || s.solo != nil) && !s.t.has(s.id, s.slot) {
 				s.t.disown(processKey(s.id, s.m.name))
 			}
 			s.t.delete(s.m, s.upstream, s.revision)
