@@ -22,7 +22,8 @@ import (
 
 // The audit has three streams of its own:
 //
-//	AUDIT        audit.checkpoint, and the full tiles of the tree, tlog.tile.…; kept for good
+//	AUDIT        audit.checkpoint, audit.cosigned with those that witnesses have signed too, and the full
+//	             tiles of the tree, tlog.tile.…; kept for good
 //	FEED         audit.<tenant>.<agent>.<kind>: one record for each leaf, in the order of the tree
 //	AUDIT_STATE  what is replaced or goes: the tiles that are not full, tlog.edge.<level>, of which the header
 //	             Waybill-Tile has the path, and salt.<tenant>.<session>
@@ -36,6 +37,7 @@ const (
 	stateStream = "AUDIT_STATE"
 
 	checkpointSubject = "audit.checkpoint"
+	cosignedSubject   = "audit.cosigned"
 	edgeSubject       = "tlog.edge."
 	headerPosition    = "Waybill-Position"
 	headerTile        = "Waybill-Tile"
@@ -58,7 +60,7 @@ func (o Options) audit() []jetstream.StreamConfig {
 	return []jetstream.StreamConfig{
 		{
 			Name: auditStream, Description: "the audit: signed checkpoints and the tree's tiles",
-			Subjects: []string{checkpointSubject, "tlog.tile.>"}, DenyDelete: true, DenyPurge: true, AllowDirect: o.Replicas <= 1,
+			Subjects: []string{checkpointSubject, cosignedSubject, "tlog.tile.>"}, DenyDelete: true, DenyPurge: true, AllowDirect: o.Replicas <= 1,
 			Storage: jetstream.FileStorage, Replicas: max(o.Replicas, 1), MaxConsumers: -1,
 		},
 		feed,
@@ -631,6 +633,36 @@ func (a *Audit) PutCheckpoint(ctx context.Context, text, position string) error 
 	return nil
 }
 
+// Cosigned is the newest checkpoint that witnesses have signed too, "" for none.
+func (a *Audit) Cosigned(ctx context.Context) (string, error) {
+	m, err := retry(ctx, a.l, func(ctx context.Context) (*jetstream.RawStreamMsg, error) {
+		return a.audit.GetLastMsgForSubject(ctx, cosignedSubject)
+	})
+	if errors.Is(err, jetstream.ErrMsgNotFound) {
+		return "", nil
+	}
+	if err != nil {
+		return "", fmt.Errorf("newest cosigned checkpoint: %w", err)
+	}
+	return string(m.Data), nil
+}
+
+// PutCosigned adds one. It is behind its checkpoint, with which it is kept.
+func (a *Audit) PutCosigned(ctx context.Context, text string) error {
+	m := nats.NewMsg(cosignedSubject)
+	m.Data = []byte(text)
+	if _, err := a.l.acks.publish(ctx, m); err != nil {
+		return fmt.Errorf("store the cosigned checkpoint: %w", err)
+	}
+	return nil
+}
+
+// AllCosigned yields those up to a place ([Audit.Signed]), in the order in which they
+// were stored.
+func (a *Audit) AllCosigned(ctx context.Context, to uint64) iter.Seq2[Checkpointed, error] {
+	return a.checkpoints(ctx, cosignedSubject, to)
+}
+
 // Signed is where the stream of checkpoints and tiles ends. Asked for before
 // [Audit.Head], it bounds [Audit.Checkpoints] to trees of which the feed has all.
 func (a *Audit) Signed(ctx context.Context) (uint64, error) {
@@ -649,11 +681,15 @@ type Checkpointed struct {
 
 // Checkpoints yields those up to a place ([Audit.Signed]), oldest first.
 func (a *Audit) Checkpoints(ctx context.Context, to uint64) iter.Seq2[Checkpointed, error] {
+	return a.checkpoints(ctx, checkpointSubject, to)
+}
+
+func (a *Audit) checkpoints(ctx context.Context, subject string, to uint64) iter.Seq2[Checkpointed, error] {
 	return func(yield func(Checkpointed, error) bool) {
 		if to == 0 {
 			return
 		}
-		for m, err := range read(ctx, a.l, a.audit, checkpointSubject, 1, to) {
+		for m, err := range read(ctx, a.l, a.audit, subject, 1, to) {
 			if !yield(Checkpointed{string(m.Body), m.Stored}, err) || err != nil {
 				return
 			}

@@ -80,6 +80,10 @@ func TestSubscribers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	cosigned, err := nc.SubscribeSync("audit.cosigned")
+	if err != nil {
+		t.Fatal(err)
+	}
 	var others []*nats.Subscription
 	for _, subject := range []string{"audit.b.>", "audit.>", "audit.*.*.*", "ev.>", "sys.>", "tlog.>", "salt.>", "dead.>", ">", "$JS.>", "$SYS.>", "_INBOX.>"} {
 		s, err := nc.SubscribeSync(subject)
@@ -95,6 +99,14 @@ func TestSubscribers(t *testing.T) {
 	if err := a.PutCheckpoint(t.Context(), "note", "EVENTS=1"); err != nil {
 		t.Fatal(err)
 	}
+	if text, err := a.Cosigned(t.Context()); err != nil || text != "" {
+		t.Errorf("cosigned before anybody has: %q %v", text, err)
+	}
+	for _, text := range []string{"cosigned note", "another"} {
+		if err := a.PutCosigned(t.Context(), text); err != nil {
+			t.Fatal(err)
+		}
+	}
 	if err := a.PutTile(t.Context(), "tile/8/0/000", []byte("tile")); err != nil {
 		t.Fatal(err)
 	}
@@ -103,6 +115,34 @@ func TestSubscribers(t *testing.T) {
 	}
 	if m, err := checkpoints.NextMsg(patience); err != nil || string(m.Data) != "note" {
 		t.Errorf("checkpoint: %v %v", m, err)
+	}
+	if m, err := cosigned.NextMsg(patience); err != nil || string(m.Data) != "cosigned note" {
+		t.Errorf("cosigned: %v %v", m, err)
+	}
+	if m, err := nc.Request("$JS.API.DIRECT.GET.AUDIT.audit.cosigned", nil, patience); err != nil || string(m.Data) != "another" {
+		t.Errorf("cosigned: %v %v", m, err)
+	}
+	// The one is not the other: a builder goes by the newest checkpoint.
+	if text, _, err := a.Checkpoint(t.Context()); err != nil || text != "note" {
+		t.Errorf("the newest checkpoint is %q, %v", text, err)
+	}
+	if text, err := a.Cosigned(t.Context()); err != nil || text != "another" {
+		t.Errorf("the newest cosigned one is %q, %v", text, err)
+	}
+	to, err := a.Signed(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for want, all := range map[string]iter.Seq2[bus.Checkpointed, error]{"note": a.Checkpoints(t.Context(), to), "cosigned note another": a.AllCosigned(t.Context(), to)} {
+		var got []string
+		for c, err := range all {
+			if got = append(got, c.Text); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if strings.Join(got, " ") != want {
+			t.Errorf("%q, not %s", got, want)
+		}
 	}
 
 	// What it was away for, from its own consumer; what it acknowledges does not
@@ -208,8 +248,9 @@ func TestSubscribers(t *testing.T) {
 	refused("storing an event", "ev.a.s.completed._", "x")
 	refused("storing a record", "audit.a.researcher.completed", "x")
 	refused("storing a checkpoint", "audit.checkpoint", "x")
+	refused("storing a cosigned one", "audit.cosigned", "x")
 	// Nor by having an answer sent there.
-	for _, to := range []string{"ev.a.s.completed._", "audit.a.researcher.completed", "audit.checkpoint"} {
+	for _, to := range []string{"ev.a.s.completed._", "audit.a.researcher.completed", "audit.checkpoint", "audit.cosigned"} {
 		_ = nc.PublishRequest("$JS.API.CONSUMER.INFO.FEED.siem-a", to, nil)
 		_ = nc.PublishRequest("$JS.API.CONSUMER.MSG.NEXT.FEED.siem-a", to, []byte(`{"batch":1,"no_wait":true}`))
 	}

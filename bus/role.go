@@ -152,7 +152,7 @@ const BuilderLease = "audit.builder"
 // SubscriberHears are the subjects on which a subscriber of a tenant hears the
 // audit as it is stored.
 func SubscriberHears(tenant string) []string {
-	return []string{"audit." + tenant + ".>", checkpointSubject}
+	return []string{"audit." + tenant + ".>", checkpointSubject, cosignedSubject}
 }
 
 // SubscriberAsks are the subjects on which a subscriber asks: for what its own
