@@ -46,6 +46,9 @@ type Store interface {
 	// PutCheckpoint adds one; ErrOvertaken where the newest is not the one that
 	// Checkpoint or PutCheckpoint had last.
 	PutCheckpoint(ctx context.Context, text string, at Position) error
+	// Cosigned is the newest checkpoint that witnesses have signed too, "" for none.
+	Cosigned(ctx context.Context) (string, error)
+	PutCosigned(ctx context.Context, text string) error
 
 	// Entry reads one message of the log; it returns schemas.ErrNotFound.
 	Entry(ctx context.Context, stream string, seq uint64) (Entry, error)

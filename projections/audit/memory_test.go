@@ -31,7 +31,8 @@ type memory struct {
 	edge        map[tlog.Tile][]byte
 	checkpoints []string
 	positions   []Position // of their trees
-	seen        int        // checkpoints when the newest was last read or written
+	cosigned    []string
+	seen        int // checkpoints when the newest was last read or written
 	secrets     map[string][]byte
 
 	// fault may fail an operation, before or after it has done its work.
@@ -216,6 +217,20 @@ func (m *memory) PutCheckpoint(_ context.Context, text string, at Position) erro
 	})
 }
 
+func (m *memory) Cosigned(context.Context) (text string, err error) {
+	err = m.do("cosigned", func() error {
+		if n := len(m.cosigned); n > 0 {
+			text = m.cosigned[n-1]
+		}
+		return nil
+	})
+	return text, err
+}
+
+func (m *memory) PutCosigned(_ context.Context, text string) error {
+	return m.do("put cosigned", func() error { m.cosigned = append(m.cosigned, text); return nil })
+}
+
 func (m *memory) Entry(_ context.Context, stream string, seq uint64) (Entry, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -313,6 +328,9 @@ func (m *memory) lines(keys []string, rows map[uint64]schemas.Event) []Line {
 	lines := []Line{{Log: &held}}
 	for _, c := range m.checkpoints {
 		lines = append(lines, Line{Checkpoint: c})
+	}
+	for _, c := range m.cosigned {
+		lines = append(lines, Line{Cosigned: c})
 	}
 	for _, tiles := range []map[tlog.Tile][]byte{m.tiles, m.edge} {
 		for t, data := range tiles {

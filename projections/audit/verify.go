@@ -10,23 +10,26 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
 
 	"waybill.dev/schemas"
 )
 
 // Line is one line of what is verified, in this order: one Log; the Checkpoints,
-// oldest first; the Tiles; the leaves, in their order, and before the first of a
-// stream those messages of it whose leaves the feed has no more; the messages of the
-// log that the tree does not have yet; and Last, without which lines are missing. It is
-// written as JSON, so that what was verified can be kept and verified again.
+// oldest first; those of them that are Cosigned; the Tiles; the leaves, in their order,
+// and before the first of a stream those messages of it whose leaves the feed has no
+// more; the messages of the log that the tree does not have yet; and Last, without which
+// lines are missing. It is written as JSON, so that what was verified can be kept and
+// verified again.
 type Line struct {
 	Log        *Held     `json:"log,omitempty"`
 	Checkpoint string    `json:"checkpoint,omitempty"`
-	Stored     time.Time `json:"stored,omitzero"` // when the checkpoint was
-	Tile       string    `json:"tile,omitempty"`  // its path: tile/8/0/000
-	Data       []byte    `json:"data,omitempty"`  // of the tile
-	Early      *Witness  `json:"early,omitempty"` // a message, with its salt, whose leaf the feed has no more
+	Stored     time.Time `json:"stored,omitzero"`    // when the checkpoint was
+	Cosigned   string    `json:"cosigned,omitempty"` // a checkpoint that witnesses of the log have signed too
+	Tile       string    `json:"tile,omitempty"`     // its path: tile/8/0/000
+	Data       []byte    `json:"data,omitempty"`     // of the tile
+	Early      *Witness  `json:"early,omitempty"`    // a message, with its salt, whose leaf the feed has no more
 	Leaf       *Witness  `json:"leaf,omitempty"`
 	Stray      *Stray    `json:"stray,omitempty"` // before the leaf that follows it
 	Beyond     *Entry    `json:"beyond,omitempty"`
@@ -149,6 +152,10 @@ type Report struct {
 	More        int       `json:"more,omitempty"`   // problems beside those
 	Key         string    `json:"key,omitempty"`    // of the newest checkpoint
 	Newest      string    `json:"newest,omitempty"` // the newest checkpoint
+
+	Cosigned  int           `json:"cosigned,omitempty"`  // checkpoints that somebody else has signed too, and whose trees are right
+	Unknown   int           `json:"unknown,omitempty"`   // of those, by nobody who is known here
+	Witnessed []Cosignature `json:"witnessed,omitempty"` // the last of each witness that is known
 }
 
 // OK tells whether nothing was found.
@@ -163,6 +170,8 @@ type Check struct {
 	Keys []string
 	// Against are checkpoints of earlier, from elsewhere.
 	Against []string
+	// Witnesses are the keys of witnesses that are known ([CosignerKey]).
+	Witnesses []note.Verifier
 	// Decode reads Entry.Event as the tree's builder had it.
 	Decode func(*Entry)
 	// Header is what the log has of an event as headers; may be nil. It is for rows
@@ -215,6 +224,8 @@ func Verify(_ context.Context, lines iter.Seq2[Line, error], c Check) (Report, e
 					v.before = l.Stored
 				}
 			}
+		case l.Cosigned != "":
+			v.cosigned(l.Cosigned, known)
 		case l.Tile != "":
 			t, err := tlog.ParseTilePath(l.Tile)
 			if err != nil || t.H != tileHeight || len(l.Data) != t.W*tlog.HashSize {
@@ -254,6 +265,7 @@ type verifier struct {
 	held        Held
 	checkpoints []Checkpoint
 	against     []Checkpoint
+	witnessed   []witnessed
 	tiles       map[tlog.Tile][]byte
 	size        uint64    // of the newest signed tree
 	before      time.Time // the newest leaf that the feed has no more was not stored much earlier
@@ -267,6 +279,12 @@ type verifier struct {
 	missing []lost            // leaves whose messages the log should have
 	erased  map[string]uint64 // by session: the last erasure's place
 	undone  map[string]uint64 // the same of erasures that were being done while this was read
+}
+
+// witnessed is a checkpoint that somebody else has signed too.
+type witnessed struct {
+	Checkpoint
+	by []Cosignature // whom is known
 }
 
 type lost struct {
@@ -302,24 +320,75 @@ func (v *verifier) problem(p Problem) {
 	}
 }
 
+// cosigned reads a checkpoint that witnesses have signed. Its tree is held against the
+// log's with those of the others.
+func (v *verifier) cosigned(text string, known note.Verifiers) {
+	c, err := OpenCheckpoint(text, known)
+	if err == nil && c.Origin != v.held.Origin {
+		err = fmt.Errorf("it is of %q, not %q", c.Origin, v.held.Origin)
+	}
+	if err != nil {
+		v.problem(Problem{Text: fmt.Sprintf("a cosigned checkpoint: %v", err)})
+		return
+	}
+	by, _, err := cosigned(text, c.Size, note.VerifierList(v.c.Witnesses...))
+	if err != nil {
+		v.problem(Problem{Text: fmt.Sprintf("the cosigned checkpoint of %d leaves: %v", c.Size, err)})
+	}
+	c.Text = "" // there may be many
+	v.witnessed = append(v.witnessed, witnessed{c, by})
+}
+
+// String names who has cosigned a checkpoint.
+func (w witnessed) String() string {
+	if len(w.by) == 0 {
+		return "a cosigned checkpoint"
+	}
+	names := make([]string, len(w.by))
+	for i, s := range w.by {
+		names[i] = s.Witness
+	}
+	return "the checkpoint cosigned by " + strings.Join(names, ", ")
+}
+
+// witness adds up what witnesses have signed that fits.
+func (v *verifier) witness(w *witnessed) {
+	v.r.Cosigned++
+	if len(w.by) == 0 {
+		v.r.Unknown++
+	}
+	for _, s := range w.by {
+		i := slices.IndexFunc(v.r.Witnessed, func(o Cosignature) bool { return o.Witness == s.Witness })
+		if i < 0 {
+			v.r.Witnessed = append(v.r.Witnessed, s)
+		} else { // they come in the order of their sizes
+			v.r.Witnessed[i] = s
+		}
+	}
+}
+
 // trees makes the tree again from the hashes of its leaves, and holds it against
 // each checkpoint of its size on the way, and against the tiles.
 func (v *verifier) trees() {
 	type word struct {
 		Checkpoint
-		earlier bool
+		whose     string // "" for the log's own, as it is stored
+		witnessed *witnessed
 	}
 	var words []word
 	for _, c := range v.checkpoints {
-		words = append(words, word{c, false})
+		words = append(words, word{Checkpoint: c})
 		v.size = max(v.size, c.Size)
+	}
+	for i, w := range v.witnessed {
+		words = append(words, word{w.Checkpoint, w.String(), &v.witnessed[i]})
 	}
 	for _, c := range v.against {
 		if c.Origin != v.held.Origin {
 			v.problem(Problem{Text: fmt.Sprintf("the earlier checkpoint is of %q, this log is %q", c.Origin, v.held.Origin)})
 			continue
 		}
-		words = append(words, word{c, true})
+		words = append(words, word{Checkpoint: c, whose: "an earlier checkpoint"})
 	}
 	slices.SortStableFunc(words, func(a, b word) int {
 		if a.Size < b.Size {
@@ -339,11 +408,14 @@ func (v *verifier) trees() {
 			switch root := t.root(); {
 			case root == c.Root:
 				fits = c.Size
-				if !c.earlier {
+				switch {
+				case c.witnessed != nil:
+					v.witness(c.witnessed)
+				case c.whose == "":
 					v.r.Checkpoints++
 				}
-			case c.earlier:
-				v.problem(Problem{Text: fmt.Sprintf("fork: an earlier checkpoint says that the tree of %d leaves is %s, and it is %s here; the last that fits has %d leaves", c.Size, c.Root, root, fits)})
+			case c.whose != "":
+				v.problem(Problem{Text: fmt.Sprintf("fork: %s says that the tree of %d leaves is %s, and it is %s here; the last that fits has %d leaves", c.whose, c.Size, c.Root, root, fits)})
 			case !bad:
 				bad = true
 				v.problem(Problem{Text: fmt.Sprintf("the tree of %d leaves is %s, and %s was signed; the last that fits has %d leaves", c.Size, root, c.Root, fits)})
@@ -365,7 +437,7 @@ func (v *verifier) trees() {
 	}
 	for _, c := range words {
 		if c.Size > v.size {
-			v.problem(Problem{Text: fmt.Sprintf("cut off: an earlier checkpoint is of %d leaves, and the newest here of %d", c.Size, v.size)})
+			v.problem(Problem{Text: fmt.Sprintf("cut off: %s is of %d leaves, and the newest here of %d", c.whose, c.Size, v.size)})
 		}
 	}
 	v.r.Signed = v.size

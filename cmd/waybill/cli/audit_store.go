@@ -93,6 +93,12 @@ func (s auditStore) PutCheckpoint(ctx context.Context, text string, at audit.Pos
 	return s.a.PutCheckpoint(ctx, text, at.String())
 }
 
+func (s auditStore) Cosigned(ctx context.Context) (string, error) { return s.a.Cosigned(ctx) }
+
+func (s auditStore) PutCosigned(ctx context.Context, text string) error {
+	return s.a.PutCosigned(ctx, text)
+}
+
 func (s auditStore) Entry(ctx context.Context, stream string, seq uint64) (audit.Entry, error) {
 	m, err := s.a.Message(ctx, stream, seq)
 	return audit.Entry(m), err
@@ -202,6 +208,14 @@ func writeAudit(ctx context.Context, a *bus.Audit, keys []string, rows rowsOf, y
 			return err
 		}
 		if !yield(audit.Line{Checkpoint: c.Text, Stored: c.Stored}) {
+			return nil
+		}
+	}
+	for c, err := range a.AllCosigned(ctx, signed) {
+		if err != nil {
+			return err
+		}
+		if !yield(audit.Line{Cosigned: c.Text, Stored: c.Stored}) {
 			return nil
 		}
 	}
