@@ -48,7 +48,7 @@ import (
 //	POST /api/v1/tools              token; a registry.Word: {"server", "kind", "name", "said": "approved" or "quarantined", "sha256", "by", "note"}
 //	GET /api/v1/events              token; ?tenant=&session=&kind=  the same, live, until the client leaves
 //	GET /api/v1/audit/lines         token; all that `waybill audit verify` reads, one audit.Line per line
-//	GET /api/v1/audit/checkpoint    token; the newest checkpoint and the public keys
+//	GET /api/v1/audit/checkpoint    token; the newest checkpoint, the newest that witnesses have signed too, and the public keys
 //	GET /api/v1/audit/proof         token; ?event=SEQ or STREAM/SEQ, a proof
 //	GET /api/v1/audit/feed          token; ?tenant=&kind=  the audit's feed, live
 //	POST /api/v1/rebuild            token; ?gaps=accept&dry=&archive=  makes the derived tables anew, of an archive that is sent or of events_v1

@@ -96,7 +96,8 @@ func (a *admin) auditRows(l *bus.Log) rowsOf {
 
 // auditState is the answer about the newest checkpoint.
 type auditState struct {
-	Checkpoint string         `json:"checkpoint"` // "" for none
+	Checkpoint string         `json:"checkpoint"`         // "" for none
+	Cosigned   string         `json:"cosigned,omitempty"` // the newest that witnesses have signed too
 	Keys       []string       `json:"keys"`
 	Leaves     uint64         `json:"leaves"`
 	At         audit.Position `json:"at"` // the last messages that have leaves
@@ -116,6 +117,9 @@ func (a *admin) auditCheckpoint(w http.ResponseWriter, r *http.Request) {
 		if s.Checkpoint, signed, err = of.Checkpoint(r.Context()); err == nil {
 			s.At, err = audit.ParsePosition(cmp.Or(at, signed))
 		}
+	}
+	if err == nil {
+		s.Cosigned, err = of.Cosigned(r.Context())
 	}
 	if err != nil {
 		a.fail(w, err)

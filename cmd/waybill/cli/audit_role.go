@@ -31,6 +31,10 @@ type AuditConfig struct {
 	Checkpoints string             `yaml:"checkpoints" json:"checkpoints,omitempty"` // file to which each checkpoint is appended
 	Keys        []int              `yaml:"keys" json:"keys,omitempty"`               // with bus.url: the numbers of the log's keys that sign; default [1]
 	Subscribers []SubscriberConfig `yaml:"subscribers" json:"subscribers,omitempty"` // who may read a tenant's feed at bus.embedded.listen
+
+	Witnesses    []WitnessConfig `yaml:"witnesses" json:"witnesses,omitempty"`        // who sign the checkpoints too; audit_witness.go
+	Quorum       int             `yaml:"quorum" json:"quorum,omitempty"`              // how many of them have to have signed what is kept as cosigned; default 1
+	WitnessEvery Duration        `yaml:"witness_every" json:"witness_every,omitzero"` // at most once in this time they are asked; default 10s
 }
 
 // SubscriberConfig is a NATS user.
@@ -80,6 +84,7 @@ func (c *Config) checkAudit(bad func(format string, args ...any), tenants map[sc
 			bad("audit.keys[%d]: %d does not come after %d", i, n, a.Keys[i-1])
 		}
 	}
+	a.checkWitnesses(bad)
 	if len(a.Keys) > 0 && c.Bus.URL == "" {
 		bad("audit.keys: they are the log's with bus.url; with a log of its own the gateway has its key in the data directory, in %s", auditKeyFile)
 	}
@@ -128,8 +133,12 @@ func (g *gateway) addAudit(ctx context.Context, _ net.Listener) error {
 	if err != nil {
 		return err
 	}
+	build, err := g.witnessed(ctx, l, keys, b.Run)
+	if err != nil {
+		return err
+	}
 	g.workers = append(g.workers, part{"audit", func(ctx context.Context) error {
-		return lease(ctx, ready.Store, b.Run)
+		return lease(ctx, ready.Store, build)
 	}})
 	return nil
 }

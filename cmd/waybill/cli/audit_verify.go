@@ -21,6 +21,8 @@ import (
 	// The lines are as many as the events, and this reads them at half the cost.
 	jsonv2 "github.com/go-json-experiment/json"
 
+	"golang.org/x/mod/sumdb/note"
+
 	"waybill.dev/projections/audit"
 )
 
@@ -37,6 +39,10 @@ func auditVerify(ctx context.Context, env Env, args []string) error {
 	fs.Func("key", "public `KEY`, or a file of some, that is trusted; may be repeated (default: "+auditPubFile+" in the data directory)", func(s string) error {
 		keys = append(keys, s)
 		return nil
+	})
+	fs.Func("witness", "public `KEY` of a witness, or a file of some, that is trusted; may be repeated (default: those in the configuration)", func(s string) (err error) {
+		check.Witnesses, err = addWitnesses(check.Witnesses, s)
+		return err
 	})
 	save := fs.String("save", "", "keep what was verified in `FILE`, which can be verified again without the gateway")
 	asJSON := fs.Bool("json", false, "print the report as JSON")
@@ -70,13 +76,16 @@ func auditVerify(ctx context.Context, env Env, args []string) error {
 		}
 		check.Keys = append(check.Keys, some...)
 	}
-	lines, known, err := auditSource(ctx, env, connect, rest, *save)
+	lines, known, witnesses, err := auditSource(ctx, env, connect, rest, *save)
 	if err != nil {
 		return err
 	}
 	own := false
 	if len(check.Keys) == 0 {
 		check.Keys = known
+	}
+	if len(check.Witnesses) == 0 {
+		check.Witnesses = witnesses
 	}
 	if len(check.Keys) == 0 {
 		own = true
@@ -92,7 +101,7 @@ func auditVerify(ctx context.Context, env Env, args []string) error {
 		if err := env.printJSON(report); err != nil {
 			return err
 		}
-	} else if err := printReport(env, report, own); err != nil {
+	} else if err := printReport(env, report, own, check.Witnesses); err != nil {
 		return err
 	}
 	if !report.OK() {
@@ -102,12 +111,12 @@ func auditVerify(ctx context.Context, env Env, args []string) error {
 }
 
 // auditSource is what is verified, and the public keys that lie beside the
-// configuration.
-func auditSource(ctx context.Context, env Env, connect func(Env) (*client, error), file []string, save string) (iter.Seq2[audit.Line, error], []string, error) {
+// configuration, and of the witnesses in it.
+func auditSource(ctx context.Context, env Env, connect func(Env) (*client, error), file []string, save string) (iter.Seq2[audit.Line, error], []string, []note.Verifier, error) {
 	if len(file) == 1 {
 		f, err := os.Open(file[0])
 		if err != nil {
-			return nil, nil, err
+			return nil, nil, nil, err
 		}
 		return func(yield func(audit.Line, error) bool) {
 			defer func() { _ = f.Close() }() // it is only read
@@ -116,15 +125,21 @@ func auditSource(ctx context.Context, env Env, connect func(Env) (*client, error
 					return
 				}
 			}
-		}, nil, nil
+		}, nil, nil, nil
 	}
 	c, err := connect(env)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
 	known, err := publicKeys(filepath.Join(c.data, auditPubFile))
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
+	}
+	var witnesses []note.Verifier
+	for _, w := range c.witnesses {
+		if witnesses, err = addWitnesses(witnesses, w.Key); err != nil {
+			return nil, nil, nil, err
+		}
 	}
 	return func(yield func(audit.Line, error) bool) {
 		var out *bufio.Writer
@@ -153,7 +168,7 @@ func auditSource(ctx context.Context, env Env, connect func(Env) (*client, error
 				return
 			}
 		}
-	}, known, nil
+	}, known, witnesses, nil
 }
 
 func savedLines(r io.Reader) iter.Seq2[audit.Line, error] {
@@ -216,10 +231,11 @@ func checkpointsIn(file string) ([]string, error) {
 	return all, nil
 }
 
-func printReport(env Env, r audit.Report, own bool) error {
+func printReport(env Env, r audit.Report, own bool, witnesses []note.Verifier) error {
 	p := &printer{w: env.Stdout, color: env.Color}
 	p.line("log           %s", visible(r.Origin))
 	p.line("checkpoints   %d, signed and each of a tree that grew from the one before; the newest of %d leaves", r.Checkpoints, r.Signed)
+	printWitnessed(p, r, witnesses)
 	p.line("messages      %d as they were signed", r.Messages)
 	if r.Rows > 0 {
 		p.line("rows          %d as they were signed, in all tables", r.Rows)
@@ -331,6 +347,7 @@ func auditCheckpoint(ctx context.Context, env Env, args []string) error {
 	fs := flag.NewFlagSet("audit checkpoint", flag.ContinueOnError)
 	connect := clientFlags(fs)
 	asJSON := fs.Bool("json", false, "print it with the public keys, and how far the tree is, as JSON")
+	cosigned := fs.Bool("witnessed", false, "print the newest that witnesses have signed too (audit.witnesses)")
 	if err := none(parse(env, fs, args)); err != nil {
 		return err
 	}
@@ -345,10 +362,17 @@ func auditCheckpoint(ctx context.Context, env Env, args []string) error {
 	if *asJSON {
 		return env.printJSON(s)
 	}
-	if s.Checkpoint == "" {
-		return errors.New("nothing is signed yet")
+	text := s.Checkpoint
+	if *cosigned {
+		text = s.Cosigned
 	}
-	_, err = fmt.Fprint(env.Stdout, s.Checkpoint)
+	switch {
+	case s.Checkpoint == "":
+		return errors.New("nothing is signed yet")
+	case text == "":
+		return errors.New("no witness has signed yet; audit.witnesses says who is asked, and the gateway's log why not")
+	}
+	_, err = fmt.Fprint(env.Stdout, text)
 	return err
 }
 

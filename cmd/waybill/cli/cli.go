@@ -44,7 +44,7 @@ func commands() []command {
 		{"audit tail", "[--tenant T] [--session S] [--kind K]... [--json] [--feed]", "print events as they are stored", auditTail},
 		{"audit verify", "[FILE] [--against FILE] [--key KEY]... [--json]", "hold the log and the record against the signed checkpoints", auditVerify},
 		{"audit prove", "SEQ [--out FILE]", "prove that an event is in the log, to whoever has the public key", auditProve},
-		{"audit checkpoint", "[--json]", "print the newest signed checkpoint", auditCheckpoint},
+		{"audit checkpoint", "[--witnessed] [--json]", "print the newest signed checkpoint", auditCheckpoint},
 		{"policy check", "[--config FILE] [--what-if D] [--json]", "check the rules and print the digest of the policy, and what they would change", policyCheck},
 		{"policy test", "[--config FILE] [-v] [--json]", "run the tests that stand beside the rules", policyTest},
 		{"policy explain", "CALL | --agent A --server S --tool T [--args A]", "say which rule decides a call, and why", policyExplain},

@@ -29,6 +29,8 @@ type client struct {
 	data   string // the data directory of the configuration
 	listen string // where agents reach the gateway, by the configuration
 
+	witnesses []WitnessConfig // of the audit, by the configuration
+
 	connected func() // told when an answer begins; may be nil
 }
 
@@ -64,7 +66,7 @@ func clientFlags(fs *flag.FlagSet) func(env Env) (*client, error) {
 			base = strings.TrimSuffix(*addr, "/")
 		}
 		if secret := env.Getenv(adminToken); secret != "" && *token == "" {
-			return &client{base: base, token: secret, from: "$" + adminToken, data: c.Data, listen: c.Listen}, nil
+			return &client{base: base, token: secret, from: "$" + adminToken, data: c.Data, listen: c.Listen, witnesses: c.Audit.Witnesses}, nil
 		}
 		from := *token
 		if from == "" {
@@ -79,7 +81,7 @@ func clientFlags(fs *flag.FlagSet) func(env Env) (*client, error) {
 		case err != nil:
 			return nil, fmt.Errorf("admin token: %w", err)
 		}
-		return &client{base: base, token: strings.TrimSpace(string(b)), from: from, data: c.Data, listen: c.Listen}, nil
+		return &client{base: base, token: strings.TrimSpace(string(b)), from: from, data: c.Data, listen: c.Listen, witnesses: c.Audit.Witnesses}, nil
 	}
 }
 

@@ -33,7 +33,8 @@ type metrics struct {
 	duration metric.Float64Histogram
 	caused   metric.Int64Counter
 	labels   labelCache
-	audited  atomic.Pointer[audit.State] // nil where this process builds no tree
+	audited  atomic.Pointer[audit.State]     // nil where this process builds no tree
+	cosigned atomic.Pointer[[]audit.Cosigns] // nil where it asks no witness
 }
 
 // methods that may be a label; a caller could invent any number of others.
@@ -244,6 +245,35 @@ func (m *metrics) gauges() error {
 
 // tree is told how far the audit is.
 func (m *metrics) tree(s audit.State) { m.audited.Store(&s) }
+
+// cosigns is told how the audit's witnesses do.
+func (m *metrics) cosigns(all []audit.Cosigns) { m.cosigned.Store(&all) }
+
+// watchWitnesses adds how the audit's witnesses do, where this process asks them.
+func (m *metrics) watchWitnesses() error {
+	size, err := m.meter.Int64ObservableGauge("waybill.audit.cosigned", metric.WithDescription("Leaves of the newest checkpoint that a witness has signed."), metric.WithUnit("{event}"))
+	if err != nil {
+		return err
+	}
+	failed, err := m.meter.Int64ObservableCounter("waybill.audit.witness.failures", metric.WithDescription("Times that a witness did not sign; cause fork: it has signed another history of the log."), metric.WithUnit("{try}"))
+	if err != nil {
+		return err
+	}
+	_, err = m.meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
+		all := m.cosigned.Load()
+		if all == nil {
+			return nil
+		}
+		for _, w := range *all {
+			who := attribute.String("witness", w.Witness)
+			o.ObserveInt64(size, int64(w.Size), metric.WithAttributes(who))
+			o.ObserveInt64(failed, int64(w.Failed), metric.WithAttributes(who, attribute.String("cause", "failed")))
+			o.ObserveInt64(failed, int64(w.Split), metric.WithAttributes(who, attribute.String("cause", "fork")))
+		}
+		return nil
+	}, size, failed)
+	return err
+}
 
 // watchLog adds the log's depths.
 func (m *metrics) watchLog(l *bus.Log) error {
