@@ -1,5 +1,5 @@
 # Waybill. `make` alone lists the targets. What is foreign is installed into build/, at the versions
-# pinned in tools/go.mod (Go programs), test/peers/package-lock.json (Node programs, and Node) and
+# pinned in tools/go.mod and tools/witness/go.mod (Go programs), test/peers/package-lock.json (Node programs, and Node) and
 # test/peers/requirements.txt (Python packages).
 
 SHELL := /bin/bash
@@ -10,6 +10,7 @@ SHELL := /bin/bash
 
 EVERYTHING := build/bin/everything-server
 EVERYTHING_CLIENT := build/bin/everything-client
+LITEWITNESS := build/bin/litewitness
 STATICCHECK := build/bin/staticcheck
 NODE_PEERS := build/peers/.installed
 PYTHON_PEERS := build/python/.installed
@@ -87,7 +88,7 @@ verify: need-go ## Fail on stale generated files or an untidy go.mod
 
 ##@ Parts
 .PHONY: peers
-peers: $(EVERYTHING) $(EVERYTHING_CLIENT) $(NODE_PEERS) $(PYTHON_PEERS) $(CHDB) # The foreign programs that the tests talk to
+peers: $(EVERYTHING) $(EVERYTHING_CLIENT) $(LITEWITNESS) $(NODE_PEERS) $(PYTHON_PEERS) $(CHDB) # The foreign programs that the tests talk to
 
 .PHONY: need-go
 need-go:
@@ -96,6 +97,10 @@ need-go:
 $(EVERYTHING) $(EVERYTHING_CLIENT) $(STATICCHECK): tools/go.mod tools/go.sum | need-go
 	@mkdir -p $(@D)
 	go build -C tools -o ../$@ $(if $(filter $@,$(STATICCHECK)),honnef.co/go/tools/cmd/,github.com/modelcontextprotocol/go-sdk/conformance/)$(@F)
+
+$(LITEWITNESS): tools/witness/go.mod tools/witness/go.sum | need-go
+	@mkdir -p $(@D)
+	go build -C tools/witness -o ../../$@ filippo.io/torchwood/cmd/$(@F)
 
 # Install scripts stay off: nothing here needs one, and a package's Node comes as a file inside the package.
 $(NODE_PEERS): test/peers/package.json test/peers/package-lock.json

@@ -27,6 +27,7 @@ import (
 	"waybill.dev/projections/audit"
 	"waybill.dev/schemas"
 	"waybill.dev/test/gateway"
+	"waybill.dev/test/peers"
 	"waybill.dev/test/upstream"
 )
 
@@ -592,7 +593,8 @@ func TestAuditKills(t *testing.T) {
 	t.Logf("%d kills: %d leaves, %d checkpoints", manyKills/5, s.Leaves, r.Checkpoints)
 }
 
-// A builder in a process of its own is killed, and another takes over.
+// A builder in a process of its own is killed, and another takes over, also to ask the
+// witness, which nobody does beside it.
 func TestAuditTakeover(t *testing.T) {
 	t.Parallel() // it mostly waits
 	addr, dir := gateway.FreeAddr(t), t.TempDir()
@@ -601,11 +603,22 @@ func TestAuditTakeover(t *testing.T) {
 		t.Fatal(err)
 	}
 	u := upstream.Start(t)
-	config := gateway.Config(fmt.Sprintf("bus: {url: \"nats://%s\", replicas: 1}\nservers:\n", addr) + gateway.Server("counter", u.URL, ""))
+	w := peers.Litewitness(t, "witness.example")
+	config := gateway.Config(fmt.Sprintf("bus: {url: \"nats://%s\", replicas: 1}\naudit: {witness_every: 1s, witnesses: [{url: %q, key: %q}]}\nservers:\n", addr, w.URL, w.Key) + gateway.Server("counter", u.URL, ""))
 	g := gateway.Start(t, config, gateway.Roles("edge", "policy", "dispatch"))
 	builders := []*gateway.Gateway{gateway.Start(t, config, gateway.Roles("audit")), gateway.Start(t, config, gateway.Roles("audit"))}
 	say(t, g, "one", "k1", "before")
-	signed(t, g)
+	key := signed(t, g).Keys[0]
+	origin, _, _ := strings.Cut(key, "+")
+	w.Know(origin, key)
+	cosigned(t, g, 1)
+	asking := 0
+	for _, b := range builders {
+		asking += strings.Count(get(t, b.Admin+"/metrics"), "\nwaybill_audit_cosigned{")
+	}
+	if asking != 1 {
+		t.Errorf("%d processes ask the witness", asking)
+	}
 	js, closing := streams(t, "nats://"+addr)
 	defer closing()
 	s, err := js.Stream(t.Context(), "KV_OWNERS")
@@ -633,9 +646,9 @@ func TestAuditTakeover(t *testing.T) {
 	if owner() == before {
 		t.Error("who was killed is still said to build")
 	}
-	signed(t, g)
-	if r, exit := verify(t, g); exit != 0 || r.Unsigned != 0 {
-		t.Errorf("exit %d: %s", exit, first(r))
+	last := cosigned(t, g, signed(t, g).Leaves)
+	if r, exit := verify(t, g); exit != 0 || r.Unsigned != 0 || len(r.Witnessed) != 1 || r.Witnessed[0].Size != size(t, last) {
+		t.Errorf("exit %d: %s; %v", exit, first(r), r.Witnessed)
 	}
 }
 
