@@ -90,8 +90,9 @@ func (k cosignerKey) Verify(msg, sig []byte) bool {
 }
 
 // cosigned are the signatures of a checkpoint by witnesses that are known, and their
-// lines. It returns an error where one of them is wrong.
-func cosigned(text string, size uint64, witnesses note.Verifiers) (all []Cosignature, lines []string, err error) {
+// lines. It returns an error where one of them is wrong. One is, too, where the text is
+// more than the checkpoint: its line would be false behind the checkpoint alone.
+func cosigned(text string, c Checkpoint, witnesses note.Verifiers) (all []Cosignature, lines []string, err error) {
 	n, err := note.Open([]byte(text), witnesses)
 	if unknown := new(note.UnverifiedNoteError); errors.As(err, &unknown) {
 		return nil, nil, nil
@@ -99,12 +100,15 @@ func cosigned(text string, size uint64, witnesses note.Verifiers) (all []Cosigna
 	if err != nil {
 		return nil, nil, err
 	}
+	if n.Text != c.body() {
+		return nil, nil, errors.New("what is signed is more than the checkpoint")
+	}
 	for _, s := range n.Sigs {
 		raw, err := base64.StdEncoding.DecodeString(s.Base64)
 		if err != nil || len(raw) < 12 {
 			return nil, nil, fmt.Errorf("signature of %s: %w", s.Name, ErrCheckpoint) // which was verified: never
 		}
-		all = append(all, Cosignature{s.Name, size, time.Unix(int64(binary.BigEndian.Uint64(raw[4:])), 0).UTC()})
+		all = append(all, Cosignature{s.Name, c.Size, time.Unix(int64(binary.BigEndian.Uint64(raw[4:])), 0).UTC()})
 		lines = append(lines, "— "+s.Name+" "+s.Base64+"\n")
 	}
 	return all, lines, nil
@@ -222,7 +226,7 @@ func (r *Rounds) restore(ctx context.Context) error {
 		return err
 	}
 	for _, w := range r.all {
-		if _, lines, err := cosigned(text, c.Size, note.VerifierList(w.Key)); err == nil && len(lines) > 0 {
+		if _, lines, err := cosigned(text, c, note.VerifierList(w.Key)); err == nil && len(lines) > 0 {
 			w.Size, w.line = c.Size, lines[0]
 		}
 	}
@@ -371,7 +375,7 @@ func (w *cosigner) ask(ctx context.Context, client *http.Client, c Checkpoint, h
 		kind := resp.Header.Get("Content-Type")
 		switch {
 		case resp.StatusCode == http.StatusOK:
-			_, lines, err := cosigned(c.body()+"\n"+answer, c.Size, note.VerifierList(w.Key))
+			_, lines, err := cosigned(c.body()+"\n"+answer, c, note.VerifierList(w.Key))
 			if err == nil && len(lines) == 0 {
 				err = errors.New("none of its signatures is by the key that is configured")
 			}

@@ -237,6 +237,12 @@ func TestLyingWitness(t *testing.T) {
 			raw[11]++
 			say(w, "— liar.example "+base64.StdEncoding.EncodeToString(raw)+"\n")
 		}, "invalid signature", 1},
+		"another text": {func(w http.ResponseWriter, r *http.Request) {
+			say(w, "and more\n\n"+liar.sign(text(r)+"\nand more\n", 1))
+		}, "what is signed is more than the checkpoint", 1},
+		"an empty line": {func(w http.ResponseWriter, r *http.Request) {
+			say(w, "\n"+liar.sign(text(r)+"\n", 1))
+		}, "what is signed is more than the checkpoint", 1},
 		"nothing":    {func(http.ResponseWriter, *http.Request) {}, "malformed note", 1},
 		"garbage":    {func(w http.ResponseWriter, _ *http.Request) { say(w, "\x00\xff— liar.example\n\n\n") }, "malformed note", 1},
 		"half a one": {func(w http.ResponseWriter, _ *http.Request) { say(w, "— liar.example AAAA\n") }, "malformed note", 1},

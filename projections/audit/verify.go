@@ -331,7 +331,7 @@ func (v *verifier) cosigned(text string, known note.Verifiers) {
 		v.problem(Problem{Text: fmt.Sprintf("a cosigned checkpoint: %v", err)})
 		return
 	}
-	by, _, err := cosigned(text, c.Size, note.VerifierList(v.c.Witnesses...))
+	by, _, err := cosigned(text, c, note.VerifierList(v.c.Witnesses...))
 	if err != nil {
 		v.problem(Problem{Text: fmt.Sprintf("the cosigned checkpoint of %d leaves: %v", c.Size, err)})
 	}
