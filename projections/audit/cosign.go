@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"math"
 	"net/http"
 	"slices"
 	"strconv"
@@ -80,13 +79,16 @@ func CosignerKey(vkey string) (note.Verifier, error) {
 func (k cosignerKey) Name() string    { return k.name }
 func (k cosignerKey) KeyHash() uint32 { return k.hash }
 
+// latest is the end of the year 9999, behind which a time cannot be written.
+const latest = 253402300799
+
 // Verify verifies the signature of a checkpoint: eight bytes of time, and Ed25519.
 func (k cosignerKey) Verify(msg, sig []byte) bool {
 	if len(sig) != 8+ed25519.SignatureSize {
 		return false
 	}
 	at := binary.BigEndian.Uint64(sig)
-	return at <= math.MaxInt64 && ed25519.Verify(k.key, fmt.Appendf(nil, "cosignature/v1\ntime %d\n%s", at, msg), sig[8:])
+	return at <= latest && ed25519.Verify(k.key, fmt.Appendf(nil, "cosignature/v1\ntime %d\n%s", at, msg), sig[8:])
 }
 
 // cosigned are the signatures of a checkpoint by witnesses that are known, and their

@@ -237,6 +237,7 @@ func TestLyingWitness(t *testing.T) {
 			raw[11]++
 			say(w, "— liar.example "+base64.StdEncoding.EncodeToString(raw)+"\n")
 		}, "invalid signature", 1},
+		"in the year 10000": {func(w http.ResponseWriter, r *http.Request) { say(w, liar.sign(text(r), 253402300800)) }, "invalid signature", 1},
 		"another text": {func(w http.ResponseWriter, r *http.Request) {
 			say(w, "and more\n\n"+liar.sign(text(r)+"\nand more\n", 1))
 		}, "what is signed is more than the checkpoint", 1},
