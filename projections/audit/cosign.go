@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"slices"
 	"strconv"
@@ -160,11 +161,12 @@ type cosigner struct {
 	answer error     // of this round
 }
 
-// longest is how long a witness is left alone at most, and largest how much of an
-// answer is read.
+// longest is how long a witness is left alone at most, largest how much of an answer is
+// read, and connecting how long either half of making a connection may take.
 const (
-	longest = 5 * time.Minute
-	largest = 16 << 10
+	longest    = 5 * time.Minute
+	largest    = 16 << 10
+	connecting = 10 * time.Second
 )
 
 // NewRounds makes them.
@@ -183,7 +185,12 @@ func NewRounds(o CosignOptions) (*Rounds, error) {
 	}
 	o.Quorum = max(o.Quorum, 1)
 	r := &Rounds{o: o, client: &http.Client{
-		Transport:     &http.Transport{Proxy: http.ProxyFromEnvironment, ForceAttemptHTTP2: true, MaxResponseHeaderBytes: largest, IdleConnTimeout: 90 * time.Second},
+		// A connection is made for whoever comes next, too: it is not given up with the
+		// question that it was made for, and has limits of its own.
+		Transport: &http.Transport{
+			Proxy: http.ProxyFromEnvironment, DialContext: (&net.Dialer{Timeout: connecting}).DialContext, TLSHandshakeTimeout: connecting,
+			ForceAttemptHTTP2: true, MaxResponseHeaderBytes: largest, IdleConnTimeout: 90 * time.Second,
+		},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}}
 	for _, w := range o.Witnesses {

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"slices"
@@ -18,6 +19,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"golang.org/x/mod/sumdb/note"
@@ -475,6 +477,24 @@ func TestRoundsStop(t *testing.T) {
 	if said.Len() > 0 {
 		t.Errorf("said %s", said)
 	}
+}
+
+// Of a witness that takes connections and never says anything in them none are left.
+func TestDeafWitness(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m, now := built(t), time.Now()
+		r, said := m.rounds(t, &now, 1, Cosigner{URL: "https://127.0.0.1/w", Key: witnessOf("w", 1).verifier(t)})
+		here, there := net.Pipe()
+		r.client.Transport.(*http.Transport).DialContext = func(context.Context, string, string) (net.Conn, error) { return here, nil }
+		ask(t, r)
+		if !strings.Contains(said.String(), "deadline exceeded") {
+			t.Errorf("said %s", said)
+		}
+		// Where this has no end, the test has none.
+		if _, err := io.Copy(io.Discard, there); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // A cosigned checkpoint that is not of this log is named.
