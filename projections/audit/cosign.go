@@ -244,14 +244,11 @@ func (r *Rounds) restore(ctx context.Context) error {
 
 // round has those sign the newest checkpoint who have not, and are not left alone.
 func (r *Rounds) round(ctx context.Context) error {
-	newest := func() (Checkpoint, error) {
-		text, _, err := r.o.Store.Checkpoint(ctx)
-		if err != nil || text == "" {
-			return Checkpoint{}, err
-		}
-		return OpenCheckpoint(text, r.log)
+	text, _, err := r.o.Store.Checkpoint(ctx)
+	if err != nil || text == "" {
+		return err
 	}
-	c, err := newest()
+	c, err := OpenCheckpoint(text, r.log)
 	if err != nil || c.Size == 0 {
 		return err
 	}
@@ -277,9 +274,10 @@ func (r *Rounds) round(ctx context.Context) error {
 	}
 	for _, w := range asked {
 		if ahead := errAhead(0); errors.As(w.answer, &ahead) {
-			// Not if another process has signed it, and asked, meanwhile.
-			if now, err := newest(); err == nil && now.Size < uint64(ahead) {
-				w.answer = fmt.Errorf("%w: it has signed a tree of %d leaves, and the newest here has %d; either an older copy of the log was put back, or somebody has the key", ErrSplit, uint64(ahead), now.Size)
+			// Not if there are as many leaves: then another process has signed their tree
+			// meanwhile, or a power cut has taken the checkpoint, and it is signed again.
+			if n, _, err := r.o.Store.Head(ctx); err == nil && n < uint64(ahead) {
+				w.answer = fmt.Errorf("%w: it has signed a tree of %d leaves, and there are %d here; either an older copy of the log was put back, or somebody has the key", ErrSplit, uint64(ahead), n)
 			}
 		}
 		r.settle(w, c)
@@ -375,13 +373,12 @@ func (e errStatus) Error() string { return "it answers " + string(e) }
 func (w *cosigner) ask(ctx context.Context, client *http.Client, c Checkpoint, hashes tlog.HashReader) error {
 	ctx, cancel := context.WithTimeout(ctx, w.Timeout)
 	defer cancel()
-	old := w.Size
+	old, another := w.Size, fmt.Errorf("%w: it has signed another tree of %d leaves", ErrSplit, c.Size)
 	for again := false; ; again = true {
 		resp, answer, err := w.post(ctx, client, old, c, hashes)
 		if err != nil {
 			return err
 		}
-		kind := resp.Header.Get("Content-Type")
 		switch {
 		case resp.StatusCode == http.StatusOK:
 			_, lines, err := cosigned(c.body()+"\n"+answer, c, note.VerifierList(w.Key))
@@ -393,17 +390,21 @@ func (w *cosigner) ask(ctx context.Context, client *http.Client, c Checkpoint, h
 			}
 			w.line = lines[0]
 			return nil
-		case resp.StatusCode == http.StatusConflict && old == c.Size:
-			return fmt.Errorf("%w: it has signed another tree of %d leaves", ErrSplit, c.Size)
-		case resp.StatusCode == http.StatusConflict && kind == "text/x.tlog.size" && !again:
+		case resp.StatusCode == http.StatusConflict && resp.Header.Get("Content-Type") == "text/x.tlog.size":
 			size, err := strconv.ParseUint(strings.TrimSuffix(answer, "\n"), 10, 63)
-			if err != nil {
+			switch {
+			case err != nil:
 				return fmt.Errorf("the size that it has signed: %q", answer[:min(len(answer), 100)])
-			}
-			if size > c.Size {
+			case size > c.Size:
 				return errAhead(size)
+			case size == old && size == c.Size:
+				return another
+			case again:
+				return fmt.Errorf("%w: it has signed trees of %d leaves, and of %d", errStatus(resp.Status), old, size)
 			}
 			old = size
+		case resp.StatusCode == http.StatusConflict && old == c.Size:
+			return another
 		case resp.StatusCode == http.StatusUnprocessableEntity && old > 0:
 			return fmt.Errorf("%w: the tree of %d leaves has not grown from the one of %d leaves that it has signed", ErrSplit, c.Size, old)
 		default:

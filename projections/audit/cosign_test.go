@@ -437,6 +437,62 @@ func TestWitnessAhead(t *testing.T) {
 	}
 }
 
+// Nor is it where that happens between the two questions of who does not know what the
+// witness has signed.
+func TestWitnessOvertaken(t *testing.T) {
+	m, now, w := built(t), time.Now(), &honest{someWitness: witnessOf("w", 1)}
+	b := m.builder(t, nil)
+	if err := b.Restore(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	other, _ := m.rounds(t, &now, 1, w.serve(t))
+	questions := 0
+	s := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		if questions++; questions == 2 {
+			m.grow(t, b, 5)
+			ask(t, other)
+		}
+		w.ServeHTTP(rw, r)
+	}))
+	defer s.Close()
+	r, said := m.rounds(t, &now, 1, Cosigner{URL: s.URL + "/w", Key: w.verifier(t)})
+	ask(t, other)
+	ask(t, r)
+	if strings.Contains(said.String(), "FORK") || !strings.Contains(said.String(), "it has signed a tree of 306 leaves") {
+		t.Errorf("said %s", said)
+	}
+}
+
+// Nor where a power cut has taken the checkpoint that the witness has signed, but not
+// its leaves, which are older: they are signed again.
+func TestWitnessedIsLost(t *testing.T) {
+	m, now, w := built(t), time.Now(), &honest{someWitness: witnessOf("w", 1)}
+	b := m.builder(t, nil)
+	if err := b.Restore(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	m.grow(t, b, 5)
+	at := w.serve(t)
+	r, _ := m.rounds(t, &now, 1, at)
+	ask(t, r)
+	m.checkpoints, m.positions, m.cosigned = m.checkpoints[:1], m.positions[:1], nil
+	r, said := m.rounds(t, &now, 1, at)
+	ask(t, r)
+	if strings.Contains(said.String(), "FORK") || !strings.Contains(said.String(), "it has signed a tree of 306 leaves") {
+		t.Errorf("said %s", said)
+	}
+	b = m.builder(t, nil)
+	if err := b.Restore(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	m.grow(t, b, 0)
+	now = now.Add(time.Minute)
+	ask(t, r)
+	if len(m.cosigned) != 1 || w.size != 306 || !strings.Contains(said.String(), "signs now") {
+		t.Errorf("%q, %d, said %s", m.cosigned, w.size, said)
+	}
+}
+
 // ahead is a store in which something happens when a checkpoint has been read.
 type ahead struct {
 	*memory
