@@ -6,6 +6,7 @@ import (
 	"net/url"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -31,9 +32,9 @@ func (a AuditConfig) checkWitnesses(bad func(format string, args ...any)) {
 	for i, w := range a.Witnesses {
 		u, err := url.Parse(w.URL)
 		switch {
-		case err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https":
+		case err != nil || u.Hostname() == "" || u.Scheme != "http" && u.Scheme != "https":
 			bad("audit.witnesses[%d].url: %q is not an http or https URL", i, w.URL)
-		case u.User != nil || u.RawQuery != "" || u.Fragment != "":
+		case u.User != nil || strings.ContainsAny(w.URL, "?#"): // also where nothing follows
 			bad("audit.witnesses[%d].url: it has more than a host and a path", i)
 		}
 		k, err := audit.CosignerKey(w.Key)
