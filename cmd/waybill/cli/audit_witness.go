@@ -125,8 +125,11 @@ func addWitnesses(known []note.Verifier, s string) ([]note.Verifier, error) {
 	}
 	for _, text := range texts {
 		k, err := audit.CosignerKey(text)
-		if err != nil {
-			return nil, err
+		switch {
+		case err != nil && text == s:
+			return nil, fmt.Errorf("no such file, and %w", err)
+		case err != nil:
+			return nil, fmt.Errorf("%s: %q: %w", s, text, err)
 		}
 		if !slices.ContainsFunc(known, func(o note.Verifier) bool { return o.Name() == k.Name() && o.KeyHash() == k.KeyHash() }) {
 			known = append(known, k)

@@ -53,6 +53,15 @@ func TestWitnessConfig(t *testing.T) {
 	if err != nil || len(known) != 1 || known[0].Name() != "one.example" {
 		t.Errorf("%v %v", known, err)
 	}
+	if _, err := addWitnesses(nil, file+".pub"); err == nil || !strings.HasPrefix(err.Error(), "no such file, and not a witness's key") {
+		t.Error(err)
+	}
+	if err := os.WriteFile(file, []byte(one+"\n"+log+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := addWitnesses(nil, file); err == nil || !strings.HasPrefix(err.Error(), file+": \""+log+"\": not a witness's key") {
+		t.Error(err)
+	}
 	if _, err := addWitnesses(nil, os.DevNull); err == nil || !strings.Contains(err.Error(), "there is no key in it") {
 		t.Error(err)
 	}
