@@ -20,6 +20,7 @@ func Questions() []Question {
 		return Question{Name: name, Example: "SELECT * FROM " + name + params, Help: help, sql: sql}
 	}
 	const lately = "stored > now() - toIntervalHour({hours:UInt32})"
+	const causing = "SELECT parent FROM edges_v1 PREWHERE parent != '' AND parent != root WHERE " + lately // but for the first of a chain
 	return []Question{
 		q("top_talkers", "(hours=24)", "who calls most", `
 SELECT tenant, agent, count() AS calls, countIf(parent != '') AS caused, countIf(outcome = 'failed') AS failed,
@@ -35,7 +36,7 @@ WITH quantiles(0.5, 0.95, 0.99)(total_us) AS t
 SELECT server, method, name, count() AS calls, round(t[1] / 1000, 2) AS p50, round(t[2] / 1000, 2) AS p95, round(t[3] / 1000, 2) AS p99,
   round(quantile(0.95)(policy_us) / 1000, 2) AS policy_p95, round(quantile(0.95)(queue_us) / 1000, 2) AS queue_p95,
   round(quantile(0.95)(upstream_us) / 1000, 2) AS upstream_p95
-FROM calls_v1 WHERE `+lately+` AND outcome = 'completed' GROUP BY server, method, name ORDER BY p95 DESC, server, method, name`),
+FROM calls_v1 PREWHERE outcome = 'completed' WHERE `+lately+` GROUP BY server, method, name ORDER BY p95 DESC, server, method, name`),
 		q("who_used_what", "(hours=24)", "which agents called which tools", `
 SELECT tenant, agent, server, method, name, count() AS calls, countIf(outcome = 'completed') AS completed, max(stored) AS latest
 FROM calls_v1 WHERE `+lately+` GROUP BY tenant, agent, server, method, name ORDER BY calls DESC, tenant, agent, server, method, name`),
@@ -46,14 +47,14 @@ SELECT tenant, anyIf(session, call = root) AS session, root, anyIf(agent, call =
   anyIf(name, call = root) AS root_name, minIf(stored, call = root) AS began
 FROM edges_v1 WHERE root IN (SELECT root FROM wide) GROUP BY tenant, root ORDER BY caused DESC, root`),
 		// Only calls in the middle, caused and causing, are followed: there are
-		// few. The first call of each chain and its last are looked up at the end.
+		// few, and where there is none at all nothing is read for them. The first call of each chain and its last are looked up at the end.
 		// (call || '' is no column of an index, which is slow for so many values.)
 		// Where there are many of a length, some are shown. The setting spares their set
 		// being made for the plan, and again for the answer.
 		q("longest_chains", "(hours=24)", "calls that cause calls that cause calls: the hundred deepest, with the tools on the way", `
 WITH RECURSIVE
   middle AS (SELECT tenant, root, parent, call, concat(server, ' ', if(name = '', method, name)) AS tool FROM edges_v1 PREWHERE parent != ''
-    WHERE `+lately+` AND (call || '') IN (SELECT parent FROM edges_v1 PREWHERE parent != '' WHERE parent != root AND `+lately+`)),
+    WHERE `+lately+` AND (SELECT count() FROM (`+causing+` LIMIT 1)) > 0 AND (call || '') IN (`+causing+`)),
   chain AS (
     SELECT tenant, root, call, toUInt32(3) AS depth, [tool] AS tools FROM middle WHERE parent = root
     UNION ALL
