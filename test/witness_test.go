@@ -1,6 +1,7 @@
 package test
 
 import (
+	"bytes"
 	"crypto/ed25519"
 	"fmt"
 	"io"
@@ -8,6 +9,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -138,6 +140,19 @@ servers:
 	}
 	if r, exit = verify(t, g, saved, "--key", key, "--witness", w.Key); exit != 0 || len(r.Witnessed) != 1 || r.Unknown != 0 {
 		t.Errorf("exit %d %+v", exit, r)
+	}
+	// Who trusts a witness does not take a record without its word.
+	text, err := os.ReadFile(saved)
+	if err != nil {
+		t.Fatal(err)
+	}
+	without := filepath.Join(g.Dir, "without.jsonl")
+	text = slices.Concat(slices.DeleteFunc(bytes.SplitAfter(text, []byte("\n")), func(line []byte) bool { return bytes.Contains(line, []byte(`"cosigned":`)) })...)
+	if err := os.WriteFile(without, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, errs, exit := g.CLI("audit", "verify", without, "--key", key, "--witness", w.Key); exit != 1 || !strings.Contains(errs, "the witness witness.example/one has signed nothing in this record") {
+		t.Errorf("exit %d %s", exit, errs)
 	}
 	metrics := get(t, g.Admin+"/metrics")
 	for _, want := range []string{

@@ -15,6 +15,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -40,7 +41,7 @@ func auditVerify(ctx context.Context, env Env, args []string) error {
 		keys = append(keys, s)
 		return nil
 	})
-	fs.Func("witness", "public `KEY` of a witness, or a file of some, that is trusted; may be repeated (default: those in the configuration)", func(s string) (err error) {
+	fs.Func("witness", "public `KEY` of a witness, or a file of some, that is trusted and must have signed; may be repeated (default: those in the configuration, which need not)", func(s string) (err error) {
 		check.Witnesses, err = addWitnesses(check.Witnesses, s)
 		return err
 	})
@@ -84,7 +85,8 @@ func auditVerify(ctx context.Context, env Env, args []string) error {
 	if len(check.Keys) == 0 {
 		check.Keys = known
 	}
-	if len(check.Witnesses) == 0 {
+	named := check.Witnesses
+	if len(named) == 0 {
 		check.Witnesses = witnesses
 	}
 	if len(check.Keys) == 0 {
@@ -106,6 +108,12 @@ func auditVerify(ctx context.Context, env Env, args []string) error {
 	}
 	if !report.OK() {
 		return fmt.Errorf("the record is not as it was signed: %s", visible(report.Problems[0].String()))
+	}
+	// Who makes a record could leave out what witnesses have signed.
+	for _, w := range named {
+		if !slices.ContainsFunc(report.Witnessed, func(c audit.Cosignature) bool { return c.Witness == w.Name() }) {
+			return fmt.Errorf("the witness %s has signed nothing in this record", visible(w.Name()))
+		}
 	}
 	return nil
 }
