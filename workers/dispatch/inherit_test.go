@@ -18,7 +18,6 @@ func TestLostForGood(t *testing.T) {
 	l := &legacyServer{}
 	s := listenTo(t, l, nil)
 	r := newReplicas(t, l.ServeHTTP)
-	t.Cleanup(r.http.CloseClientConnections)
 	r.open("s1")
 	r.calls(r.a)
 	s.opens("up-1", "")
@@ -41,7 +40,6 @@ func TestDiesWhileOpened(t *testing.T) {
 	l := &legacyServer{}
 	s := listenTo(t, l, nil)
 	r := newReplicas(t, l.ServeHTTP)
-	t.Cleanup(r.http.CloseClientConnections)
 	r.open("s1")
 	r.calls(r.a)
 	s.opens("up-1", "")
@@ -86,7 +84,6 @@ func TestKnowsNoSession(t *testing.T) {
 	l := &legacyServer{}
 	s := listenTo(t, l, nil)
 	r := newReplicas(t, l.ServeHTTP)
-	t.Cleanup(r.http.CloseClientConnections)
 	r.a.sessions.timing.rest = 200 * time.Millisecond
 	r.open("s1")
 	r.calls(r.a)
@@ -118,7 +115,6 @@ func TestTakeOverLogAway(t *testing.T) {
 		}
 	})
 	r := newReplicas(t, l.ServeHTTP)
-	t.Cleanup(r.http.CloseClientConnections)
 	r.open("s1")
 	r.calls(r.a)
 	s.opens("up-1", "")
@@ -150,7 +146,6 @@ func TestTakeOverOfOld(t *testing.T) {
 	l := &legacyServer{}
 	s := listenTo(t, l, nil)
 	r := newReplicas(t, l.ServeHTTP)
-	t.Cleanup(r.http.CloseClientConnections)
 	r.open("s1")
 	r.calls(r.a)
 	s.opens("up-1", "")
@@ -186,7 +181,6 @@ func TestTakeOverServerAway(t *testing.T) {
 		}
 		l.ServeHTTP(w, req)
 	})
-	t.Cleanup(r.http.CloseClientConnections)
 	r.open("s1")
 	r.calls(r.a)
 	s.opens("up-1", "")

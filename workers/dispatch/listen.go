@@ -47,14 +47,21 @@ type listener struct {
 
 // listen begins to follow the session's stream, if nobody does.
 func (s *session) listen() {
+	s.alone(func() {
+		l := &listener{s: s, pace: rate.NewLimiter(s.t.timing.pace, paceBurst)}
+		s.own(l.run)
+	})
+}
+
+// alone runs what listens for the session to its end, unless something does already.
+func (s *session) alone(listen func()) {
 	s.mu.Lock()
 	was := s.listening
 	s.listening = true
 	s.mu.Unlock()
 	if !was {
 		s.t.spawn(func() {
-			l := &listener{s: s, pace: rate.NewLimiter(s.t.timing.pace, paceBurst)}
-			s.own(l.run)
+			listen()
 			s.mu.Lock()
 			s.listening = false
 			s.mu.Unlock()
@@ -120,6 +127,13 @@ func (l *listener) run(ctx context.Context) bool {
 			return false
 		}
 	}
+}
+
+// share notes that another process has listened to the session's stream, or does.
+func (s *session) share() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.elsewhere = true
 }
 
 // shared tells whether another process may have listened to the session's stream.

@@ -59,20 +59,7 @@ func (h *hearing) alive() bool {
 }
 
 // attend begins to listen for the session, if nobody does.
-func (s *session) attend() {
-	s.mu.Lock()
-	was := s.listening
-	s.listening = true
-	s.mu.Unlock()
-	if !was {
-		s.t.spawn(func() {
-			s.attending()
-			s.mu.Lock()
-			s.listening = false
-			s.mu.Unlock()
-		})
-	}
-}
+func (s *session) attend() { s.alone(s.attending) }
 
 // attending keeps a stream open for as long as the session lives.
 func (s *session) attending() {

@@ -391,9 +391,7 @@ func (s *session) own(follow func(context.Context) bool) {
 				return
 			}
 		default:
-			s.mu.Lock()
-			s.elsewhere = true
-			s.mu.Unlock()
+			s.share()
 			// It may give the key up, too, of which nobody is told.
 			check := time.NewTimer(s.t.timing.check)
 			select {
@@ -489,7 +487,7 @@ func (d *Dispatcher) Regained() {
 				return nil
 			})
 		}
-		_ = all.Wait()
+		_ = all.Wait() // each has said what went wrong
 	})
 }
 
@@ -645,9 +643,7 @@ func (d *Dispatcher) takeOver(ctx context.Context, id sessionID, m *mcpServer, l
 	}
 	// It may be here already and have listened to nothing yet: this process opened it,
 	// and the one that is gone told the server that the client is ready.
-	s.mu.Lock()
-	s.elsewhere = true
-	s.mu.Unlock()
+	s.share()
 	s.first()
 	s.listen()
 	return nil

@@ -125,6 +125,9 @@ func newReplicas(t *testing.T, h http.HandlerFunc, change ...func(*Options)) *re
 		*d = r.fresh()
 		quick(*d)
 	}
+	if h != nil {
+		t.Cleanup(r.http.CloseClientConnections) // of streams that would never end
+	}
 	return r
 }
 
@@ -409,7 +412,6 @@ func TestParkedElsewhere(t *testing.T) {
 		say(w, `data: {"jsonrpc":"2.0","id":%s,"result":{"content":[{"type":"text","text":"done"}]}}`, m.ID().Raw())
 	}
 	r := newReplicas(t, l.ServeHTTP, func(o *Options) { o.Servers[0].Era, o.StateKey = EraLegacy, bytes.Repeat([]byte("k"), stateKeySize) })
-	t.Cleanup(r.http.CloseClientConnections)
 	body := func(more string) string {
 		return `{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"write","arguments":{}` + more + `,"_meta":{"` + metaVersion + `":"2026-07-28","io.modelcontextprotocol/clientCapabilities":{"elicitation":{"form":{}}}}}}`
 	}
@@ -458,7 +460,6 @@ func TestOneListener(t *testing.T) {
 		ended <- req.Header.Get("Mcp-Session-Id")
 	}
 	r := newReplicas(t, l.ServeHTTP)
-	t.Cleanup(r.http.CloseClientConnections)
 	r.open("s1")
 	r.open("s2")
 	stream := func() string {
@@ -515,22 +516,8 @@ func TestOneListener(t *testing.T) {
 // listened in it: it does now.
 func TestOpenedHereListenedThere(t *testing.T) {
 	l := &legacyServer{}
-	opened := make(chan string, 8)
-	l.get = func(w http.ResponseWriter, req *http.Request) {
-		sseHead(w)
-		opened <- req.Header.Get("Mcp-Session-Id")
-		<-req.Context().Done()
-	}
+	s := listenTo(t, l, nil)
 	r := newReplicas(t, l.ServeHTTP)
-	t.Cleanup(r.http.CloseClientConnections)
-	stream := func() {
-		t.Helper()
-		select {
-		case <-opened:
-		case <-time.After(20 * time.Second):
-			t.Fatal("nobody listens")
-		}
-	}
 	r.open("s1")
 	first := r.method("initialize", "", initialize, inSession("s1"))
 	r.handled(r.give(r.b, first))
@@ -539,12 +526,9 @@ func TestOpenedHereListenedThere(t *testing.T) {
 		authorized(func(a *schemas.Authorized) { a.OneWay = true }))
 	r.handled(r.give(r.a, ready))
 	r.ends(ready, "completed")
-	stream()
-	r.ledger.lapse("a")
-	r.a.Lapsed()
-	r.ledger.die("a")
-	r.b.Died(t.Context(), "a")
-	stream()
+	s.opens("up-1", "")
+	r.die(r.a, "a", r.b)
+	s.opens("up-1", "")
 	if l.opened != 1 || l.came("notifications/initialized") != 1 {
 		t.Errorf("%d sessions at the server, told %d times that the client is ready", l.opened, l.came("notifications/initialized"))
 	}
@@ -623,7 +607,6 @@ func TestOpenedHereTakenBack(t *testing.T) {
 			}
 		})
 		r := newReplicas(t, l.ServeHTTP)
-		t.Cleanup(r.http.CloseClientConnections)
 		r.open("s1")
 		first := r.method("initialize", "", initialize, inSession("s1"))
 		r.handled(r.give(r.b, first))
@@ -654,7 +637,6 @@ func TestTakenOverIsTheNewest(t *testing.T) {
 	l := &legacyServer{}
 	s := listenTo(t, l, nil)
 	r := newReplicas(t, l.ServeHTTP)
-	t.Cleanup(r.http.CloseClientConnections)
 	r.open("s1")
 	r.calls(r.a)
 	s.opens("up-1", "")
@@ -679,7 +661,6 @@ func TestTakeOverLater(t *testing.T) {
 	l := &legacyServer{}
 	s := listenTo(t, l, nil)
 	r := newReplicas(t, l.ServeHTTP)
-	t.Cleanup(r.http.CloseClientConnections)
 	r.open("s1")
 	r.open("s2")
 	r.calls(r.a)
@@ -722,7 +703,6 @@ func TestTakeOverOfLost(t *testing.T) {
 	l := &legacyServer{}
 	s := listenTo(t, l, nil)
 	r := newReplicas(t, l.ServeHTTP)
-	t.Cleanup(r.http.CloseClientConnections)
 	r.open("s1")
 	r.calls(r.a)
 	s.opens("up-1", "")
@@ -776,7 +756,6 @@ func (h releases) Release(ctx context.Context, key string) error {
 func TestBegunAgainIsOwned(t *testing.T) {
 	p := &plainServer{}
 	r := newReplicas(t, p.ServeHTTP, func(o *Options) { o.Servers[0].Era = EraModern })
-	t.Cleanup(r.http.CloseClientConnections)
 	h := releases{holder: holder{r.ledger, "a"}, mu: new(sync.Mutex), all: new([]string)}
 	r.opt.Owners = h
 	r.a = r.fresh()
@@ -809,7 +788,6 @@ func TestOpenedOnce(t *testing.T) {
 	}
 	s := listenTo(t, l, nil)
 	r := newReplicas(t, l.ServeHTTP)
-	t.Cleanup(r.http.CloseClientConnections)
 	r.open("s1")
 	r.calls(r.a)
 	s.opens("up-1", "")
@@ -862,7 +840,6 @@ func TestAnswerAfterDeath(t *testing.T) {
 				r.opt.Owners = nil
 				r.a = r.fresh()
 			}
-			t.Cleanup(r.http.CloseClientConnections)
 			r.open("s1")
 			e := r.legacy("write")
 			r.handled(r.give(r.a, e))

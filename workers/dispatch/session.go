@@ -135,12 +135,12 @@ type session struct {
 	t    *sessions
 	m    *mcpServer
 	id   sessionID
-	slot string        // among those of its client: the server's name, or more where it has a guest
-	base schemas.Event // what its events have in common; of no call, addressed to no edge
-	by   string        // unique for each time that one is opened or taken over
-	lost *session      // in whose place this one comes; may be nil
-	need string        // the method of the call for which it is opened
-	born time.Time
+	slot string          // among those of its client: the server's name, or more where it has a guest
+	base schemas.Event   // what its events have in common; of no call, addressed to no edge
+	by   string          // unique for each time that one is opened or taken over
+	lost *session        // in whose place this one comes; may be nil
+	need string          // the method of the call for which it is opened
+	born time.Time       // when this process began to open it
 	rash int             // how many in a row before it were lost soon after they were born
 	ctx  context.Context // of its listener and the answers on their way
 	stop context.CancelFunc
