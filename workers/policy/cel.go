@@ -33,9 +33,11 @@ const (
 
 	// maxCost bounds a condition that loops, which may take as long as the caller's
 	// arguments make it: past it, it fails. Counting is dear, and left out where there
-	// are no more than fewValues to loop over. The rest takes as long as it is written.
+	// are no more than fewValues to loop over, or no more than fewSteps to do. The rest
+	// takes as long as it is written.
 	maxCost   = 200_000
 	fewValues = 100
+	fewSteps  = 20_000 // of the parts of a condition, each as often as its loops may come to it
 )
 
 // variables are what a condition may speak of; anything else is an error when
@@ -111,6 +113,7 @@ type condition struct {
 	text    string
 	program cel.Program
 	counted cel.Program     // the same, held to maxCost; nil: it does not loop
+	few     int             // values, up to which it need not be counted
 	uses    map[string]bool // of the variables
 }
 
@@ -133,19 +136,24 @@ func compileCondition(env *cel.Env, text string) (_ *condition, err error) {
 		return nil, &conditionError{1, 1, "a condition is true or false, this is " + checked.OutputType().String()}
 	}
 	c := &condition{text: text, uses: map[string]bool{}}
-	loops := false
+	loops, parts := 0, 0
 	ast.PreOrderVisit(checked.NativeRep().Expr(), ast.NewExprVisitor(func(e ast.Expr) {
+		parts++
 		if e.Kind() == ast.ComprehensionKind {
-			loops = true
+			loops++
 		}
 	}))
+	c.few = fewValues
+	if loops == 1 {
+		c.few = max(fewValues, fewSteps/parts)
+	}
 	for _, r := range checked.NativeRep().ReferenceMap() {
 		if r.Name != "" {
 			c.uses[r.Name] = true
 		}
 	}
 	optimize := cel.EvalOptions(cel.OptOptimize)
-	if c.program, err = env.Program(checked, optimize); err == nil && loops {
+	if c.program, err = env.Program(checked, optimize); err == nil && loops > 0 {
 		c.counted, err = env.Program(checked, optimize, cel.CostLimit(maxCost))
 	}
 	if err != nil {
@@ -170,7 +178,7 @@ var errNotBool = errors.New("the condition is neither true nor false")
 // never a word.
 func (c *condition) eval(in *Input) (truth, error) {
 	program := c.program
-	if c.counted != nil && in.values() > fewValues {
+	if c.counted != nil && in.moreThan(c.few) {
 		program = c.counted
 	}
 	v, _, err := program.Eval(in)
@@ -281,17 +289,26 @@ func (in *Input) readArguments() ref.Val {
 	if !v.Exists() {
 		return types.NewStringInterfaceMap(types.DefaultTypeAdapter, map[string]any{})
 	}
-	return celValue(v, &in.size)
+	return celValue(v)
 }
 
-// values is how much there is that a condition may loop over.
-func (in *Input) values() int {
-	in.arguments()
-	n := in.size + len(in.Facts.Groups)
+// moreThan tells whether there is more than so much that a condition may loop over.
+func (in *Input) moreThan(few int) bool {
+	few -= len(in.Facts.Groups)
 	if in.Facts.Session != nil {
-		n += len(in.Facts.Session.Tools) + len(in.Facts.Session.Labels)
+		few -= len(in.Facts.Session.Tools) + len(in.Facts.Session.Labels)
 	}
-	return n
+	args := 0
+	if in.arguments() != nil && in.read != nil && in.read.err == nil {
+		args = len(in.read.args.Raw()) // no less than what sizeOf counts
+	}
+	if args > few {
+		if in.size == 0 {
+			in.size = sizeOf(in.read.args, fewSteps)
+		}
+		args = in.size
+	}
+	return args > few
 }
 
 // read is what a request asks with, or why that cannot be read: then a rule that
@@ -376,16 +393,14 @@ func misnamed(method string, body []byte) bool {
 
 // celValue is a piece of JSON as a condition sees it. A number is an int if it is
 // written as one and fits, else a double; one that is neither is an error to
-// whoever looks at it. n counts the values, and the bytes of strings.
-func celValue(v jsonrpc.Value, n *int) ref.Val {
-	*n++
+// whoever looks at it.
+func celValue(v jsonrpc.Value) ref.Val {
 	switch v.Kind() {
 	case jsonrpc.Bool:
 		b, _ := v.Bool()
 		return types.Bool(b)
 	case jsonrpc.String:
 		s, _ := v.Text()
-		*n += len(s) // a condition may split it
 		return types.String(s)
 	case jsonrpc.Number:
 		if i, ok := v.Int(); ok {
@@ -400,36 +415,85 @@ func celValue(v jsonrpc.Value, n *int) ref.Val {
 	case jsonrpc.Array:
 		list := make([]ref.Val, 0, 8)
 		for e := range v.Elements() {
-			list = append(list, celValue(e, n))
+			list = append(list, celValue(e))
 		}
 		return types.NewRefValList(types.DefaultTypeAdapter, list)
 	case jsonrpc.Object:
-		o := &members{names: make([]string, 0, 4), values: make([]ref.Val, 0, 4)}
-		for name, member := range v.Members() {
-			o.names, o.values = append(o.names, name), append(o.values, celValue(member, n))
-		}
-		if len(o.names) > 16 {
-			o.at = make(map[string]int, len(o.names))
-			for i, name := range o.names {
-				o.at[name] = i
-			}
-		}
-		return o
+		return &members{object: v}
 	}
 	return types.NullValue
 }
 
-// members is an object. Its members are gone through in the order in which they are
-// written, as a map's own order is chance; and a map for each costs more than looking
-// at a few names. What is rarely asked for is asked of a map all the same.
+// sizeOf counts the values in a piece of JSON, itself included, and the bytes of
+// strings, which a condition may split, until there are more than enough.
+func sizeOf(v jsonrpc.Value, enough int) int {
+	if !v.Exists() {
+		return 0
+	}
+	n := 1
+	switch v.Kind() {
+	case jsonrpc.String:
+		s, _ := v.Text()
+		n += len(s)
+	case jsonrpc.Array:
+		for e := range v.Elements() {
+			if n += sizeOf(e, enough-n); n > enough {
+				break
+			}
+		}
+	case jsonrpc.Object:
+		for _, member := range v.Members() {
+			if n += sizeOf(member, enough-n); n > enough {
+				break
+			}
+		}
+	}
+	return n
+}
+
+// members is an object. It is read when a condition asks for a member, and a member
+// when it is asked for, since conditions look at few of them. They are gone through in
+// the order in which they are written, as a map's own order is chance; and a map for
+// each costs more than looking at a few names. What is rarely asked for is asked of a
+// map all the same.
 type members struct {
-	names  []string
-	values []ref.Val
+	object jsonrpc.Value
+	list   []member          // see all
 	at     map[string]int    // of many names, where they are
 	folded map[string]string // of many names, these by what they are but for case; nil: nobody has asked
 }
 
+type member struct {
+	name  string
+	raw   jsonrpc.Value
+	value ref.Val // nil: nobody has asked
+}
+
 var _ traits.Mapper = (*members)(nil)
+
+func (m *members) all() []member {
+	if m.list != nil {
+		return m.list
+	}
+	m.list = make([]member, 0, 8)
+	for name, v := range m.object.Members() {
+		m.list = append(m.list, member{name: name, raw: v})
+	}
+	if len(m.list) > 16 {
+		m.at = make(map[string]int, len(m.list))
+		for i := range m.list {
+			m.at[m.list[i].name] = i
+		}
+	}
+	return m.list
+}
+
+func (m *member) get() ref.Val {
+	if m.value == nil {
+		m.value = celValue(m.raw)
+	}
+	return m.value
+}
 
 // Find finds a member by its name. That one is there whose name is another only by
 // its case is an error: there are servers to which this is the same, and a caller
@@ -439,13 +503,19 @@ func (m *members) Find(key ref.Val) (ref.Val, bool) {
 	if !ok {
 		return nil, false
 	}
+	if len(m.object.Raw()) < 256 && m.list == nil { // read again in less time than it takes to keep it
+		if v := m.object.Get(string(name)); v.Exists() {
+			return celValue(v), true
+		}
+	}
+	all := m.all()
 	i, ok := m.at[string(name)]
 	if m.at == nil {
-		i = slices.Index(m.names, string(name))
+		i = slices.IndexFunc(all, func(one member) bool { return one.name == string(name) })
 		ok = i >= 0
 	}
 	if ok {
-		return m.values[i], true
+		return all[i].get(), true
 	}
 	if like, ok := m.like(string(name)); ok {
 		return types.WrapErr(errVariant(like, string(name))), false
@@ -457,16 +527,17 @@ func (m *members) Find(key ref.Val) (ref.Val, bool) {
 // request would not have been read.
 func (m *members) like(name string) (string, bool) {
 	if m.at == nil {
-		i := slices.IndexFunc(m.names, func(n string) bool { return strings.EqualFold(n, name) })
-		if i < 0 {
-			return "", false
+		for i := range m.list {
+			if strings.EqualFold(m.list[i].name, name) {
+				return m.list[i].name, true
+			}
 		}
-		return m.names[i], true
+		return "", false
 	}
 	if m.folded == nil {
-		m.folded = make(map[string]string, len(m.names))
-		for _, n := range m.names {
-			m.folded[fold(n)] = n
+		m.folded = make(map[string]string, len(m.list))
+		for i := range m.list {
+			m.folded[fold(m.list[i].name)] = m.list[i].name
 		}
 	}
 	like, ok := m.folded[fold(name)]
@@ -509,19 +580,23 @@ func (m *members) Get(key ref.Val) ref.Val {
 
 // Iterator yields the names.
 func (m *members) Iterator() traits.Iterator {
-	return types.NewStringList(types.DefaultTypeAdapter, m.names).Iterator()
+	names := make([]string, 0, 8)
+	for _, one := range m.all() {
+		names = append(names, one.name)
+	}
+	return types.NewStringList(types.DefaultTypeAdapter, names).Iterator()
 }
 
 func (m *members) asMap() traits.Mapper {
-	all := make(map[string]any, len(m.names))
-	for i, name := range m.names {
-		all[name] = m.values[i]
+	all := map[string]any{}
+	for i := range m.all() {
+		all[m.list[i].name] = m.list[i].get()
 	}
 	return types.NewStringInterfaceMap(types.DefaultTypeAdapter, all)
 }
 
 func (m *members) Type() ref.Type                              { return types.MapType }
-func (m *members) Size() ref.Val                               { return types.Int(len(m.names)) }
+func (m *members) Size() ref.Val                               { return types.Int(len(m.all())) }
 func (m *members) Equal(other ref.Val) ref.Val                 { return m.asMap().Equal(other) }
 func (m *members) Value() any                                  { return m.asMap().Value() }
 func (m *members) ConvertToType(t ref.Type) ref.Val            { return m.asMap().ConvertToType(t) }

@@ -68,7 +68,7 @@ type Input struct {
 	open    *open   // the facts were found out for other rules; see DecideAgain
 	read    *read   // what was read of the request already; may be nil
 	args    ref.Val // see arguments
-	size    int     // how many values these are
+	size    int     // how many values these are, see sizeOf; 0: nobody has asked
 }
 
 // Match is what a rule finds in a request.
@@ -187,6 +187,9 @@ func (s *voices) add(r *Rule, m Match, err error) {
 	if !m.Applies {
 		return
 	}
+	if s.matches == nil {
+		s.matches = make([]string, 0, 16)
+	}
 	s.matches = append(s.matches, r.ID)
 	switch r.Effect {
 	case Permit:
@@ -236,7 +239,8 @@ func (b *Bundle) conclude(in *Input, s voices) Verdict {
 		return v
 	}
 	v.Rule = permits[0].ID
-	for _, r := range slices.Concat(permits, approves, obliges) {
+	let := slices.Concat(permits, approves, obliges)
+	for _, r := range let {
 		v.Obligations.add(&r.Obligations)
 		l, ok := r.limit(in)
 		if !ok {
@@ -255,7 +259,7 @@ func (b *Bundle) conclude(in *Input, s voices) Verdict {
 		}
 	}
 	v.Obligations.order()
-	ask, by, reason := v.guarded(slices.Concat(permits, approves, obliges), facts)
+	ask, by, reason := v.guarded(let, facts)
 	switch {
 	case by != nil:
 		return deny(by, reason)

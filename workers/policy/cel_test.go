@@ -1,0 +1,134 @@
+package policy
+
+import (
+	"encoding/json"
+	"fmt"
+	"strings"
+	"testing"
+
+	"cel.dev/cel-go/common/types"
+	"pgregory.net/rapid"
+)
+
+// anyJSON draws a piece of JSON, written in one of the ways that there are.
+func anyJSON(depth int) *rapid.Generator[string] {
+	return rapid.Custom(func(t *rapid.T) string {
+		switch kind := rapid.IntRange(0, 7).Draw(t, "kind"); {
+		case kind == 0:
+			return rapid.SampledFrom([]string{"null", "true", "false", "0", "-1", "1e400", "9007199254740993", "0.5"}).Draw(t, "scalar")
+		case kind < 4 || depth == 0:
+			s := rapid.SampledFrom([]string{`""`, `"a"`, `"\n\\\""`, `"\u00e9"`, `"é"`, `"\ud83d\ude00"`, `"😀"`, `"\u0000"`}).Draw(t, "string")
+			return s
+		case kind < 6:
+			return "[" + strings.Join(rapid.SliceOfN(anyJSON(depth-1), 0, 6).Draw(t, "array"), ", ") + "]"
+		default:
+			var all []string
+			for i, v := range rapid.SliceOfN(anyJSON(depth-1), 0, 20).Draw(t, "object") {
+				all = append(all, fmt.Sprintf(`"m%d": %s`, i, v))
+			}
+			return "{" + strings.Join(all, ",") + "}"
+		}
+	})
+}
+
+func argsOf(t interface{ Fatal(...any) }, args string) *Input {
+	e := with("transfer", args)
+	r := readRequest(toolsCall, e.Body)
+	if r.err != nil {
+		t.Fatal(args, r.err)
+	}
+	return &Input{Event: &e, read: r}
+}
+
+// No piece of JSON has more to loop over than bytes, which is why short arguments
+// need not be looked at; and what is counted does not depend on where it stops.
+func TestSize(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		text := `{"a":` + anyJSON(3).Draw(t, "args") + `}`
+		v := argsOf(t, text).read.args
+		all := sizeOf(v, 1<<30)
+		if all > len(v.Raw()) {
+			t.Fatalf("%d in %d bytes: %s", all, len(v.Raw()), text)
+		}
+		enough := rapid.IntRange(0, 50).Draw(t, "enough")
+		if n := sizeOf(v, enough); min(n, enough+1) != min(all, enough+1) {
+			t.Fatalf("%d where %d are enough, %d in all: %s", n, enough, all, text)
+		}
+	})
+}
+
+// A condition sees the same whether an object is short and looked through each time,
+// or long and kept, and as encoding/json sees it.
+func TestMembers(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		member := anyJSON(2).Draw(t, "member")
+		var values []any
+		for _, more := range []int{0, 300} {
+			text := `{"x":{"a":` + member + `,"B":1,"pad":"` + strings.Repeat("p", more) + `"}}`
+			x, ok := celValue(argsOf(t, text).read.args).(*members).Find(types.String("x"))
+			if !ok {
+				t.Fatal(text)
+			}
+			o := x.(*members)
+			if _, ok := o.Find(types.String("c")); ok || o.Contains(types.String("c")) != types.False {
+				t.Fatal("a member that is not there")
+			}
+			if v, ok := o.Find(types.String("b")); ok || !types.IsError(v) {
+				t.Fatal("B passes for b, or is not seen")
+			}
+			v, ok := o.Find(types.String("a"))
+			again, _ := o.Find(types.String("a"))
+			if !ok || types.IsError(v) != types.IsError(again) || !types.IsError(v) && v.Equal(again) != types.True {
+				t.Fatalf("%v, then %v: %s", v, again, text)
+			}
+			values = append(values, v)
+			var std struct{ X struct{ A any } }
+			if err := json.Unmarshal([]byte(text), &std); err == nil {
+				if s, is := std.X.A.(string); is && v.Equal(types.String(s)) != types.True {
+					t.Fatalf("%v for %q", v, s)
+				}
+			}
+		}
+		if a, b := fmt.Sprintf("%T", values[0]), fmt.Sprintf("%T", values[1]); a != b {
+			t.Fatalf("%s when short, %s when long", a, b)
+		}
+	})
+}
+
+// Whether a loop is counted changes how long it may take, not what it says.
+func TestCounted(t *testing.T) {
+	env, err := environment()
+	if err != nil {
+		t.Fatal(err)
+	}
+	list := func(n int) string {
+		return `{"l":[` + strings.TrimSuffix(strings.Repeat(`{"q":1},`, n), ",") + `]}`
+	}
+	for text, most := range map[string]int{
+		`args.l.exists(i, i.q > 1)`:                                fewSteps,
+		`args.l.all(i, args.l.exists(j, i.q == j.q + 1 || false))`: fewValues,
+	} {
+		c, err := compileCondition(env, text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c.few < fewValues || c.few > most {
+			t.Errorf("%s is not counted up to %d values", text, c.few)
+		}
+		for n := range 40 {
+			in := argsOf(t, list(n))
+			plain, _, err1 := c.program.Eval(in)
+			counted, _, err2 := c.counted.Eval(in)
+			if err1 != nil || err2 != nil || plain != counted {
+				t.Fatalf("%s of %d: %v %v, counted %v %v", text, n, plain, err1, counted, err2)
+			}
+		}
+		in := argsOf(t, list(100_000))
+		if word, err := c.eval(in); err == nil {
+			t.Errorf("%s of 100,000: %v, want an error", text, word)
+		}
+		if !in.moreThan(c.few) || argsOf(t, list(10)).moreThan(c.few) {
+			t.Errorf("%s is counted up to %d values, and these are told wrong", text, c.few)
+		}
+	}
+}
