@@ -775,20 +775,20 @@ func (a *Audit) Erasures(ctx context.Context, from uint64) iter.Seq2[Message, er
 	}
 }
 
-// After yields every message of the log behind a position as it is stored, each
-// stream in its order, until ctx is done.
-func (a *Audit) After(ctx context.Context, at map[string]uint64) iter.Seq2[Message, error] {
-	return func(yield func(Message, error) bool) {
+// After yields every message of the log behind a position, each stream in its order,
+// until ctx is done: what comes within a moment at once, since each by itself would
+// cost several wakeups more. All that is read ahead is one such burst of each stream.
+func (a *Audit) After(ctx context.Context, at map[string]uint64) iter.Seq2[[]Message, error] {
+	return func(yield func([]Message, error) bool) {
 		ctx, stop := context.WithCancel(ctx)
 		var readers sync.WaitGroup
 		defer readers.Wait()
 		defer stop()
-		// What is read ahead is bounded by its bytes, in each reader ([Log.pulling]).
-		heard, failed := make(chan Message), make(chan error, 2)
+		heard, failed := make(chan []Message), make(chan error, 2)
 		for _, stream := range []string{events, system} {
 			s, subject, err := a.of(stream)
 			if err != nil {
-				yield(Message{}, err)
+				yield(nil, err)
 				return
 			}
 			readers.Go(func() {
@@ -802,10 +802,10 @@ func (a *Audit) After(ctx context.Context, at map[string]uint64) iter.Seq2[Messa
 			case <-ctx.Done():
 				return
 			case err := <-failed:
-				yield(Message{}, err)
+				yield(nil, err)
 				return
-			case m := <-heard:
-				if !yield(m, nil) {
+			case burst := <-heard:
+				if !yield(burst, nil) {
 					return
 				}
 			}
@@ -813,44 +813,95 @@ func (a *Audit) After(ctx context.Context, at map[string]uint64) iter.Seq2[Messa
 	}
 }
 
-func (a *Audit) after(ctx context.Context, s jetstream.Stream, stream, subject string, after uint64, heard chan<- Message) error {
-	c, err := retry(ctx, a.l, func(ctx context.Context) (jetstream.Consumer, error) {
-		return s.OrderedConsumer(ctx, jetstream.OrderedConsumerConfig{
-			FilterSubjects: []string{subject}, DeliverPolicy: jetstream.DeliverByStartSequencePolicy, OptStartSeq: after + 1,
-			InactiveThreshold: 30 * time.Second,
-		})
-	})
-	if err != nil {
-		return err
-	}
-	it, err := c.Messages(a.l.pulling()...)
-	if err != nil {
-		return err
-	}
-	defer it.Stop()
-	defer context.AfterFunc(ctx, it.Stop)()
+// Bounds of a burst, and how long its first message waits for others.
+const (
+	burst      = 1000
+	burstBytes = 8 << 20
+	gather     = 25 * time.Millisecond
+)
+
+// after reads one stream, over what may become of its consumer.
+func (a *Audit) after(ctx context.Context, s jetstream.Stream, stream, subject string, after uint64, heard chan<- []Message) error {
 	for {
-		m, err := it.Next()
-		switch {
-		case ctx.Err() != nil:
-			return nil
-		case errors.Is(err, jetstream.ErrNoHeartbeat):
-			continue
-		case err != nil:
-			return err
-		}
-		md, err := m.Metadata()
+		c, err := retry(ctx, a.l, func(ctx context.Context) (jetstream.Consumer, error) {
+			return s.CreateConsumer(ctx, jetstream.ConsumerConfig{
+				FilterSubject: subject, DeliverPolicy: jetstream.DeliverByStartSequencePolicy, OptStartSeq: after + 1,
+				AckPolicy: jetstream.AckNonePolicy, InactiveThreshold: 30 * time.Second, MemoryStorage: true, Replicas: 1,
+			})
+		})
 		if err != nil {
 			return err
 		}
-		got := Message{Stream: stream, Seq: md.Sequence.Stream, Stored: md.Timestamp.UTC(), Subject: m.Subject(), Header: m.Headers(), Body: m.Data()}
-		got.Decode()
-		select {
-		case heard <- got:
-		case <-ctx.Done():
-			return nil
+		r := bursts{a: a, c: c, stream: stream, after: after, heard: heard}
+		err = r.read(ctx)
+		a.l.letGo(ctx, c)
+		if ctx.Err() != nil || r.after == after {
+			return err
+		}
+		after = r.after
+	}
+}
+
+// bursts reads a stream through one consumer.
+type bursts struct {
+	a          *Audit
+	c          jetstream.Consumer
+	stream     string
+	after      uint64 // sequence of the last message
+	deliveries uint64 // none may be missing
+	heard      chan<- []Message
+}
+
+func (r *bursts) read(ctx context.Context) error {
+	beat := jetstream.FetchHeartbeat(5 * time.Second)
+	if r.a.l.o.Replicas > 1 { // its node may die
+		beat = jetstream.FetchHeartbeat(time.Second)
+	}
+	for {
+		some, much, err := r.fetch(ctx, 1, jetstream.FetchContext(ctx), beat)
+		for some && err == nil {
+			if !much && !pause(ctx, gather) {
+				return ctx.Err()
+			}
+			some, much, err = r.fetch(ctx, burst, jetstream.FetchMaxWait(time.Millisecond), jetstream.FetchMaxBytes(burstBytes))
+		}
+		if err != nil {
+			return err
 		}
 	}
+}
+
+// fetch gives on what comes, and says whether that was something, and whether it was
+// so much that there will be more already.
+func (r *bursts) fetch(ctx context.Context, most int, how ...jetstream.FetchOpt) (some, much bool, err error) {
+	got, err := r.c.Fetch(most, how...)
+	if err != nil {
+		return false, false, err
+	}
+	var all []Message
+	size := 0
+	for m := range got.Messages() {
+		md, err := m.Metadata()
+		if err != nil {
+			return false, false, err
+		}
+		if r.deliveries++; md.Sequence.Consumer != r.deliveries {
+			return false, false, fmt.Errorf("delivery %d came where %d was due", md.Sequence.Consumer, r.deliveries)
+		}
+		one := Message{Stream: r.stream, Seq: md.Sequence.Stream, Stored: md.Timestamp.UTC(), Subject: m.Subject(), Header: m.Headers(), Body: m.Data()}
+		one.Decode()
+		all, size = append(all, one), size+len(one.Body)
+	}
+	if len(all) == 0 {
+		return false, false, got.Error()
+	}
+	select {
+	case r.heard <- all:
+	case <-ctx.Done():
+		return false, false, ctx.Err()
+	}
+	r.after = all[len(all)-1].Seq
+	return true, len(all) >= burst/2 || size >= burstBytes/2, nil
 }
 
 // get reads one message; [schemas.ErrNotFound].

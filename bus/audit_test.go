@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -877,5 +878,92 @@ func TestReadWhileDeleting(t *testing.T) {
 		if n < left || n == all {
 			t.Errorf("%d %s were read, of %d and %d that went", n, what, left, all-left)
 		}
+	}
+}
+
+// What is stored is read in order and once, in bursts that are bounded, also when the
+// reader's consumer goes again and again.
+func TestBursts(t *testing.T) {
+	w := start(t, embed.Options{})
+	a, err := w.open(bus.Options{Role: bus.RoleAudit}).Audit(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	edge := w.open(bus.Options{Role: bus.RoleEdge})
+	nc, err := w.srv.Connect(bus.RoleAdmin)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	js, err := jetstream.New(nc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	forget := func() (gone int) {
+		s, err := js.Stream(t.Context(), "EVENTS")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for name := range s.ConsumerNames(t.Context()).Name() {
+			if err := s.DeleteConsumer(t.Context(), name); err != nil && !errors.Is(err, jetstream.ErrConsumerNotFound) {
+				t.Fatal(err)
+			}
+			gone++
+		}
+		return gone
+	}
+	const all = 4000
+	publish := func(n int, body string) {
+		for range n {
+			e := request("s1")
+			e.Body = []byte(body)
+			if _, err := edge.Publish(t.Context(), e); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	large := `{"x":"` + strings.Repeat("x", 1<<20) + `"}`
+	publish(1500, `{}`) // behind which it begins
+	publish(20, large)
+	var rest sync.WaitGroup
+	defer rest.Wait()
+	ctx, stop := context.WithTimeout(t.Context(), patience)
+	defer stop()
+	last, gone := uint64(0), 0
+	for last < all && ctx.Err() == nil {
+		for burst, err := range a.After(ctx, map[string]uint64{"EVENTS": last}) {
+			if err != nil {
+				t.Log(err) // it went before anything came; who reads begins again
+				break
+			}
+			size := 0
+			for _, m := range burst {
+				if m.Stream != "EVENTS" {
+					continue
+				}
+				if last++; m.Seq != last {
+					t.Fatalf("sequence %d came where %d was due", m.Seq, last)
+				}
+				if m.Event.Data == nil {
+					t.Fatalf("sequence %d was not read", m.Seq)
+				}
+				size += len(m.Body)
+			}
+			if len(burst) > 1000 || size > 8<<20 && len(burst) > 1 {
+				t.Errorf("%d messages of %d bytes at once", len(burst), size)
+			}
+			if last == 1520 {
+				rest.Go(func() { publish(all-1520, `{}`) })
+			}
+			if last >= all {
+				break
+			}
+			if gone < 10 {
+				gone += forget()
+			}
+		}
+	}
+	if last != all || gone < 2 {
+		t.Errorf("%d of %d came, %d consumers went", last, all, gone)
 	}
 }

@@ -1006,11 +1006,11 @@ type followed struct {
 	read atomic.Int64
 }
 
-func (f *followed) Follow(ctx context.Context, after Position) iter.Seq2[Entry, error] {
-	return func(yield func(Entry, error) bool) {
-		for e, err := range f.memory.Follow(ctx, after) {
-			f.read.Add(1)
-			if !yield(e, err) {
+func (f *followed) Follow(ctx context.Context, after Position) iter.Seq2[[]Entry, error] {
+	return func(yield func([]Entry, error) bool) {
+		for burst, err := range f.memory.Follow(ctx, after) {
+			f.read.Add(int64(len(burst)))
+			if !yield(burst, err) {
 				return
 			}
 		}

@@ -13,7 +13,6 @@ import (
 
 	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
-	"golang.org/x/sync/semaphore"
 
 	"waybill.dev/schemas"
 )
@@ -54,9 +53,11 @@ type Store interface {
 	Entry(ctx context.Context, stream string, seq uint64) (Entry, error)
 	// Last is the sequence of a stream's last message, also of one that is gone.
 	Last(ctx context.Context, stream string) (uint64, error)
-	// Follow yields every message behind a position as it is stored, each stream in
-	// its order, until ctx is done or the reading fails.
-	Follow(ctx context.Context, after Position) iter.Seq2[Entry, error]
+	// Follow yields every message behind a position, each stream in its order, until
+	// ctx is done or the reading fails: not each by itself, as its record would be a
+	// write, an acknowledgement and some wakeups of its own, and at once no more than
+	// what the memory has room for three times.
+	Follow(ctx context.Context, after Position) iter.Seq2[[]Entry, error]
 
 	// Secret is a session's secret, made when there is none. That of "" and "" is
 	// the log's own.
@@ -144,28 +145,6 @@ type unkept struct {
 	since time.Time
 }
 
-// most is how many messages are taken at once, and mostBytes how large they may be
-// together, unless one alone is larger; as much is read ahead of them. gather is how
-// long the first of them waits for others: each by itself would cost several times as
-// much, as its record would be a write, an acknowledgement and some wakeups of its own.
-const (
-	most      = 1000
-	mostBytes = 8 << 20
-	gather    = 25 * time.Millisecond
-)
-
-// size is what a message takes in memory, about.
-func (e Entry) size() int64 {
-	n := len(e.Body) + len(e.Subject) + 256
-	for name, values := range e.Header {
-		n += len(name)
-		for _, v := range values {
-			n += len(v)
-		}
-	}
-	return min(int64(n), mostBytes)
-}
-
 // New makes a builder.
 func New(o Options) (*Builder, error) {
 	if o.Every == 0 {
@@ -230,24 +209,20 @@ func (b *Builder) grow(ctx context.Context) error {
 	b.o.Up(true)
 	reading, stop := context.WithCancel(ctx)
 	defer stop()
-	entries, failed := make(chan Entry, most), make(chan error, 1)
-	room := semaphore.NewWeighted(2 * mostBytes) // for what is taken, and for what is read ahead
+	bursts, failed := make(chan []Entry), make(chan error, 1)
 	after := Position{}
 	for stream, seq := range b.at {
 		after[stream] = seq
 	}
 	go func() {
-		defer close(entries)
-		for e, err := range b.o.Store.Follow(reading, after) {
+		defer close(bursts)
+		for burst, err := range b.o.Store.Follow(reading, after) {
 			if err != nil {
 				failed <- err
 				return
 			}
-			if room.Acquire(reading, e.size()) != nil {
-				return
-			}
 			select {
-			case entries <- e:
+			case bursts <- burst:
 			case <-reading.Done():
 				return
 			}
@@ -255,16 +230,14 @@ func (b *Builder) grow(ctx context.Context) error {
 	}()
 	defer func() {
 		stop()
-		for range entries { // until it has ended
+		for range bursts { // until it has ended
 		}
 	}()
 	tick := time.NewTicker(min(b.o.Settle, b.o.Every) / 2)
 	defer tick.Stop()
-	linger := time.NewTimer(gather)
-	defer linger.Stop()
 	for {
 		select {
-		case e, ok := <-entries:
+		case burst, ok := <-bursts:
 			if !ok {
 				select {
 				case err := <-failed:
@@ -276,27 +249,12 @@ func (b *Builder) grow(ctx context.Context) error {
 				}
 				return errors.New("the log's messages have an end")
 			}
-			batch, size := []Entry{e}, e.size()
-			linger.Reset(gather)
-			for more := true; more && len(batch) < most && size < mostBytes; {
-				select {
-				case e, ok := <-entries:
-					if more = ok; ok {
-						batch, size = append(batch, e), size+e.size()
-					}
-				case <-linger.C:
-					more = false
-				case <-ctx.Done():
-					return b.finish(context.WithoutCancel(ctx))
-				}
-			}
-			if err := b.Take(ctx, batch); err != nil {
+			if err := b.Take(ctx, burst); err != nil {
 				if ctx.Err() != nil {
 					return b.finish(context.WithoutCancel(ctx)) // of what it has; the rest is there for the next
 				}
 				return err
 			}
-			room.Release(size)
 		case <-ctx.Done():
 			return b.finish(context.WithoutCancel(ctx))
 		case <-tick.C:

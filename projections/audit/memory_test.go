@@ -247,8 +247,8 @@ func (m *memory) Last(_ context.Context, stream string) (uint64, error) {
 	return m.last[stream], nil
 }
 
-func (m *memory) Follow(ctx context.Context, after Position) iter.Seq2[Entry, error] {
-	return func(yield func(Entry, error) bool) {
+func (m *memory) Follow(ctx context.Context, after Position) iter.Seq2[[]Entry, error] {
+	return func(yield func([]Entry, error) bool) {
 		at := map[string]uint64{Events: after[Events], System: after[System]}
 		for {
 			m.mu.Lock()
@@ -263,10 +263,12 @@ func (m *memory) Follow(ctx context.Context, after Position) iter.Seq2[Entry, er
 				at[stream] = m.last[stream]
 			}
 			m.mu.Unlock()
-			for _, e := range next {
-				if !yield(e, nil) {
+			for len(next) > 0 {
+				n := min(len(next), 8)
+				if !yield(next[:n], nil) {
 					return
 				}
+				next = next[n:]
 			}
 			select {
 			case <-ctx.Done():

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/santhosh-tekuri/jsonschema/v6"
 	"pgregory.net/rapid"
 
 	"waybill.dev/schemas"
@@ -748,6 +749,14 @@ func FuzzSchema(f *testing.F) {
 		}
 		if first, again := c.check([]byte(value)), c.check([]byte(value)); (first == "") != (again == "") {
 			t.Errorf("%q, then %q", first, again)
+		}
+		read, err := jsonrpc.Parse([]byte(value), jsonrpc.Limits{AllowCaseVariants: true})
+		if err != nil {
+			return
+		}
+		want, err := jsonschema.UnmarshalJSON(strings.NewReader(value))
+		if got := plain(read); err != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("%s is read as %#v, by the library as %#v (%v)", value, got, want, err)
 		}
 	})
 }

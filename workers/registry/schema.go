@@ -15,6 +15,8 @@ import (
 
 	"github.com/santhosh-tekuri/jsonschema/v6"
 	"github.com/santhosh-tekuri/jsonschema/v6/kind"
+
+	"waybill.dev/schemas/jsonrpc"
 )
 
 // A schema is a program of somebody who is not trusted, and so is what it is
@@ -293,6 +295,34 @@ func (c *checker) regexp(text string) (jsonschema.Regexp, error) {
 	return p, nil
 }
 
+// plain is a value as the library takes it, which [jsonschema.UnmarshalJSON] would make
+// of the text in three times as long.
+func plain(v jsonrpc.Value) any {
+	switch v.Kind() {
+	case jsonrpc.Object:
+		o := map[string]any{}
+		for name, member := range v.Members() {
+			o[name] = plain(member)
+		}
+		return o
+	case jsonrpc.Array:
+		a := []any{}
+		for e := range v.Elements() {
+			a = append(a, plain(e))
+		}
+		return a
+	case jsonrpc.String:
+		s, _ := v.Text()
+		return s
+	case jsonrpc.Number:
+		return json.Number(v.Raw())
+	case jsonrpc.Bool:
+		b, _ := v.Bool()
+		return b
+	}
+	return nil
+}
+
 var (
 	errNumber = errors.New("it has a number that cannot be held")
 	errHeavy  = errors.New("it cannot be checked in the time that there is")
@@ -344,10 +374,11 @@ func weigh(v any) (weight int, err error) {
 // check says where a value does not fit, in words that hold nothing of the value
 // but names of members; "" if it fits.
 func (c *checker) check(text []byte) (wrong string) {
-	v, err := jsonschema.UnmarshalJSON(bytes.NewReader(text))
+	read, err := jsonrpc.Parse(text, jsonrpc.Limits{Bytes: len(text), Depth: answerDepth, AllowCaseVariants: true})
 	if err != nil {
 		return "it cannot be read"
 	}
+	v := plain(read)
 	weight, err := weigh(v)
 	if err == nil && c.compared > 0 && weight > maxCompared/c.compared {
 		err = errHeavy

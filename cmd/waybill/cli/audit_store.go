@@ -109,10 +109,14 @@ func (s auditStore) Last(ctx context.Context, stream string) (uint64, error) {
 	return last, err
 }
 
-func (s auditStore) Follow(ctx context.Context, after audit.Position) iter.Seq2[audit.Entry, error] {
-	return func(yield func(audit.Entry, error) bool) {
-		for m, err := range s.a.After(ctx, after) {
-			if !yield(audit.Entry(m), err) {
+func (s auditStore) Follow(ctx context.Context, after audit.Position) iter.Seq2[[]audit.Entry, error] {
+	return func(yield func([]audit.Entry, error) bool) {
+		for burst, err := range s.a.After(ctx, after) {
+			all := make([]audit.Entry, len(burst))
+			for i, m := range burst {
+				all[i] = audit.Entry(m)
+			}
+			if !yield(all, err) {
 				return
 			}
 		}
