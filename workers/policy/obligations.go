@@ -73,7 +73,17 @@ func (o Obligations) Orders() schemas.Orders {
 
 // Record writes them as a decision holds them.
 func (o Obligations) Record() []string {
-	var all []string
+	n := len(o.Tags) + len(o.Redact) + len(o.RedactResult) + len(o.Labels) + len(o.Guards)
+	if o.Deadline > 0 {
+		n++
+	}
+	if o.MaxResult > 0 {
+		n++
+	}
+	if n == 0 {
+		return nil
+	}
+	all := make([]string, 0, n)
 	for _, t := range o.Tags {
 		all = append(all, "tag "+t)
 	}

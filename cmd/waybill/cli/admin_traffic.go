@@ -11,6 +11,8 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/go-json-experiment/json/jsontext"
+
 	"waybill.dev/bus"
 	"waybill.dev/projections"
 	"waybill.dev/schemas"
@@ -195,11 +197,9 @@ func readTraffic(line []byte) (r record, err error) {
 	}
 	body := r.Body
 	if quoted != nil {
-		var text string
-		if err := json.Unmarshal(quoted, &text); err != nil {
+		if body, err = jsontext.AppendUnquote(make([]byte, 0, len(quoted)), quoted); err != nil {
 			return r, fmt.Errorf("%w: %w", errTraffic, err)
 		}
-		body = []byte(text)
 	}
 	if err := r.Event.UnmarshalString(event); err != nil {
 		return r, err

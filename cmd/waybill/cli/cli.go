@@ -95,6 +95,7 @@ func Run(ctx context.Context, args []string, env Env) int {
 		if !ok {
 			continue
 		}
+		tune(env)
 		err := c.run(ctx, env, slices.Concat(lead, rest))
 		out := new(outcome)
 		switch {

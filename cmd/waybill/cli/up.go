@@ -92,9 +92,10 @@ func newLog(w io.Writer, level slog.Level, asJSON bool) *slog.Logger {
 	return slog.New(slog.NewTextHandler(w, o))
 }
 
-// tune sets the garbage collector where the operator has not: a call makes 70 kB
-// of garbage and leaves next to nothing, so collecting at four times the small
-// live heap instead of at twice costs little memory and saves some CPU. The
+// tune sets the garbage collector where the operator has not: a call makes 130 kB
+// of garbage and leaves next to nothing, as does an event that a command reads, so
+// collecting at five times the small live heap instead of at twice costs little
+// memory and saves some CPU, of `replay --policy` a fifth. The
 // memory limit is what the caches of the embedded log, which a reader of the
 // whole log would fill with all of it, have to keep to: 1 GiB, or half of a
 // small machine.

@@ -7,6 +7,7 @@ import (
 	"flag"
 	"fmt"
 	"iter"
+	"os"
 	"reflect"
 	"runtime"
 	"strings"
@@ -210,6 +211,7 @@ func BenchmarkWhatIf(b *testing.B) {
 		fmt.Fprintf(&rules, "- {id: o%d, effect: oblige, match: {agents: ['res*', a%d], tools: [transfer]}, when: 'args.amount > %d', obligations: {tags: [t%d]}}\n", i, i, i, i)
 	}
 	bundle := compiled(b, rules.String())
+	tune(Env{Getenv: os.Getenv}) // as every command is
 	const made = 5000
 	var lines []json.RawMessage
 	for n := range made {
