@@ -224,14 +224,13 @@ func (a *Audit) Append(ctx context.Context, n uint64, records []FeedRecord) erro
 	batch := rand.Text()
 	id := func(i int) string { return batch + "/" + strconv.Itoa(i) }
 	for i, r := range records {
-		m := nats.NewMsg(r.Subject)
-		m.Data = r.Payload
-		m.Header.Set("Content-Type", "application/cloudevents+json; charset=UTF-8")
-		m.Header.Set(headerPosition, r.Position)
-		m.Header.Set(jetstream.ExpectedLastSeqHeader, strconv.FormatUint(n+uint64(i), 10))
-		m.Header.Set(jetstream.MsgIDHeader, id(i))
+		v := []string{"application/cloudevents+json; charset=UTF-8", r.Position, strconv.FormatUint(n+uint64(i), 10), id(i), ""}
+		m := &nats.Msg{Subject: r.Subject, Data: r.Payload, Header: nats.Header{
+			"Content-Type": v[0:1:1], headerPosition: v[1:2:2], jetstream.ExpectedLastSeqHeader: v[2:3:3], jetstream.MsgIDHeader: v[3:4:4],
+		}}
 		if i > 0 {
-			m.Header.Set(jetstream.ExpectedLastMsgIDHeader, id(i-1))
+			v[4] = id(i - 1)
+			m.Header[jetstream.ExpectedLastMsgIDHeader] = v[4:]
 		}
 		if i < len(records)-1 {
 			// Its acknowledgement is that of the last, which needs it.

@@ -83,15 +83,24 @@ func (e Event) MarshalJSON() ([]byte, error) {
 // MarshalString is MarshalJSON of the event without its body and its place in
 // the log, as it lies in the log's headers.
 func (e Event) MarshalString() (string, error) {
+	b, err := e.AppendString(make([]byte, 0, 1024)) // most have less; a pool would be no business of replay
+	return string(b), err
+}
+
+// AppendString appends what MarshalString returns. With an error it returns b as it was.
+func (e Event) AppendString(b []byte) ([]byte, error) {
 	e.Body, e.Seq, e.Stored = nil, 0, time.Time{}
 	if e.Data != nil {
 		w := e.written()
-		if b, ok := w.header(make([]byte, 0, 1024)); ok { // most have less; a pool would be no business of replay
-			return string(b), nil
+		if with, ok := w.header(b); ok {
+			return with, nil
 		}
 	}
-	b, err := e.MarshalJSON()
-	return string(b), err
+	text, err := e.MarshalJSON()
+	if err != nil {
+		return b, err
+	}
+	return append(b, text...), nil
 }
 
 // WrongID is the error of an event that was read, but for its ID, which is not the

@@ -79,8 +79,9 @@ const leafVersion = 1
 
 // Record is the text of a message's leaf: its hash in the tree is SHA-256 of 00
 // and this text.
-func Record(e Entry, salt []byte) []byte {
-	b := make([]byte, 0, 1024)
+func Record(e Entry, salt []byte) []byte { return appendRecord(make([]byte, 0, 1024), e, salt) }
+
+func appendRecord(b []byte, e Entry, salt []byte) []byte {
 	b = appendQuoted(append(strconv.AppendInt(append(b, `{"v":`...), leafVersion, 10), `,"stream":`...), e.Stream)
 	b = append(strconv.AppendUint(append(b, `,"seq":`...), e.Seq, 10), `,"stored":"`...)
 	b = e.Stored.UTC().AppendFormat(b, time.RFC3339Nano)
@@ -92,8 +93,8 @@ func Record(e Entry, salt []byte) []byte {
 	b = hex.AppendEncode(b, bodyDigest(salt, e.Body))
 	b = append(b, '"')
 	if e.Event.Data != nil {
-		if open, err := e.Event.Open().MarshalString(); err == nil {
-			b = append(append(b, `,"event":`...), open...)
+		if with, err := e.Event.Open().AppendString(append(b, `,"event":`...)); err == nil {
+			b = with
 		}
 	}
 	return append(b, '}')
@@ -188,6 +189,14 @@ type Item struct {
 	Payload []byte // CloudEvents 1.0, structured JSON
 	Said    bool   // the payload has the body
 	At      Position
+
+	leaf int // bytes of the leaf in the payload
+}
+
+// record is the leaf, as [CutRecord] finds it.
+func (i *Item) record() []byte {
+	end := len(i.Payload) - len("}}")
+	return i.Payload[end-i.leaf : end]
 }
 
 // Position is the last message of each stream that the tree has.
@@ -275,7 +284,7 @@ func item(origin string, n uint64, e Entry, record []byte, salt []byte, said boo
 		}
 	}
 	b = append(append(append(b, `,"leaf":`...), record...), "}}"...)
-	return Item{Subject: subject, Number: n, Payload: b, Said: said}
+	return Item{Subject: subject, Number: n, Payload: b, Said: said, leaf: len(record)}
 }
 
 // CutRecord is the leaf's record in a payload of the feed, byte for byte.

@@ -595,15 +595,12 @@ func erases(e Entry) bool { return e.Event.Data != nil && e.Event.Kind() == sche
 
 func (b *Builder) take(ctx context.Context, entries []Entry) error {
 	items := make([]Item, 0, len(entries))
-	records := make([][]byte, 0, len(entries))
-	put := func(i Item, record []byte) {
-		i.At = Position{}
-		for stream, seq := range b.at {
-			i.At[stream] = seq
-		}
-		items, records = append(items, i), append(records, record)
+	put := func(e Entry, record, salt []byte, said bool) {
+		i := item(b.o.Origin, b.tree.size+uint64(len(items)), e, record, salt, said)
+		i.At = maps.Clone(b.at)
+		items = append(items, i)
 	}
-	next := func() uint64 { return b.tree.size + uint64(len(items)) }
+	var record []byte // of one after the other
 	for _, e := range entries {
 		seen := b.at[e.Stream]
 		if e.Seq <= seen {
@@ -611,21 +608,20 @@ func (b *Builder) take(ctx context.Context, entries []Entry) error {
 		}
 		if e.Seq > seen+1 {
 			gap := Entry{Stream: e.Stream, Seq: seen + 1}
-			record := gapRecord(e.Stream, seen+1, e.Seq-1)
 			b.at[e.Stream] = e.Seq - 1
-			put(item(b.o.Origin, next(), gap, record, nil, false), record)
+			put(gap, gapRecord(e.Stream, seen+1, e.Seq-1), nil, false)
 		}
 		salt, err := b.salt(ctx, e)
 		if err != nil {
 			return err
 		}
-		record := Record(e, salt)
+		record = appendRecord(record[:0], e, salt)
 		b.at[e.Stream] = e.Seq
 		if e.Event.Data != nil && e.Event.Kind() == schemas.KindClosed {
 			delete(b.secrets, secretKey(e)) // its last, nearly always
 		}
 		said := b.o.Said != nil && e.Event.Data != nil && len(e.Body) > 0 && b.o.Said(e.Event.Tenant)
-		put(item(b.o.Origin, next(), e, record, salt, said), record)
+		put(e, record, salt, said)
 	}
 	if len(items) == 0 {
 		return nil
@@ -633,8 +629,8 @@ func (b *Builder) take(ctx context.Context, entries []Entry) error {
 	if err := b.o.Store.Append(ctx, b.tree.size, items); err != nil {
 		return fmt.Errorf("leaves from %d on: %w", b.tree.size, err)
 	}
-	for i, record := range records {
-		if err := b.add(ctx, record, items[i].At); err != nil {
+	for _, i := range items {
+		if err := b.add(ctx, i.record(), i.At); err != nil {
 			return err
 		}
 	}
