@@ -129,7 +129,7 @@ func checkShell(t *testing.T, line string) {
 	case program == "waybill", program == "bin/waybill":
 		// The flags before --help are read first.
 		var errs strings.Builder
-		code := Run(t.Context(), append(slices.Clone(words[1:]), "--help"), Env{Stdout: io.Discard, Stderr: &errs})
+		code := Run(t.Context(), append(slices.Clone(words[1:]), "--help"), Env{Getenv: os.Getenv, Stdout: io.Discard, Stderr: &errs})
 		if code != exitOK {
 			t.Errorf("%s: exit %d: %s", line, code, errs.String())
 		}
