@@ -2,10 +2,12 @@ package jsonrpc
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"os"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -394,16 +396,20 @@ func TestLinear(t *testing.T) {
 		"long names": fill(head+`{"":0`, func(i int) string {
 			return fmt.Sprintf(`,"%s%d":0`, strings.Repeat("long", 50), i)
 		}, `}}`),
+		"deep": []byte(head + strings.Repeat("[", size/2) + strings.Repeat("]", size/2) + `}`),
 		"middling objects": fill(head+`[0`, func(i int) string {
 			return `,{"a":0,"b":0,"c":0,"d":0,"e":0,"f":0,"g":0,"h":0,"i":0,"j":0,"k":0,"l":0,"m":0,"n":0,"o":0,"p":0,"q":0,"r":0}`
 		}, `]}`),
 	} {
 		t.Run(name, func(t *testing.T) {
-			m, err := Decode(raw, Limits{})
+			m, err := Decode(raw, Limits{Depth: size})
 			if err != nil {
 				t.Fatal(err)
 			}
 			r := m.Result()
+			if r.Plain() == nil {
+				t.Error("not read")
+			}
 			n := 0
 			for range r.Members() {
 				n++
@@ -481,6 +487,29 @@ func TestDecodeProperty(t *testing.T) {
 			t.Fatalf("%s\n got %s\nwant %s", raw, got, want)
 		}
 	})
+}
+
+// Plain is what encoding/json makes of the same text.
+func TestPlain(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		raw, _ := drawText(t)
+		v, err := Parse(raw, Limits{})
+		if err != nil {
+			t.Fatalf("%s: %v", raw, err)
+		}
+		var want any
+		d := json.NewDecoder(bytes.NewReader(raw))
+		d.UseNumber()
+		if err := d.Decode(&want); err != nil {
+			t.Fatalf("%s: %v", raw, err)
+		}
+		if got := v.Plain(); !reflect.DeepEqual(got, want) {
+			t.Fatalf("%s\n got %#v\nwant %#v", raw, got, want)
+		}
+	})
+	if v := (Value{}).Plain(); v != nil {
+		t.Error(v)
+	}
 }
 
 // drawText draws a value of random spelling and its canonical form.

@@ -2,6 +2,7 @@ package jsonrpc
 
 import (
 	"bytes"
+	"encoding/json"
 	"iter"
 	"strconv"
 
@@ -164,6 +165,49 @@ func (v Value) Int() (int64, bool) {
 // Bool returns a bool; ok is false if the value is none.
 func (v Value) Bool() (b, ok bool) {
 	return v.Kind() == Bool && v.doc.raw[v.span.start] == 't', v.Kind() == Bool
+}
+
+// Plain returns the value as encoding/json decodes it with UseNumber; nil if it does
+// not exist. It reads the value once, where going down by Members and Elements reads
+// what lies innermost as often as it lies deep.
+func (v Value) Plain() any {
+	if v.doc == nil {
+		return nil
+	}
+	p, _ := v.doc.plain(int(v.span.start))
+	return p
+}
+
+// plain also returns the end of the value that begins at i.
+func (d *document) plain(i int) (any, int) {
+	w := walk{raw: d.raw, pos: i + 1}
+	switch d.raw[i] {
+	case '{':
+		o := map[string]any{}
+		for w.next(true) {
+			o[unquote(w.name())], w.pos = d.plain(w.value)
+		}
+		return o, w.pos + 1
+	case '[':
+		a := []any{}
+		for w.next(false) {
+			var e any
+			e, w.pos = d.plain(w.value)
+			a = append(a, e)
+		}
+		return a, w.pos + 1
+	}
+	end := skipValue(d.raw, i)
+	switch text := d.raw[i:end]; text[0] {
+	case '"':
+		return unquote(text), end
+	case 't', 'f':
+		return text[0] == 't', end
+	case 'n':
+		return nil, end
+	default:
+		return json.Number(text), end
+	}
 }
 
 // Patch starts a rewrite of the whole text that the value stands in.
