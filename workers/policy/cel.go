@@ -13,6 +13,7 @@ import (
 	"cel.dev/cel-go/cel"
 	"cel.dev/cel-go/common"
 	"cel.dev/cel-go/common/ast"
+	"cel.dev/cel-go/common/operators"
 	"cel.dev/cel-go/common/types"
 	"cel.dev/cel-go/common/types/ref"
 	"cel.dev/cel-go/common/types/traits"
@@ -33,8 +34,8 @@ const (
 
 	// maxCost bounds a condition that loops, which may take as long as the caller's
 	// arguments make it: past it, it fails. Counting is dear, and left out where there
-	// are no more than fewValues to loop over, or no more than fewSteps to do. The rest
-	// takes as long as it is written.
+	// are no more than fewValues to loop over, or no more than fewSteps to do, all of
+	// them cheap. The rest takes as long as it is written.
 	maxCost   = 200_000
 	fewValues = 100
 	fewSteps  = 20_000 // of the parts of a condition, each as often as its loops may come to it
@@ -136,15 +137,22 @@ func compileCondition(env *cel.Env, text string) (_ *condition, err error) {
 		return nil, &conditionError{1, 1, "a condition is true or false, this is " + checked.OutputType().String()}
 	}
 	c := &condition{text: text, uses: map[string]bool{}}
-	loops, parts := 0, 0
+	loops, parts, cheap := 0, 0, true
 	ast.PreOrderVisit(checked.NativeRep().Expr(), ast.NewExprVisitor(func(e ast.Expr) {
 		parts++
-		if e.Kind() == ast.ComprehensionKind {
+		switch e.Kind() {
+		case ast.ComprehensionKind:
 			loops++
+		case ast.CallKind:
+			cheap = cheap && isCheap(e.AsCall())
+		case ast.LiteralKind:
+			if text, ok := e.AsLiteral().(types.String); ok {
+				parts += len(text) / 10 // as counting has it
+			}
 		}
 	}))
 	c.few = fewValues
-	if loops == 1 {
+	if loops == 1 && cheap {
 		c.few = max(fewValues, fewSteps/parts)
 	}
 	for _, r := range checked.NativeRep().ReferenceMap() {
@@ -160,6 +168,28 @@ func compileCondition(env *cel.Env, text string) (_ *condition, err error) {
 		return nil, &conditionError{1, 1, err.Error()}
 	}
 	return c, nil
+}
+
+// isCheap tells of a call that it takes no longer than reading what it is given, and
+// gives no more. Of such, as often as fewSteps allows, maxCost could stop none. Others
+// a caller can make dear with few values: a pattern that is one of the arguments, or a
+// text that is put between all letters of another, in each round.
+func isCheap(c ast.CallExpr) bool {
+	switch c.FunctionName() {
+	case operators.LogicalAnd, operators.LogicalOr, operators.LogicalNot, operators.NotStrictlyFalse, operators.Conditional,
+		operators.Equals, operators.NotEquals, operators.Less, operators.LessEquals, operators.Greater, operators.GreaterEquals,
+		operators.Subtract, operators.Multiply, operators.Divide, operators.Modulo, operators.Negate,
+		operators.Index, objectOnly, "size", "startsWith", "endsWith":
+		return true
+	case operators.Add: // else of a text to a text, or a list to a list
+		of := c.Args()[0]
+		return of.Kind() == ast.IdentKind && of.AsIdent() == parser.HiddenAccumulatorName
+	case "contains": // counted as the product of both
+		return len(c.Args()) == 1 && c.Args()[0].Kind() == ast.LiteralKind
+	case operators.In: // its elements are parts
+		return c.Args()[1].Kind() == ast.ListKind
+	}
+	return false
 }
 
 // truth is what a condition says of a request.

@@ -132,3 +132,49 @@ func TestCounted(t *testing.T) {
 		}
 	}
 }
+
+// What is not counted could not have cost too much: what a condition says of few
+// values is the same, counted or not. What a caller can make dear is counted.
+func TestCheap(t *testing.T) {
+	env, err := environment()
+	if err != nil {
+		t.Fatal(err)
+	}
+	x := strings.Repeat
+	list := func(n int) string { return "[1" + x(",1", n) + "]" }
+	compile := func(text string) *condition {
+		c, err := compileCondition(env, text)
+		if err != nil {
+			t.Fatal(text, err)
+		}
+		return c
+	}
+	for _, body := range []string{
+		`i == 7`, `i in [1, 2, 3]`, `args.s == args.t`, `args.l == args.m`, `args.o == args.p`, `args.l in [args.l, args.m]`, `size(args.s) == 3`,
+		`args.s.startsWith(args.t)`, `args.s.startsWith("` + x("a", 1000) + `")`, `args.s.contains("a")`, `args.s.contains("` + x("a", 150) + `")`,
+	} {
+		for _, loop := range []string{`args.l.exists(i, %s)`, `args.l.map(i, %s) == args.m`, `args.l.filter(i, !(%s)).size() == 0`, `args.l.exists_one(i, %s && %[1]s)`, `[args.l, args.m].exists(i, %s)`} {
+			c := compile(fmt.Sprintf(loop, body))
+			for _, part := range [][4]int{{9, 0, 0, 0}, {5, 4, 0, 0}, {3, 3, 3, 0}, {2, 5, 2, 0}, {5, 2, 2, 0}, {5, 0, 0, 4}, {5, 0, 0, 1}} {
+				n := func(i int) int { return part[i] * (c.few - 30) / 9 }
+				in := argsOf(t, fmt.Sprintf(`{"l":%s,"s":"%s","t":"%s","m":%s,"o":{"a":%[4]s},"p":{"a":[]}}`, list(n(0)), x("a", n(1)), x("a", n(2)), list(n(3)/2)))
+				if in.moreThan(c.few) {
+					t.Fatalf("%s: more than %d", c.text, c.few)
+				}
+				plain, _, err1 := c.program.Eval(in)
+				counted, _, err2 := c.counted.Eval(in)
+				if plain != counted || (err1 == nil) != (err2 == nil) {
+					t.Errorf("%s, %v of %d values: %v %v, counted %v %v", c.text, part, c.few, plain, err1, counted, err2)
+				}
+			}
+		}
+	}
+	for _, body := range []string{
+		`args.s.matches(args.t)`, `args.s.contains(args.t)`, `args.s.indexOf(args.t) > 0`, `args.s.replace("", args.t) == ""`, `args.s.split("") == []`,
+		`i in args.m`, `args.s + args.s == ""`,
+	} {
+		if c := compile(`args.l.exists(i, ` + body + `)`); c.few != fewValues {
+			t.Errorf("%s is not counted up to %d values", c.text, c.few)
+		}
+	}
+}
