@@ -856,8 +856,15 @@ func (r *bursts) read(ctx context.Context) error {
 	if r.a.l.o.Replicas > 1 { // its node may die
 		beat = jetstream.FetchHeartbeat(time.Second)
 	}
+	// A deadline of ctx is not one of the requests, which need time for some beats.
+	waiting, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	defer context.AfterFunc(ctx, stop)()
 	for {
-		some, much, err := r.fetch(ctx, 1, jetstream.FetchContext(ctx), beat)
+		some, much, err := r.fetch(ctx, 1, jetstream.FetchContext(waiting), beat)
+		if !some && err == nil {
+			err = r.missed(ctx)
+		}
 		for some && err == nil {
 			if !much && !pause(ctx, gather) {
 				return ctx.Err()
@@ -868,6 +875,16 @@ func (r *bursts) read(ctx context.Context) error {
 			return err
 		}
 	}
+}
+
+// missed is an error if what was sent did not come, as may be when a connection breaks:
+// nothing is sent again, and while all is quiet no later message tells.
+func (r *bursts) missed(ctx context.Context) error {
+	info, err := retry(ctx, r.a.l, r.c.Info)
+	if err == nil && info.Delivered.Consumer != r.deliveries {
+		err = fmt.Errorf("%d were delivered, %d came", info.Delivered.Consumer, r.deliveries)
+	}
+	return err
 }
 
 // fetch gives on what comes, and says whether that was something, and whether it was

@@ -967,3 +967,65 @@ func TestBursts(t *testing.T) {
 		t.Errorf("%d of %d came, %d consumers went", last, all, gone)
 	}
 }
+
+// A reader goes until its deadline, also one that is near.
+func TestAfterUntilDeadline(t *testing.T) {
+	w := start(t, embed.Options{})
+	a, err := w.open(bus.Options{Role: bus.RoleAudit}).Audit(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer stop()
+	for _, err := range a.After(ctx, nil) {
+		t.Error(err)
+	}
+	if ctx.Err() == nil {
+		t.Error("it ended early")
+	}
+}
+
+// Nothing is left on the server of a reader that has ended.
+func TestAfterLeavesNothing(t *testing.T) {
+	w := start(t, embed.Options{})
+	a, err := w.open(bus.Options{Role: bus.RoleAudit}).Audit(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	nc, err := w.srv.Connect(bus.RoleAdmin)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	js, err := jetstream.New(nc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	consumers := func() (n int) {
+		for _, name := range []string{"EVENTS", "SYSTEM"} {
+			s, err := js.Stream(t.Context(), name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			n += s.CachedInfo().State.Consumers
+		}
+		return n
+	}
+	before := consumers()
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	go func() {
+		defer stop()
+		for end := time.Now().Add(patience); consumers() < before+2 && time.Now().Before(end); {
+			time.Sleep(time.Millisecond)
+		}
+	}()
+	for _, err := range a.After(ctx, nil) {
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	if n := consumers(); n != before {
+		t.Errorf("%d consumers, %d before", n, before)
+	}
+}

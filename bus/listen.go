@@ -149,7 +149,7 @@ func (l *Log) letGo(ctx context.Context, c jetstream.Consumer) {
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 	defer cancel()
-	if err := l.js.DeleteConsumer(ctx, events, now.Name); err != nil {
+	if err := l.js.DeleteConsumer(ctx, now.Stream, now.Name); err != nil {
 		l.o.Log.Debug("reader's consumer is left to expire", "error", err)
 	}
 }
