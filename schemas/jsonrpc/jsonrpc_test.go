@@ -407,7 +407,7 @@ func TestLinear(t *testing.T) {
 				t.Fatal(err)
 			}
 			r := m.Result()
-			if r.Plain() == nil {
+			if r.Plain() == nil || r.Size(len(raw)) == 0 {
 				t.Error("not read")
 			}
 			n := 0

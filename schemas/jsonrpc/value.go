@@ -210,6 +210,34 @@ func (d *document) plain(i int) (any, int) {
 	}
 }
 
+// Size counts the values in a value, itself included, and the bytes of those that are
+// strings, until there are more than enough; 0 if it does not exist. Like Plain it
+// reads nothing twice.
+func (v Value) Size(enough int) int {
+	n := 0
+	for b, i := v.Raw(), 0; i < len(b) && n <= enough; {
+		switch b[i] {
+		case '"':
+			end := skipString(b, i)
+			if next := skipSpace(b, end); next < len(b) && b[next] == ':' { // a name
+				i = next + 1
+				continue
+			}
+			n += 1 + len(unquote(b[i:end]))
+			i = end
+		case '{', '[':
+			n++
+			i++
+		case '}', ']', ',', ' ', '\n', '\t', '\r':
+			i++
+		default:
+			n++
+			i = skipValue(b, i)
+		}
+	}
+	return n
+}
+
 // Patch starts a rewrite of the whole text that the value stands in.
 func (v Value) Patch() *Patch { return &Patch{doc: v.doc} }
 

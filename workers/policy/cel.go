@@ -330,11 +330,11 @@ func (in *Input) moreThan(few int) bool {
 	}
 	args := 0
 	if in.arguments() != nil && in.read != nil && in.read.err == nil {
-		args = len(in.read.args.Raw()) // no less than what sizeOf counts
+		args = len(in.read.args.Raw()) // no less than their size
 	}
 	if args > few {
 		if in.size == 0 {
-			in.size = sizeOf(in.read.args, fewSteps)
+			in.size = in.read.args.Size(fewSteps) // strings too, which a condition may split
 		}
 		args = in.size
 	}
@@ -452,33 +452,6 @@ func celValue(v jsonrpc.Value) ref.Val {
 		return &members{object: v}
 	}
 	return types.NullValue
-}
-
-// sizeOf counts the values in a piece of JSON, itself included, and the bytes of
-// strings, which a condition may split, until there are more than enough.
-func sizeOf(v jsonrpc.Value, enough int) int {
-	if !v.Exists() {
-		return 0
-	}
-	n := 1
-	switch v.Kind() {
-	case jsonrpc.String:
-		s, _ := v.Text()
-		n += len(s)
-	case jsonrpc.Array:
-		for e := range v.Elements() {
-			if n += sizeOf(e, enough-n); n > enough {
-				break
-			}
-		}
-	case jsonrpc.Object:
-		for _, member := range v.Members() {
-			if n += sizeOf(member, enough-n); n > enough {
-				break
-			}
-		}
-	}
-	return n
 }
 
 // members is an object. It is read when a condition asks for a member, and a member

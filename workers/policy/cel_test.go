@@ -8,6 +8,8 @@ import (
 
 	"cel.dev/cel-go/common/types"
 	"pgregory.net/rapid"
+
+	"waybill.dev/schemas/jsonrpc"
 )
 
 // anyJSON draws a piece of JSON, written in one of the ways that there are.
@@ -24,7 +26,7 @@ func anyJSON(depth int) *rapid.Generator[string] {
 		default:
 			var all []string
 			for i, v := range rapid.SliceOfN(anyJSON(depth-1), 0, 20).Draw(t, "object") {
-				all = append(all, fmt.Sprintf(`"m%d": %s`, i, v))
+				all = append(all, fmt.Sprintf(`"m%d\"" : %s`, i, v))
 			}
 			return "{" + strings.Join(all, ",") + "}"
 		}
@@ -40,18 +42,34 @@ func argsOf(t interface{ Fatal(...any) }, args string) *Input {
 	return &Input{Event: &e, read: r}
 }
 
+// sizeOf is what Size counts, going down value by value.
+func sizeOf(v jsonrpc.Value) int {
+	s, _ := v.Text()
+	n := 1 + len(s)
+	for e := range v.Elements() {
+		n += sizeOf(e)
+	}
+	for _, e := range v.Members() {
+		n += sizeOf(e)
+	}
+	return n
+}
+
 // No piece of JSON has more to loop over than bytes, which is why short arguments
 // need not be looked at; and what is counted does not depend on where it stops.
 func TestSize(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		text := `{"a":` + anyJSON(3).Draw(t, "args") + `}`
 		v := argsOf(t, text).read.args
-		all := sizeOf(v, 1<<30)
+		all := v.Size(1 << 30)
+		if n := sizeOf(v); n != all {
+			t.Fatalf("%d, want %d: %s", all, n, text)
+		}
 		if all > len(v.Raw()) {
 			t.Fatalf("%d in %d bytes: %s", all, len(v.Raw()), text)
 		}
 		enough := rapid.IntRange(0, 50).Draw(t, "enough")
-		if n := sizeOf(v, enough); min(n, enough+1) != min(all, enough+1) {
+		if n := v.Size(enough); min(n, enough+1) != min(all, enough+1) {
 			t.Fatalf("%d where %d are enough, %d in all: %s", n, enough, all, text)
 		}
 	})

@@ -68,7 +68,7 @@ type Input struct {
 	open    *open   // the facts were found out for other rules; see DecideAgain
 	read    *read   // what was read of the request already; may be nil
 	args    ref.Val // see arguments
-	size    int     // how many values these are, see sizeOf; 0: nobody has asked
+	size    int     // see [jsonrpc.Value.Size]; 0: nobody has asked
 }
 
 // Match is what a rule finds in a request.
