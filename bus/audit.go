@@ -831,12 +831,15 @@ func (a *Audit) after(ctx context.Context, s jetstream.Stream, stream, subject s
 		if err != nil {
 			return err
 		}
+		begun := time.Now()
 		r := bursts{a: a, c: c, stream: stream, after: after, heard: heard}
 		err = r.read(ctx)
 		a.l.letGo(ctx, c)
-		if ctx.Err() != nil || r.after == after {
+		// One that lasted, while all was quiet, is made again as one that read something.
+		if ctx.Err() != nil || r.after == after && time.Since(begun) < time.Second {
 			return err
 		}
+		a.l.o.Log.Debug("reader is made again", "stream", stream, "behind", r.after, "error", err)
 		after = r.after
 	}
 }

@@ -1029,3 +1029,51 @@ func TestAfterLeavesNothing(t *testing.T) {
 		t.Errorf("%d consumers, %d before", n, before)
 	}
 }
+
+// A reader that has nothing to read goes on when its consumer is gone.
+func TestAfterAtRest(t *testing.T) {
+	w := start(t, embed.Options{})
+	a, err := w.open(bus.Options{Role: bus.RoleAudit}).Audit(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	edge := w.open(bus.Options{Role: bus.RoleEdge})
+	nc, err := w.srv.Connect(bus.RoleAdmin)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	js, err := jetstream.New(nc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var rest sync.WaitGroup
+	defer rest.Wait()
+	ctx, stop := context.WithTimeout(t.Context(), patience)
+	defer stop()
+	rest.Go(func() {
+		time.Sleep(1100 * time.Millisecond) // what a reader takes to be quiet
+		s, err := js.Stream(ctx, "EVENTS")
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		for name := range s.ConsumerNames(ctx).Name() {
+			if err := s.DeleteConsumer(ctx, name); err != nil {
+				t.Error(err)
+			}
+		}
+		if _, err := edge.Publish(ctx, request("s1")); err != nil {
+			t.Error(err)
+		}
+	})
+	for burst, err := range a.After(ctx, nil) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if burst[0].Stream == "EVENTS" {
+			return
+		}
+	}
+	t.Error("nothing came")
+}
