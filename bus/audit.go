@@ -224,6 +224,7 @@ func (a *Audit) Append(ctx context.Context, n uint64, records []FeedRecord) erro
 	batch := rand.Text()
 	id := func(i int) string { return batch + "/" + strconv.Itoa(i) }
 	for i, r := range records {
+		// One list for all values, where Set would make one for each.
 		v := []string{"application/cloudevents+json; charset=UTF-8", r.Position, strconv.FormatUint(n+uint64(i), 10), id(i), ""}
 		m := &nats.Msg{Subject: r.Subject, Data: r.Payload, Header: nats.Header{
 			"Content-Type": v[0:1:1], headerPosition: v[1:2:2], jetstream.ExpectedLastSeqHeader: v[2:3:3], jetstream.MsgIDHeader: v[3:4:4],
@@ -775,8 +776,9 @@ func (a *Audit) Erasures(ctx context.Context, from uint64) iter.Seq2[Message, er
 }
 
 // After yields every message of the log behind a position, each stream in its order,
-// until ctx is done: what comes within a moment at once, since each by itself would
-// cost several wakeups more. All that is read ahead is one such burst of each stream.
+// until ctx is done: the first that comes at once, and what comes in the moment after
+// it together, since each by itself would cost several wakeups more. All that is read
+// ahead is one such burst of each stream.
 func (a *Audit) After(ctx context.Context, at map[string]uint64) iter.Seq2[[]Message, error] {
 	return func(yield func([]Message, error) bool) {
 		ctx, stop := context.WithCancel(ctx)

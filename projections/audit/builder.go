@@ -56,7 +56,7 @@ type Store interface {
 	// Follow yields every message behind a position, each stream in its order, until
 	// ctx is done or the reading fails: not each by itself, as its record would be a
 	// write, an acknowledgement and some wakeups of its own, and at once no more than
-	// what the memory has room for three times.
+	// what the memory has room for four times.
 	Follow(ctx context.Context, after Position) iter.Seq2[[]Entry, error]
 
 	// Secret is a session's secret, made when there is none. That of "" and "" is
