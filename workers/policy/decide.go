@@ -199,6 +199,9 @@ func (s *voices) add(r *Rule, m Match, err error) {
 	case Approve:
 		s.approves = append(s.approves, r)
 	case Oblige:
+		if s.obliges == nil {
+			s.obliges = make([]*Rule, 0, 16)
+		}
 		s.obliges = append(s.obliges, r)
 	}
 }

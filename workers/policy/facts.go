@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"waybill.dev/schemas"
 )
@@ -132,6 +133,9 @@ func FactsOf(m map[string]string) (Facts, error) {
 		return n
 	}
 	list := func(key string) (l []string) {
+		if l, ok := plainList(m[key]); ok {
+			return l
+		}
 		if e := json.Unmarshal([]byte(m[key]), &l); e != nil && err == nil {
 			err = fmt.Errorf("fact %s: %w", key, e)
 		}
@@ -179,6 +183,21 @@ func FactsOf(m map[string]string) (Facts, error) {
 	}
 	f.Approval, f.Refused, f.Arguments = m["approval"], m["registry.refused"], m["registry.arguments"]
 	return f, err
+}
+
+// plainList reads a list of texts in JSON as they nearly always are: without escapes,
+// and without white space between them.
+func plainList(text string) ([]string, bool) {
+	if text == "[]" {
+		return []string{}, true
+	}
+	inner, begins := strings.CutPrefix(text, `["`)
+	inner, ends := strings.CutSuffix(inner, `"]`)
+	if !begins || !ends || strings.ContainsFunc(inner, func(r rune) bool { return r < ' ' || r == '\\' || r == utf8.RuneError }) {
+		return nil, false
+	}
+	list := strings.Split(inner, `","`)
+	return list, strings.Count(inner, `"`) == 2*(len(list)-1)
 }
 
 // needs are the facts that rules may look at for a request.

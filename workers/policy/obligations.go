@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -72,40 +73,51 @@ func (o Obligations) Orders() schemas.Orders {
 }
 
 // Record writes them as a decision holds them.
-func (o Obligations) Record() []string {
-	n := len(o.Tags) + len(o.Redact) + len(o.RedactResult) + len(o.Labels) + len(o.Guards)
-	if o.Deadline > 0 {
+func (o *Obligations) Record() (all []string) {
+	o.each(func(what, of string) bool {
+		all = append(all, what+of)
+		return true
+	})
+	return all
+}
+
+// Recorded tells whether this is what Record writes.
+func (o *Obligations) Recorded(all []string) bool {
+	n := 0
+	same := o.each(func(what, of string) bool {
+		if n == len(all) {
+			return false
+		}
+		rest, ok := strings.CutPrefix(all[n], what)
 		n++
+		return ok && rest == of
+	})
+	return same && n == len(all)
+}
+
+// each yields them one after the other, and tells whether that was to the end.
+func (o *Obligations) each(yield func(what, of string) bool) bool {
+	texts := func(what string, all []string) bool {
+		for _, of := range all {
+			if !yield(what, of) {
+				return false
+			}
+		}
+		return true
 	}
-	if o.MaxResult > 0 {
-		n++
-	}
-	if n == 0 {
-		return nil
-	}
-	all := make([]string, 0, n)
-	for _, t := range o.Tags {
-		all = append(all, "tag "+t)
-	}
-	for _, p := range o.Redact {
-		all = append(all, "redact "+p)
-	}
-	if o.Deadline > 0 {
-		all = append(all, "deadline "+o.Deadline.String())
-	}
-	for _, p := range o.RedactResult {
-		all = append(all, "redact_result "+p)
-	}
-	if o.MaxResult > 0 {
-		all = append(all, fmt.Sprintf("max_result %d", o.MaxResult))
-	}
-	for _, l := range o.Labels {
-		all = append(all, "label "+l)
+	if !texts("tag ", o.Tags) || !texts("redact ", o.Redact) ||
+		o.Deadline > 0 && !yield("deadline ", o.Deadline.String()) ||
+		!texts("redact_result ", o.RedactResult) ||
+		o.MaxResult > 0 && !yield("max_result ", strconv.Itoa(o.MaxResult)) ||
+		!texts("label ", o.Labels) {
+		return false
 	}
 	for _, g := range o.Guards {
-		all = append(all, g.String())
+		if !yield("", g.String()) {
+			return false
+		}
 	}
-	return all
+	return true
 }
 
 // limit is the rule's rate limit for a request, if it has one.

@@ -137,6 +137,9 @@ func unasked(v Verdict) []string {
 // or is s with rules of which it is not known whether they apply, at their best for
 // the caller or at their worst.
 func (s voices) or(maybe []*Rule, best bool) voices {
+	if len(maybe) == 0 {
+		return s
+	}
 	s.permits, s.forbids = slices.Clip(s.permits), slices.Clip(s.forbids)
 	s.approves, s.obliges, s.matches = slices.Clip(s.approves), slices.Clip(s.obliges), slices.Clone(s.matches)
 	for _, r := range maybe {

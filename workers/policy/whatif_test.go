@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"encoding/json"
 	"fmt"
 	"math/rand/v2"
 	"reflect"
@@ -8,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"pgregory.net/rapid"
 
 	"waybill.dev/schemas"
 )
@@ -196,5 +199,46 @@ func BenchmarkAgain(b *testing.B) {
 			}
 			b.ReportMetric(float64(cpu(b)-before)/float64(n)/1e3, "cpu-µs/op")
 		})
+	}
+}
+
+// A list of texts is read as encoding/json reads it, or is left to that.
+func TestPlainList(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		text := rapid.OneOf(
+			rapid.StringOfN(rapid.RuneFrom([]rune(`[]",a\ é`+"\n\x00�")), 0, 12, -1),
+			rapid.Custom(func(t *rapid.T) string {
+				b, _ := json.Marshal(rapid.SliceOfN(rapid.StringOfN(rapid.RuneFrom([]rune(`ab",\<é� `)), 0, 4, -1), 0, 4).Draw(t, "list"))
+				return string(b)
+			}),
+		).Draw(t, "text")
+		got, ok := plainList(text)
+		var want []string
+		if err := json.Unmarshal([]byte(text), &want); ok && (err != nil || !reflect.DeepEqual(got, want)) {
+			t.Fatalf("%q is read as %q, by encoding/json as %q (%v)", text, got, want, err)
+		}
+	})
+	for _, text := range []string{`[]`, `[""]`, `["payers","staff"]`} {
+		if _, ok := plainList(text); !ok {
+			t.Errorf("%s is not read", text)
+		}
+	}
+}
+
+func TestRecorded(t *testing.T) {
+	o := Obligations{
+		Redact: []string{"to.iban"}, Tags: []string{"a", "b"}, Deadline: time.Second, RedactResult: []string{"x"}, MaxResult: 9,
+		Labels: []string{"untrusted"}, Guards: []Guard{{Name: "shield", Request: true}},
+	}
+	all := o.Record()
+	if len(all) != 8 || !o.Recorded(all) || !(&Obligations{}).Recorded(nil) || (&Obligations{}).Record() != nil {
+		t.Fatalf("%q is not what was recorded", all)
+	}
+	for i := range all {
+		other := slices.Clone(all)
+		other[i] += "x"
+		if o.Recorded(other) || o.Recorded(all[:i]) || o.Recorded(slices.Insert(slices.Clone(all), i, "tag z")) || o.Recorded(append(all, "tag z")) {
+			t.Errorf("one that differs at %d passes", i)
+		}
 	}
 }

@@ -103,7 +103,7 @@ func (r *report) add(d *decision) error {
 	k := changeKey{Was: d.Outcome, Now: d.v.Outcome(), Rule: d.v.Rule, Of: d.was.Rule}
 	switch {
 	case k.Was != k.Now:
-	case k.Now != "deny" && !slices.Equal(d.was.Obligations, d.v.Obligations.Record()):
+	case k.Now != "deny" && !d.v.Obligations.Recorded(d.was.Obligations):
 		k.What = otherObligations
 	case k.Now == "permit" && (!slices.Equal(d.only, d.v.Only) || (d.only == nil) != (d.v.Only == nil) || d.each != d.v.Each):
 		k.What = otherTools
