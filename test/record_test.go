@@ -444,7 +444,7 @@ func away(t *testing.T, g *gateway.Gateway, d time.Duration, rate int) {
 		time.Duration
 		err error
 	}
-	all := make(chan took, rate*int(d/time.Second)+1)
+	all := make(chan took, int(d*time.Duration(rate)/time.Second)+rate) // for all of them: nobody receives before the end
 	var calls sync.WaitGroup
 	tick := time.NewTicker(time.Second / time.Duration(rate))
 	defer tick.Stop()
