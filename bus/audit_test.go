@@ -890,15 +890,7 @@ func TestBursts(t *testing.T) {
 		t.Fatal(err)
 	}
 	edge := w.open(bus.Options{Role: bus.RoleEdge})
-	nc, err := w.srv.Connect(bus.RoleAdmin)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nc.Close()
-	js, err := jetstream.New(nc)
-	if err != nil {
-		t.Fatal(err)
-	}
+	js := w.js(bus.RoleAdmin)
 	forget := func() (gone int) {
 		s, err := js.Stream(t.Context(), "EVENTS")
 		if err != nil {
@@ -992,15 +984,7 @@ func TestAfterLeavesNothing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	nc, err := w.srv.Connect(bus.RoleAdmin)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nc.Close()
-	js, err := jetstream.New(nc)
-	if err != nil {
-		t.Fatal(err)
-	}
+	js := w.js(bus.RoleAdmin)
 	consumers := func() (n int) {
 		for _, name := range []string{"EVENTS", "SYSTEM"} {
 			s, err := js.Stream(t.Context(), name)
@@ -1038,15 +1022,7 @@ func TestAfterAtRest(t *testing.T) {
 		t.Fatal(err)
 	}
 	edge := w.open(bus.Options{Role: bus.RoleEdge})
-	nc, err := w.srv.Connect(bus.RoleAdmin)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nc.Close()
-	js, err := jetstream.New(nc)
-	if err != nil {
-		t.Fatal(err)
-	}
+	js := w.js(bus.RoleAdmin)
 	var rest sync.WaitGroup
 	defer rest.Wait()
 	ctx, stop := context.WithTimeout(t.Context(), patience)

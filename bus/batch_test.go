@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
-	"github.com/nats-io/nats.go/jetstream"
 
 	"waybill.dev/bus"
 	"waybill.dev/bus/embed"
@@ -88,16 +87,9 @@ func TestBatch(t *testing.T) {
 func TestBatchAgain(t *testing.T) {
 	w := start(t, embed.Options{})
 	edge := w.open(bus.Options{Role: bus.RoleEdge})
-	nc, err := w.srv.Connect(bus.RoleEdge)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nc.Close()
-	js, err := jetstream.New(nc)
-	if err != nil {
-		t.Fatal(err)
-	}
+	js := w.js(bus.RoleEdge)
 	for i := range 7 {
+		var err error
 		if i == 3 {
 			_, err = js.PublishMsg(t.Context(), &nats.Msg{Subject: "ev.acme.s1.requested._", Data: []byte("garbage")})
 		} else {

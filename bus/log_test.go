@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go/jetstream"
+
 	"waybill.dev/bus"
 	"waybill.dev/bus/embed"
 	"waybill.dev/schemas"
@@ -41,6 +43,21 @@ func start(t testing.TB, o embed.Options) *world {
 		}
 	})
 	return &world{t, srv}
+}
+
+// js is a connection of a role beside the log.
+func (w *world) js(role bus.Role) jetstream.JetStream {
+	w.t.Helper()
+	nc, err := w.srv.Connect(role)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(nc.Close)
+	js, err := jetstream.New(nc)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return js
 }
 
 // open opens the log as a role, with the streams set up.

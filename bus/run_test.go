@@ -74,15 +74,7 @@ func (w *world) endings() map[schemas.CallID]int {
 // dead returns the dead letters.
 func (w *world) dead() (all []*jetstream.RawStreamMsg) {
 	w.t.Helper()
-	nc, err := w.srv.Connect(bus.RoleObserver)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	defer nc.Close()
-	js, err := jetstream.New(nc)
-	if err != nil {
-		w.t.Fatal(err)
-	}
+	js := w.js(bus.RoleObserver)
 	s, err := js.Stream(w.t.Context(), "DEAD")
 	if err != nil {
 		w.t.Fatal(err)
@@ -238,15 +230,7 @@ func TestUndecodable(t *testing.T) {
 		_, err := emit(ctx, e.Next(&schemas.Denied{Decision: schemas.Decision{N: 1}}, nil))
 		return err
 	})
-	nc, err := w.srv.Connect(bus.RoleEdge)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nc.Close()
-	js, err := jetstream.New(nc)
-	if err != nil {
-		t.Fatal(err)
-	}
+	js := w.js(bus.RoleEdge)
 	const subject = "ev.acme.s1.requested._"
 	envelope := func(v int, call, more string) string {
 		return fmt.Sprintf(`{"v":%d,"kind":"requested","id":"%s/requested","time":"2026-07-28T12:00:00Z","tenant":"acme","session":"s1","call":%q,"root":%q,"agent":"researcher","edge":"e1","data":{"protocol":"mcp","server":"s","method":"m"%s}}`, v, call, call, call, more)

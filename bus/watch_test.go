@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
-	"github.com/nats-io/nats.go/jetstream"
 
 	"waybill.dev/bus"
 	"waybill.dev/bus/embed"
@@ -201,15 +200,7 @@ func TestBatchRewinds(t *testing.T) {
 	if has != 50 || !lost {
 		t.Errorf("read up to %d", has)
 	}
-	nc, err := w.srv.Connect(bus.RoleAdmin)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nc.Close()
-	js, err := jetstream.New(nc)
-	if err != nil {
-		t.Fatal(err)
-	}
+	js := w.js(bus.RoleAdmin)
 	c, err := js.Consumer(t.Context(), "EVENTS", "project")
 	if err != nil {
 		t.Fatal(err)
