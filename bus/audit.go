@@ -224,14 +224,14 @@ func (a *Audit) Append(ctx context.Context, n uint64, records []FeedRecord) erro
 	batch := rand.Text()
 	id := func(i int) string { return batch + "/" + strconv.Itoa(i) }
 	for i, r := range records {
-		// One list for all values, where Set would make one for each.
-		v := []string{"application/cloudevents+json; charset=UTF-8", r.Position, strconv.FormatUint(n+uint64(i), 10), id(i), ""}
-		m := &nats.Msg{Subject: r.Subject, Data: r.Payload, Header: nats.Header{
-			"Content-Type": v[0:1:1], headerPosition: v[1:2:2], jetstream.ExpectedLastSeqHeader: v[2:3:3], jetstream.MsgIDHeader: v[3:4:4],
-		}}
+		m := nats.NewMsg(r.Subject)
+		m.Data = r.Payload
+		m.Header.Set("Content-Type", "application/cloudevents+json; charset=UTF-8")
+		m.Header.Set(headerPosition, r.Position)
+		m.Header.Set(jetstream.ExpectedLastSeqHeader, strconv.FormatUint(n+uint64(i), 10))
+		m.Header.Set(jetstream.MsgIDHeader, id(i))
 		if i > 0 {
-			v[4] = id(i - 1)
-			m.Header[jetstream.ExpectedLastMsgIDHeader] = v[4:]
+			m.Header.Set(jetstream.ExpectedLastMsgIDHeader, id(i-1))
 		}
 		if i < len(records)-1 {
 			// Its acknowledgement is that of the last, which needs it.
@@ -819,6 +819,8 @@ const (
 	burst      = 1000
 	burstBytes = 8 << 20
 	gather     = 25 * time.Millisecond
+
+	anew = 500 * time.Millisecond // until a reader that read nothing is opened again
 )
 
 // after reads one stream, over what may become of its consumer.
@@ -833,15 +835,16 @@ func (a *Audit) after(ctx context.Context, s jetstream.Stream, stream, subject s
 		if err != nil {
 			return err
 		}
-		begun := time.Now()
 		r := bursts{a: a, c: c, stream: stream, after: after, heard: heard}
 		err = r.read(ctx)
 		a.l.letGo(ctx, c)
-		// One that lasted, while all was quiet, is made again as one that read something.
-		if ctx.Err() != nil || r.after == after && time.Since(begun) < time.Second {
+		if ctx.Err() != nil {
 			return err
 		}
-		a.l.o.Log.Debug("reader is made again", "stream", stream, "behind", r.after, "error", err)
+		a.l.o.Log.Warn("reader interrupted, opening it again", "stream", stream, "behind", r.after, "error", err)
+		if r.after == after && !pause(ctx, anew) { // else it would spin
+			return ctx.Err()
+		}
 		after = r.after
 	}
 }

@@ -347,10 +347,7 @@ func TestSubscriberAfterRestart(t *testing.T) {
 // The feed takes no record that does not follow the one before.
 func TestFeedIsDense(t *testing.T) {
 	w := start(t, embed.Options{})
-	a, err := w.open(bus.Options{Role: bus.RoleAudit}).Audit(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	a := w.audit()
 	records := func(n int) []bus.FeedRecord {
 		var all []bus.FeedRecord
 		for i := range n {
@@ -743,10 +740,7 @@ func TestEraseFindsRecords(t *testing.T) {
 // A session of which the log has nothing is found by its secret, and by the feed.
 func TestOutlived(t *testing.T) {
 	w := start(t, embed.Options{})
-	a, err := w.open(bus.Options{Role: bus.RoleAudit}).Audit(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	a := w.audit()
 	of := func(agent, session string) bus.FeedRecord {
 		return bus.FeedRecord{
 			Subject: "audit.acme." + agent + ".requested", Position: "EVENTS=1",
@@ -791,10 +785,7 @@ func TestOutlived(t *testing.T) {
 // replaced since the reading began is read from where it is now.
 func TestErasedWhileReading(t *testing.T) {
 	w := start(t, embed.Options{})
-	a, err := w.open(bus.Options{Role: bus.RoleAudit}).Audit(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	a := w.audit()
 	const n = 60 // twice what is read ahead
 	for i := range uint64(n) {
 		text := fmt.Sprintf("%d %s", i, strings.Repeat("said", 128<<10))
@@ -835,10 +826,7 @@ func TestErasedWhileReading(t *testing.T) {
 // with all that is there.
 func TestReadWhileDeleting(t *testing.T) {
 	w := start(t, embed.Options{})
-	a, err := w.open(bus.Options{Role: bus.RoleAudit}).Audit(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	a := w.audit()
 	edge := w.open(bus.Options{Role: bus.RoleEdge})
 	goes := schemas.NewSessionKey("acme", "researcher", "goes")
 	const all, left = 700, 50 // 512 are read ahead
@@ -881,14 +869,35 @@ func TestReadWhileDeleting(t *testing.T) {
 	}
 }
 
+// audit opens the audit.
+func (w *world) audit() *bus.Audit {
+	w.t.Helper()
+	a, err := w.open(bus.Options{Role: bus.RoleAudit}).Audit(w.t.Context())
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return a
+}
+
+// made is told each consumer that is made from now on, by stream and name.
+func (w *world) made(js jetstream.JetStream) <-chan string {
+	w.t.Helper()
+	const subject = "$JS.EVENT.ADVISORY.CONSUMER.CREATED."
+	made := make(chan string, 64)
+	if _, err := js.Conn().Subscribe(subject+">", func(m *nats.Msg) { made <- strings.TrimPrefix(m.Subject, subject) }); err != nil {
+		w.t.Fatal(err)
+	}
+	if err := js.Conn().Flush(); err != nil {
+		w.t.Fatal(err)
+	}
+	return made
+}
+
 // What is stored is read in order and once, in bursts that are bounded, also when the
 // reader's consumer goes again and again.
 func TestBursts(t *testing.T) {
 	w := start(t, embed.Options{})
-	a, err := w.open(bus.Options{Role: bus.RoleAudit}).Audit(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	a := w.audit()
 	edge := w.open(bus.Options{Role: bus.RoleEdge})
 	js := w.js(bus.RoleAdmin)
 	forget := func() (gone int) {
@@ -963,10 +972,7 @@ func TestBursts(t *testing.T) {
 // A reader goes until its deadline, also one that is near.
 func TestAfterUntilDeadline(t *testing.T) {
 	w := start(t, embed.Options{})
-	a, err := w.open(bus.Options{Role: bus.RoleAudit}).Audit(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	a := w.audit()
 	ctx, stop := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer stop()
 	for _, err := range a.After(ctx, nil) {
@@ -980,10 +986,7 @@ func TestAfterUntilDeadline(t *testing.T) {
 // Nothing is left on the server of a reader that has ended.
 func TestAfterLeavesNothing(t *testing.T) {
 	w := start(t, embed.Options{})
-	a, err := w.open(bus.Options{Role: bus.RoleAudit}).Audit(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	a := w.audit()
 	js := w.js(bus.RoleAdmin)
 	consumers := func() (n int) {
 		for _, name := range []string{"EVENTS", "SYSTEM"} {
@@ -995,18 +998,19 @@ func TestAfterLeavesNothing(t *testing.T) {
 		}
 		return n
 	}
-	before := consumers()
-	ctx, stop := context.WithCancel(t.Context())
-	defer stop()
-	go func() {
-		defer stop()
-		for end := time.Now().Add(patience); consumers() < before+2 && time.Now().Before(end); {
-			time.Sleep(time.Millisecond)
-		}
-	}()
-	for _, err := range a.After(ctx, nil) {
+	if _, err := w.open(bus.Options{Role: bus.RoleEdge}).Publish(t.Context(), request("s1")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.system(bus.Options{Role: bus.RoleOperator}).Append(t.Context(), "approval", "a", []byte("grant")); err != nil {
+		t.Fatal(err)
+	}
+	before, heard := consumers(), map[string]bool{}
+	for burst, err := range a.After(t.Context(), nil) {
 		if err != nil {
-			t.Error(err)
+			t.Fatal(err)
+		}
+		if heard[burst[0].Stream] = true; len(heard) == 2 {
+			break
 		}
 	}
 	if n := consumers(); n != before {
@@ -1017,27 +1021,30 @@ func TestAfterLeavesNothing(t *testing.T) {
 // A reader that has nothing to read goes on when its consumer is gone.
 func TestAfterAtRest(t *testing.T) {
 	w := start(t, embed.Options{})
-	a, err := w.open(bus.Options{Role: bus.RoleAudit}).Audit(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	a := w.audit()
 	edge := w.open(bus.Options{Role: bus.RoleEdge})
 	js := w.js(bus.RoleAdmin)
 	var rest sync.WaitGroup
 	defer rest.Wait()
 	ctx, stop := context.WithTimeout(t.Context(), patience)
 	defer stop()
+	made := w.made(js)
 	rest.Go(func() {
-		time.Sleep(1100 * time.Millisecond) // what a reader takes to be quiet
-		s, err := js.Stream(ctx, "EVENTS")
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		for name := range s.ConsumerNames(ctx).Name() {
-			if err := s.DeleteConsumer(ctx, name); err != nil {
+		for gone := 0; gone < 2; { // the second one behind one that read nothing
+			var stream, name string
+			select {
+			case consumer := <-made:
+				stream, name, _ = strings.Cut(consumer, ".")
+			case <-ctx.Done():
+				return
+			}
+			if stream != "EVENTS" {
+				continue
+			}
+			if err := js.DeleteConsumer(ctx, stream, name); err != nil {
 				t.Error(err)
 			}
+			gone++
 		}
 		if _, err := edge.Publish(ctx, request("s1")); err != nil {
 			t.Error(err)
