@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/cenkalti/backoff/v4"
-	"golang.org/x/sync/errgroup"
 
 	"waybill.dev/schemas"
 	"waybill.dev/schemas/jsonrpc"
@@ -470,24 +469,18 @@ func (d *Dispatcher) Regained() {
 	}
 	d.sessions.spawn(func() {
 		ctx := d.sessions.ctx
-		var all errgroup.Group
-		all.SetLimit(takeOvers)
-		for _, s := range stopped {
-			all.Go(func() error {
-				owner, err := d.acquire(ctx, processKey(s.id, s.m.name))
-				if err == nil && owner == d.opt.Owners.Name() {
-					var now *session
-					if now, err = d.sessions.solo(ctx, s.m, s.base); err == nil {
-						now.leave()
-					}
+		forEach(stopped, func(s *session) {
+			owner, err := d.acquire(ctx, processKey(s.id, s.m.name))
+			if err == nil && owner == d.opt.Owners.Name() {
+				var now *session
+				if now, err = d.sessions.solo(ctx, s.m, s.base); err == nil {
+					now.leave()
 				}
-				if err != nil && ctx.Err() == nil {
-					s.log().Warn("a server without sessions is not listened to again before the client's next call", "error", err)
-				}
-				return nil
-			})
-		}
-		_ = all.Wait() // each has said what went wrong
+			}
+			if err != nil && ctx.Err() == nil {
+				s.log().Warn("a server without sessions is not listened to again before the client's next call", "error", err)
+			}
+		})
 	})
 }
 
@@ -517,6 +510,20 @@ func (d *Dispatcher) Died(ctx context.Context, name string) {
 // takeOvers is how many sessions are taken over at once.
 const takeOvers = 16
 
+// forEach does one for each, takeOvers at once, and returns when all are done.
+func forEach[T any](all []T, one func(T)) {
+	var running sync.WaitGroup
+	room := make(chan struct{}, takeOvers)
+	for _, it := range all {
+		room <- struct{}{}
+		running.Go(func() {
+			defer func() { <-room }()
+			one(it)
+		})
+	}
+	running.Wait()
+}
+
 // inherit takes over what a process owned that has died, and the keys that were left
 // before. left are those that have to be tried again; with an error there may be more.
 func (d *Dispatcher) inherit(ctx context.Context, name string, before []string) (left []string, err error) {
@@ -529,25 +536,19 @@ func (d *Dispatcher) inherit(ctx context.Context, name string, before []string) 
 	keys = slices.Compact(keys)
 	var taken int
 	var mu sync.Mutex
-	var all errgroup.Group
-	all.SetLimit(takeOvers)
-	for _, key := range keys {
-		all.Go(func() error {
-			mine, err := d.inheritOne(ctx, key)
-			if err != nil {
-				d.opt.Log.Warn("a session at a server is not taken over yet", "key", key, "error", err)
-			}
-			mu.Lock()
-			defer mu.Unlock()
-			if err != nil {
-				left = append(left, key)
-			} else if mine {
-				taken++
-			}
-			return nil
-		})
-	}
-	_ = all.Wait() // each has said what went wrong
+	forEach(keys, func(key string) {
+		mine, err := d.inheritOne(ctx, key)
+		if err != nil {
+			d.opt.Log.Warn("a session at a server is not taken over yet", "key", key, "error", err)
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		if err != nil {
+			left = append(left, key)
+		} else if mine {
+			taken++
+		}
+	})
 	if len(keys) > 0 {
 		d.opt.Log.Info("another process is gone", "name", name, "owned", len(keys), "taken_over", taken)
 	}
